@@ -1,0 +1,1 @@
+"""Stable reinforcement learning of Mixture-of-Experts language models in JAX."""

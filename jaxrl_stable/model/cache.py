@@ -1,0 +1,63 @@
+"""Key/value cache of a decode: fixed shape, one write column for all rows.
+
+Prompts are left-padded, so every row appends at the same column and the write is one
+`dynamic_update_slice`. Validity lives in `segment_ids` (0 is padding), never in the values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_stable.model.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers (dense ones too).
+
+    Attributes:
+      keys, values: what was written so far; columns from `length` on are zero.
+      segment_ids: 0 where a column holds padding or nothing yet.
+      length: number of columns written.
+    """
+
+    keys: Float[Array, "layers B S G hd"]
+    values: Float[Array, "layers B S G hd"]
+    segment_ids: Int[Array, "B S"]
+    length: Int[Array, ""]
+
+    def extend(self, segment_ids: Int[Array, "B T"]) -> Cache:
+        """Announces T new columns; the layers then `write` them. `length` does not move yet."""
+        marks = jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, self.length))
+        return dataclasses.replace(self, segment_ids=marks)
+
+    def write(
+        self, layer: Int[Array, ""], keys: Float[Array, "B T G hd"], values: Float[Array, "B T G hd"]
+    ) -> Cache:
+        """Stores the T new columns of one layer."""
+        start = (layer, 0, self.length, 0, 0)
+        return dataclasses.replace(
+            self,
+            keys=jax.lax.dynamic_update_slice(self.keys, keys[None], start),
+            values=jax.lax.dynamic_update_slice(self.values, values[None], start),
+        )
+
+    def advance(self, columns: int) -> Cache:
+        """Moves the write column, once all layers have written."""
+        return dataclasses.replace(self, length=self.length + columns)
+
+
+def empty_cache(config: ModelConfig, batch: int, columns: int) -> Cache:
+    """A cache with room for `columns` columns."""
+    shape = (config.num_layers, batch, columns, config.num_kv_heads, config.head_dim)
+    return Cache(
+        keys=jnp.zeros(shape, config.dtype),
+        values=jnp.zeros(shape, config.dtype),
+        segment_ids=jnp.zeros((batch, columns), jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,194 @@
+"""The policy: embedding, scanned blocks with explicit router outputs, final norm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxrl_stable.model.attention import Attention, Frame, Norm, make_frame
+from jaxrl_stable.model.cache import Cache
+from jaxrl_stable.model.config import ModelConfig, layer_plan
+from jaxrl_stable.model.experts import Experts, FeedForward, RouterOutput
+from jaxrl_stable.model.parameters import matrix, read
+from jaxrl_stable.routing import Routing, expert_dtype
+
+
+class ModelOutput(NamedTuple):
+    """Result of a forward pass.
+
+    Attributes:
+      hidden: final hidden states, after the last norm; `hidden[b, t]` predicts token t + 1.
+      router: what the routers of the L MoE layers did.
+      cache: the cache with the new columns written, or None when none was given.
+    """
+
+    hidden: Float[Array, "B T D"]
+    router: RouterOutput
+    cache: Cache | None
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block; `moe` decides the kind of its feed-forward part."""
+
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs, stack: int | None):
+        self.moe = moe
+        self.attention_norm = Norm("embed", config.hidden_size, config, stack)
+        self.attention = Attention(config, rngs, stack)
+        self.mlp_norm = Norm("embed", config.hidden_size, config, stack)
+        self.mlp = (Experts if moe else FeedForward)(config, rngs, stack)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        frame: Frame,
+        cache: Cache | None,
+        layer: Int[Array, ""],
+        replay: Routing | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, RouterOutput | None]:
+        with jax.named_scope("attention"):
+            y, cache = self.attention(self.attention_norm(x), frame, cache, layer)
+            x = x + y
+        with jax.named_scope("mlp"):
+            y = self.mlp_norm(x)
+            if not self.moe:
+                return x + self.mlp(y), cache, None
+            y, router = self.mlp(y, frame.real, replay)
+            return x + y, cache, router
+
+
+class Transformer(nnx.Module):
+    """Qwen3-MoE (transformers `Qwen3MoeModel`), an immutable pytree once built.
+
+    Layers are stored stacked: `stacks[i]` holds the blocks of one repeated pattern (`layer_plan`),
+    each parameter with a leading `layers` axis, and is applied by one `jax.lax.scan`.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        V, D = config.vocab_size, config.hidden_size
+        self.config = config
+        # Summing over `embed` gives rows of norm one: unit logits when embeddings are tied.
+        self.embedding = matrix(
+            rngs, {"vocab": V, "embed": D}, ("embed",), dtype=config.param_dtype
+        )
+        self.stacks = nnx.List(
+            nnx.List(Block(config, moe, rngs, repeats) for moe in pattern)
+            for pattern, repeats in layer_plan(config)
+        )
+        self.norm = Norm("embed", D, config)
+        if not config.tie_embeddings:
+            self.head = matrix(rngs, {"embed": D, "vocab": V}, ("embed",), dtype=config.param_dtype)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        *,
+        replay: Routing | None = None,
+        cache: Cache | None = None,
+    ) -> ModelOutput:
+        """Runs T columns through all layers.
+
+        Args:
+          tokens: token ids; the value at padding does not matter.
+          positions: rotary positions, counted within a segment.
+          segment_ids: 0 is padding; tokens see only their own segment.
+          replay: experts to use instead of the live choice where valid; None is the ordinary path.
+          cache: when given, the columns are appended to it and see what it holds.
+
+        Returns:
+          Hidden states, router outputs, and the extended cache.
+        """
+        config = self.config
+        if cache is not None:
+            cache = cache.extend(segment_ids)
+        frame = make_frame(config, positions, segment_ids, cache)
+        x = read(self.embedding, config.dtype)[tokens]
+        outputs, layer, moe_layer = [_no_router(config, tokens)], 0, 0
+        for blocks, (pattern, repeats) in zip(self.stacks, layer_plan(config), strict=True):
+            count = repeats * sum(pattern)
+            slices = None
+            if replay is not None:
+                slices = replay.experts[moe_layer : moe_layer + count]
+                slices = slices.reshape(repeats, sum(pattern), *slices.shape[1:])
+            first = layer + jnp.arange(repeats) * len(pattern)
+
+            def body(carry, xs):
+                x, cache = carry
+                blocks, experts, first = xs
+                routers = []
+                for i, block in enumerate(blocks):
+                    chosen = None
+                    if block.moe and experts is not None:
+                        chosen = Routing(experts[len(routers)], replay.valid)
+                    x, cache, router = block(x, frame, cache, first + i, chosen)
+                    if router is not None:
+                        routers.append(router)
+                stacked = jax.tree.map(lambda *r: jnp.stack(r), *routers) if routers else None
+                return (x, cache), stacked
+
+            (x, cache), router = _repeat(
+                _rematerialised(body, config.remat),
+                (x, cache),
+                (blocks, slices, first),
+                repeats,
+                scan=config.scan_layers,
+            )
+            if router is not None:
+                outputs.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), router))
+            layer, moe_layer = layer + repeats * len(pattern), moe_layer + count
+        router = jax.tree.map(lambda *r: jnp.concatenate(r), *outputs)
+        if cache is not None:
+            cache = cache.advance(tokens.shape[1])
+        return ModelOutput(self.norm(x), router, cache)
+
+    def head_weight(self) -> Float[Array, "D V"]:
+        """Output projection in the compute type; the transposed embedding when they are tied."""
+        if self.config.tie_embeddings:
+            return read(self.embedding, self.config.dtype).T
+        return read(self.head, self.config.dtype)
+
+
+def init_model(config: ModelConfig, seed: int) -> Transformer:
+    """A freshly initialised policy. `nnx.eval_shape` or `jax.eval_shape` of it gives the template."""
+    return Transformer(config, nnx.Rngs(seed))
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters, from shapes alone."""
+    shapes = jax.eval_shape(lambda: init_model(config, 0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _repeat(body, carry, xs, repeats: int, *, scan: bool):
+    """`jax.lax.scan`, or the same thing unrolled."""
+    if scan:
+        return jax.lax.scan(body, carry, xs, length=repeats)
+    ys = []
+    for i in range(repeats):
+        carry, y = body(carry, jax.tree.map(lambda a, i=i: a[i], xs))
+        ys.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
+
+
+def _rematerialised(body, remat: str):
+    if remat == "none":
+        return body
+    policy = None if remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(body, policy=policy)
+
+
+def _no_router(config: ModelConfig, tokens: Int[Array, "B T"]) -> RouterOutput:
+    """Outputs of zero layers: gives dense models the same output structure."""
+    B, T = tokens.shape
+    experts = jnp.zeros((0, B, T, config.num_experts_per_token), expert_dtype(config.num_experts))
+    return RouterOutput(
+        experts=experts,
+        live=experts,
+        confidence=jnp.zeros((0, B, T), jnp.float32),
+        load=jnp.zeros((0, config.num_experts), jnp.float32),
+    )

@@ -1,0 +1,84 @@
+"""Routing: which experts each token used, as plain arrays that can be stored, compared and replayed.
+
+Row `t` belongs to `tokens[b, t]` as an *input* of the model (it shaped the distribution of
+`tokens[b, t + 1]`). Rows without a choice have `valid=False`: padding, and the last sampled token,
+which was never fed. There is no sentinel expert: `uint8` has no spare value at 256 experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Experts of every token in every MoE layer.
+
+    Attributes:
+      experts: expert ids in the router's own order. `L` counts MoE layers only, in depth order;
+        `uint8` up to 256 experts, else `uint16`.
+      valid: True where a choice was made; elsewhere the live router decides on replay.
+    """
+
+    experts: UInt[Array, "L B T K"]
+    valid: Bool[Array, "B T"]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Size of a stored choice: `L * K * itemsize` bytes."""
+        layers, _, _, k = self.experts.shape
+        return layers * k * self.experts.dtype.itemsize
+
+
+def expert_dtype(num_experts: int) -> jnp.dtype:
+    """The smallest unsigned type that holds every expert id."""
+    return jnp.dtype(jnp.uint8 if num_experts <= 256 else jnp.uint16)
+
+
+def overlap(a: UInt[Array, "*N K"], b: UInt[Array, "*N K"]) -> Float[Array, "*N"]:
+    """Share of the K experts that two choices have in common, whatever their order."""
+    same = a[..., :, None] == b[..., None, :]
+    return same.any(-1).mean(-1, dtype=jnp.float32)
+
+
+def shift(routing: Routing, offset: int) -> Routing:
+    """Moves every choice by `offset` positions: the negative control of replay tests."""
+    return dataclasses.replace(routing, experts=jnp.roll(routing.experts, offset, axis=2))
+
+
+def validate(routing: Routing, num_layers: int, num_experts: int) -> None:
+    """Checks on the host that a routing from outside can be replayed.
+
+    Raises:
+      ValueError: wrong layer count, dtype or shape, an expert out of range, or an expert twice in
+        one choice (which would count a token twice).
+    """
+    experts, valid = np.asarray(routing.experts), np.asarray(routing.valid)
+    if experts.ndim != 4 or experts.shape[1:3] != valid.shape:
+        raise ValueError(
+            f"routing.experts has shape {experts.shape} and routing.valid {valid.shape}; "
+            "they must be [L, B, T, K] and [B, T]"
+        )
+    if experts.shape[0] != num_layers:
+        raise ValueError(
+            f"routing has {experts.shape[0]} layers but the model has {num_layers} MoE layers; "
+            "dense layers carry no routing"
+        )
+    if experts.dtype != expert_dtype(num_experts):
+        raise ValueError(
+            f"routing.experts is {experts.dtype}; with {num_experts} experts it must be "
+            f"{expert_dtype(num_experts)}"
+        )
+    chosen = np.sort(experts[:, valid], axis=-1)
+    if chosen.size and chosen.max() >= num_experts:
+        raise ValueError(f"routing names expert {chosen.max()}; the model has {num_experts}")
+    if (chosen[..., 1:] == chosen[..., :-1]).any():
+        layer, row = np.argwhere((chosen[..., 1:] == chosen[..., :-1]).any(-1))[0]
+        b, t = np.argwhere(valid)[row]
+        raise ValueError(f"routing names an expert twice at layer {layer}, row {b}, position {t}")

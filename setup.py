@@ -1,0 +1,51 @@
+"""Packaging of jaxrl_stable. The settings of tools (ruff, pytest) are in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+
+CORE = [
+    "absl-py",
+    "flax>=0.12.8",
+    "gin-config>=0.5",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "jaxtyping",
+    "matplotlib",
+    "numpy",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tensorboardX",
+    "tensorstore",
+    "tokenizers",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda13]"],
+    "kernels": ["tokamax; python_version >= '3.12'"],
+    "quant": ["qwix"],
+    "tasks": ["reasoning-gym>=0.1.25", "math-verify>=0.9"],
+    "wandb": ["wandb"],
+    "test": ["pytest", "reasoning-gym>=0.1.25", "math-verify>=0.9"],
+    # Heavy oracles; best kept in an environment of their own.
+    "bench": ["torch", "transformers", "trl", "google-tunix"],
+}
+
+setuptools.setup(
+    name="jaxrl_stable",
+    version="0.1.0",
+    description="Stable reinforcement learning of Mixture-of-Experts language models in JAX",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["jaxrl_stable", "jaxrl_stable.*"]),
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
