@@ -156,7 +156,7 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys):
             writer.progress(step, SCALARS)
         writer.show_sample("2+2 [/bold]", "[red]4[/red] :smile: \x1b[2J", 1.0)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("step 1/100  reward 0.500  mismatch KL 1.0e-03  entropy 0.700  tokens/s –")
+    assert lines[0] == ("step 1/100  reward 0.500  KL 1.0e-03  entropy 0.700  tok/s –")
     assert lines[1].startswith("step 5/100")
     assert len(lines) == 1 + 20 + 2
     assert lines[-2:] == ["score 1  2+2 [/bold]", "  → [red]4[/red] :smile: ␛[2J"]

@@ -69,12 +69,8 @@ class Attention(nnx.Module):
         D, H, G, hd = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         options = dict(stack=stack, dtype=config.param_dtype)
         self.config = config
-        self.query = matrix(
-            rngs, {"embed": D, "heads": H, "head_dim": hd}, ("embed",), **options
-        )
-        self.key = matrix(
-            rngs, {"embed": D, "kv_heads": G, "head_dim": hd}, ("embed",), **options
-        )
+        self.query = matrix(rngs, {"embed": D, "heads": H, "head_dim": hd}, ("embed",), **options)
+        self.key = matrix(rngs, {"embed": D, "kv_heads": G, "head_dim": hd}, ("embed",), **options)
         self.value = matrix(
             rngs, {"embed": D, "kv_heads": G, "head_dim": hd}, ("embed",), **options
         )

@@ -37,7 +37,10 @@ class Cache:
         return dataclasses.replace(self, segment_ids=marks)
 
     def write(
-        self, layer: Int[Array, ""], keys: Float[Array, "B T G hd"], values: Float[Array, "B T G hd"]
+        self,
+        layer: Int[Array, ""],
+        keys: Float[Array, "B T G hd"],
+        values: Float[Array, "B T G hd"],
     ) -> Cache:
         """Stores the T new columns of one layer."""
         start = (layer, 0, self.length, 0, 0)

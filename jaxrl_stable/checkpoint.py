@@ -1,0 +1,164 @@
+"""Checkpoints with Orbax: weights, optimiser, key, data position and step, written atomically.
+
+A checkpoint has named parts ("model", "optimizer", …) that can be restored alone. Each is stored
+flat, one entry for every array under the path that leads to it, so it can be read without the
+classes that wrote it. Orbax writes into a temporary directory and renames it: a
+process that dies while saving leaves the previous checkpoint as the newest.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+SCORE = "score"
+ABOUT = "about"  # what a checkpoint is of: architecture, and the arrays of each part
+
+
+class Checkpointer:
+    """Saves and restores the state of one run.
+
+    Args:
+      directory: where the checkpoints of this run live.
+      architecture: `ModelConfig.architecture()`; stored, and compared before anything is restored.
+      keep: newest checkpoints that are kept, besides the one with the best score.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, architecture: dict[str, Any], keep: int = 2):
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[SCORE],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._architecture = _jsonable(architecture)
+        self._orbax = ocp.training.Checkpointer(
+            pathlib.Path(directory).resolve(),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._orbax.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in order."""
+        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best score; the newest one where none was scored."""
+        scored = [c for c in self._orbax.checkpoints if c.metrics and SCORE in c.metrics]
+        if scored:
+            return max(scored, key=lambda c: c.metrics[SCORE]).step
+        return self.steps[-1] if self.steps else None
+
+    def save(
+        self, step: int, parts: dict[str, Any], dataset: Any, score: float | None = None
+    ) -> None:
+        """Writes a checkpoint and waits for it: later updates donate the arrays.
+
+        Args:
+          step: number of finished steps.
+          parts: trees of arrays, by name.
+          dataset: the grain iterator, whose position is stored.
+          score: ranks checkpoints; the best one is kept.
+        """
+        if step in self.steps:
+            return
+        items = {name: _flat(tree) for name, tree in parts.items()}
+        names = {name: list(leaves) for name, leaves in items.items()}
+        about = {"architecture": self._architecture, "parts": names}
+        items |= {"dataset": dataset, ABOUT: about}
+        metrics = None if score is None else {SCORE: score}
+        self._orbax.save_checkpointables(step, items, metrics=metrics)
+
+    def restore(
+        self, templates: dict[str, Any], dataset: Any = None, step: int | None = None
+    ) -> dict[str, Any] | None:
+        """Reads parts of a checkpoint into the structure and shardings of their templates.
+
+        Args:
+          templates: the trees that were saved, with `jax.ShapeDtypeStruct` leaves; all or some.
+          dataset: iterator to set to the stored position, or None.
+          step: which checkpoint; the newest by default.
+
+        Returns:
+          The trees, or None when there is no checkpoint.
+
+        Raises:
+          ValueError: the checkpoint belongs to another architecture or another program.
+        """
+        if not self.steps:
+            return None
+        step = self.steps[-1] if step is None else step
+        flat = {name: _flat(tree) for name, tree in templates.items()}
+        self._check(step, flat)
+        iterator = {} if dataset is None else {"dataset": dataset}
+        loaded = self._orbax.load_checkpointables(step, flat | iterator)
+        return {
+            name: jax.tree.unflatten(
+                jax.tree.structure(tree), [loaded[name][path] for path in flat[name]]
+            )
+            for name, tree in templates.items()
+        }
+
+    def _check(self, step: int, flat: dict[str, dict[str, Any]]) -> None:
+        about = self._orbax.load_checkpointables(step, {ABOUT: None})[ABOUT]
+        where, stored = f"checkpoint {self._orbax.directory}/{step}", about["architecture"]
+        differing = [
+            f"{name} is {stored.get(name)!r} there and {self._architecture.get(name)!r} here"
+            for name in sorted(stored.keys() | self._architecture.keys())
+            if stored.get(name) != self._architecture.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{where} is of another model: {'; '.join(differing)}. Use its configuration, or "
+                "another --workdir"
+            )
+        for name, leaves in flat.items():
+            differing = sorted(leaves.keys() ^ set(about["parts"].get(name, ())))
+            if differing:
+                raise ValueError(
+                    f"{where} does not hold what this program keeps: {name}{differing[0]} is on one "
+                    "side only. Another program or version wrote it; use another --workdir"
+                )
+
+
+def load_model(
+    directory: str | pathlib.Path,
+    architecture: dict[str, Any],
+    template: Any,
+    *,
+    best: bool = False,
+) -> Any:
+    """Reads the model of another run, from its newest or best checkpoint.
+
+    Raises:
+      ValueError: there is no checkpoint, or it is of another model.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} does not exist; give the checkpoints of a finished run")
+    with Checkpointer(directory, architecture) as checkpointer:
+        step = checkpointer.best_step if best else None
+        loaded = checkpointer.restore({"model": template}, step=step)
+    if loaded is None:
+        raise ValueError(f"{directory} holds no checkpoint; give the checkpoints of a finished run")
+    return loaded["model"]
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
+
+
+def _jsonable(architecture: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in architecture.items()}

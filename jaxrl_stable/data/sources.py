@@ -1,0 +1,210 @@
+"""Problems with a reference answer, behind grain's random-access protocol.
+
+A source has `__len__`, `__getitem__(int) -> Problem` and a `__repr__` that names what it holds,
+free of absolute paths and addresses, so that a run can record it in a checkpoint and notice other
+data on resuming.
+"""
+
+import difflib
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypedDict
+
+
+class Problem(TypedDict):
+    """A prompt and its reference answer, which a reward function reads."""
+
+    prompt: str
+    answer: str
+
+
+class Source(Protocol):
+    """What grain calls a `RandomAccessDataSource`, of problems."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Problem: ...
+
+
+class JsonlSource:
+    """JSON lines of `{"prompt": str, "answer": str}`, as GSM8K has them.
+
+    The whole file is read and checked once; blank lines are skipped and other fields are left out.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the first faulty line (1-based), its field, what to do, and how many lines are
+        faulty.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._name = os.path.basename(path)
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such data set; check the path") from None
+        self._crc32 = zlib.crc32(content)
+        self._problems: list[Problem] = []
+        faults = []
+        # Not str.splitlines: that also splits at U+2028 and others, which JSON strings may contain.
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                self._problems.append(_parse_line(line))
+            except ValueError as error:
+                faults.append(f"{path}, line {number}: {error}")
+        if faults:
+            raise ValueError(f"{faults[0]} (faulty lines in this file: {len(faults)})")
+        if not self._problems:
+            raise ValueError(
+                f'{path}: empty data set; write one {{"prompt": "...", "answer": "..."}} a line'
+            )
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> Problem:
+        return self._problems[_check_index(index, len(self), self)]
+
+    def __repr__(self) -> str:
+        return f"JsonlSource({self._name!r}, size={len(self)}, crc32={self._crc32:08x})"
+
+
+def _parse_line(line: bytes) -> Problem:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"byte {error.start + 1} is not UTF-8; save the file in that encoding"
+        ) from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}); write one JSON object a line") from None
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"expected a JSON object, found {_json_type(record)}; "
+            'write {"prompt": "...", "answer": "..."}'
+        )
+    for field in ("prompt", "answer"):
+        if field not in record:
+            present = ", ".join(map(repr, sorted(record))) or "none"
+            raise ValueError(
+                f"field {field!r} is missing (present: {present}); add it or rename one"
+            )
+        if not isinstance(record[field], str):
+            found = _json_type(record[field])
+            remedy = "put it in quotes" if found == "number" else "make it a string"
+            raise ValueError(f"field {field!r} is a {found}, expected a string; {remedy}")
+        if not record[field].strip():
+            raise ValueError(f"field {field!r} is empty; fill it in or remove the line")
+    return Problem(prompt=record["prompt"], answer=record["answer"])
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+class ReasoningGymSource:
+    """A generator of reasoning-gym; only its questions and reference answers are used.
+
+    Its scorers are never called: several of them evaluate the model's text as Python.
+
+    Item `i` depends on `seed + i` in reasoning-gym, so two sources whose seeds are less than `size`
+    apart share items. Cut held-out problems from one source with `subset`, not with a second seed.
+
+    Some tasks (`rubiks_cube`, `graph_color`, ...) have no reference answers at all; the first item
+    is generated at construction to notice them.
+
+    Args:
+      task: name of a data set of reasoning-gym, for example `"gcd"`.
+      size: number of problems.
+      seed: reasoning-gym's seed.
+      options: the task's own settings, as a mapping or as pairs.
+
+    Raises:
+      ValueError: the task or an option is unknown, reasoning-gym is not installed, or an item (also
+        later, at access) has no reference answer.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        size: int,
+        seed: int = 0,
+        options: Mapping[str, Any] | Sequence[tuple[str, Any]] = (),
+    ):
+        try:
+            import reasoning_gym
+            from reasoning_gym.factory import DATASETS
+        except ImportError:
+            raise ValueError(
+                "ReasoningGymSource needs reasoning-gym; pip install 'jaxrl_stable[tasks]'"
+            ) from None
+        if size < 1:
+            raise ValueError(f"ReasoningGymSource {task!r}: size is {size}; set it to 1 or more")
+        if task not in DATASETS:
+            near = difflib.get_close_matches(task, DATASETS, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see its gallery"
+            raise ValueError(f"reasoning-gym has no task {task!r}; {hint}")
+        self._task, self._size, self._seed, self._options = task, size, seed, dict(options)
+        try:
+            self._data = reasoning_gym.create_dataset(task, size=size, seed=seed, **self._options)
+        except (TypeError, AssertionError, ValueError) as error:  # it validates with asserts
+            raise ValueError(f"reasoning-gym task {task!r}: {error}; correct `options`") from None
+        self[0]  # Notices tasks without reference answers.
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Problem:
+        item = self._data[_check_index(index, self._size, self)]
+        if item["answer"] is None:
+            raise ValueError(f"{self!r}[{index}] has no reference answer; choose another task")
+        return Problem(prompt=item["question"], answer=str(item["answer"]))
+
+    def __repr__(self) -> str:
+        options = dict(sorted(self._options.items()))
+        return (
+            f"ReasoningGymSource({self._task!r}, size={self._size}, seed={self._seed}, "
+            f"options={options})"
+        )
+
+
+class Subset:
+    """Items `start` to `stop - 1` of a source; see `subset`."""
+
+    def __init__(self, source: Source, start: int, stop: int):
+        self._source, self._start, self._stop = source, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, index: int) -> Problem:
+        return self._source[self._start + _check_index(index, len(self), self)]
+
+    def __repr__(self) -> str:
+        return f"{self._source!r}[{self._start}:{self._stop}]"
+
+
+def subset(source: Source, start: int, stop: int) -> Subset:
+    """Returns items `start` to `stop - 1` of `source`, for held-out splits.
+
+    Raises:
+      ValueError: the range is empty or reaches outside the source.
+    """
+    if not 0 <= start < stop <= len(source):
+        raise ValueError(
+            f"subset [{start}:{stop}] of {source!r} is empty or outside it; "
+            f"choose 0 <= start < stop <= {len(source)}"
+        )
+    return Subset(source, start, stop)
+
+
+def _check_index(index: int, size: int, source: Source) -> int:
+    if not 0 <= index < size:
+        raise IndexError(f"{source!r} has no item {index}; its items are 0 to {size - 1}")
+    return index

@@ -1,0 +1,67 @@
+"""What a run would need: shapes, parameters and memory, from abstract shapes alone."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+
+from jaxrl_stable.configs import Experiment
+from jaxrl_stable.model.cache import empty_cache
+from jaxrl_stable.model.transformer import init_model
+from jaxrl_stable.optimizer import init_state, make_optimizer
+from jaxrl_stable.quantize import quantize
+from jaxrl_stable.routing import expert_dtype
+
+
+def describe(experiment: Experiment) -> str:
+    """A table of the resolved sizes of an experiment, over all devices together."""
+    model_config, rl = experiment.model, experiment.reinforcement
+    model = jax.eval_shape(lambda: init_model(model_config, experiment.seed))
+    optimizer = make_optimizer(rl.optimizer)
+    state = jax.eval_shape(lambda: init_state(init_model(model_config, 0), optimizer))
+    sampler = jax.eval_shape(lambda m: quantize(m, rl.rollout_format), model)
+    rows = rl.prompts * rl.group_size
+    width = experiment.data.prompt_width + rl.max_tokens
+    cache = jax.eval_shape(lambda: empty_cache(model_config, rows, width))
+    mini_batch = rows // rl.objective.mini_batches
+    layers, k = model_config.num_moe_layers, model_config.num_experts_per_token
+    routing = (layers, rows, width, k)
+    routing_bytes = math.prod(routing) * expert_dtype(model_config.num_experts).itemsize
+    columns = min(model_config.head_chunk, rl.max_tokens)
+    logits = (rl.micro_batch_size, columns, model_config.vocab_size)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
+    experts = model_config.num_experts
+    active = parameters
+    if experts:
+        unused = (experts - k) * 3 * model_config.hidden_size * model_config.moe_intermediate_size
+        active -= layers * unused
+    lines = [
+        ("parameters", f"{parameters:,} ({active:,} active per token)"),
+        ("layers", f"{model_config.num_layers} ({layers} with {experts} experts, {k} per token)"),
+        ("rollout batch", f"{rl.prompts} prompts × {rl.group_size} = {rows} rows × {width} tokens"),
+        ("gradient step", f"{mini_batch} rows, {rl.micro_batch_size} at a time"),
+        ("gradient steps", f"{rl.steps} rollouts × {rl.objective.mini_batches}"),
+        ("weights", _bytes(_size(model))),
+        ("optimiser state", _bytes(_size(state.opt_state))),
+        ("gradient sum (float32)", _bytes(4 * parameters)),
+        (f"sampling copy ({rl.rollout_format})", _bytes(_size(sampler))),
+        ("key/value cache", f"{_bytes(_size(cache))}  {cache.keys.shape} twice"),
+        ("routing of a rollout", f"{_bytes(routing_bytes)}  {routing}"),
+        ("logits of a head chunk", f"{_bytes(4 * math.prod(logits))}  {logits}"),
+    ]
+    name_width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{name_width}}  {value}" for name, value in lines)
+
+
+def _size(tree: object) -> int:
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"

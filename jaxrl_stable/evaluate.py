@@ -1,0 +1,168 @@
+"""Held-out accuracy: avg@k and pass@k of a policy, with intervals.
+
+python -m jaxrl_stable.evaluate --gin_file=… --workdir=runs/quickstart [--checkpoint=best]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Float, Key
+
+from jaxrl_stable import program
+from jaxrl_stable.checkpoint import load_model
+from jaxrl_stable.configs import Evaluation, Experiment
+from jaxrl_stable.data import encode_prompts
+from jaxrl_stable.model.transformer import Transformer, init_model
+from jaxrl_stable.rollout import Trajectory, rollout
+from jaxrl_stable.sharding import abstract_state, make_mesh, shard_rows
+from jaxrl_stable.statistics import avg_at_k, pass_at_k
+from jaxrl_stable.task import Task, load_task
+
+CHECKPOINT = flags.DEFINE_enum(
+    "checkpoint", "latest", ["latest", "best"], "which checkpoint of --workdir to evaluate"
+)
+
+Sampler = Callable[..., Trajectory]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Outcome of an evaluation.
+
+    Attributes:
+      scores: reward of each sample; NaN where the checker failed.
+      lengths: tokens of each response, EOS included.
+      finished: the response ended by itself.
+      examples: the first response to each of the first problems, for reading.
+    """
+
+    scores: Float[np.ndarray, "problems k"]
+    lengths: Float[np.ndarray, "problems k"]
+    finished: Float[np.ndarray, "problems k"]
+    examples: list[dict[str, Any]]
+
+    def metrics(self) -> dict[str, float]:
+        """`eval/…` figures: accuracy is the share of samples with score 1 or more.
+
+        A sample whose checker failed counts as wrong, and is reported in `eval/failed_share`.
+        """
+        correct = np.nan_to_num(self.scores, nan=0.0) >= 1.0
+        k = correct.shape[1]
+        mean, any_of_k = avg_at_k(correct), pass_at_k(correct, k)
+        return {
+            "eval/avg_at_k": mean.value,
+            "eval/avg_at_k_low": mean.low,
+            "eval/avg_at_k_high": mean.high,
+            "eval/pass_at_k": any_of_k.value,
+            "eval/pass_at_k_low": any_of_k.low,
+            "eval/pass_at_k_high": any_of_k.high,
+            "eval/k": float(k),
+            "eval/problems": float(correct.shape[0]),
+            "eval/length": float(self.lengths.mean()),
+            "eval/truncated_share": float(1.0 - self.finished.mean()),
+            "eval/failed_share": float(np.isnan(self.scores).mean()),
+        }
+
+
+def make_sampler(task: Task, evaluation: Evaluation, max_tokens: int) -> Sampler:
+    """The rollout with the evaluation's sampling, compiled once for the run."""
+    sampling = task.sampling(max_tokens, evaluation.temperature, top_p=evaluation.top_p)
+    return jax.jit(partial(rollout, sampling=sampling))
+
+
+def evaluate(
+    model: Transformer,
+    task: Task,
+    experiment: Experiment,
+    sampler: Sampler,
+    key: Key[jax.Array, ""],
+) -> Result:
+    """Samples k responses to each held-out problem, with the policy's own weights.
+
+    The same key gives the same random numbers at every evaluation, so that two states of a policy
+    are compared on equal terms.
+
+    Raises:
+      ValueError: the held-out source has fewer problems than asked for.
+    """
+    evaluation, data = experiment.evaluation, experiment.data
+    count, k, size = evaluation.problems, evaluation.samples, evaluation.batch_size
+    if count > len(task.heldout):
+        raise ValueError(
+            f"Evaluation.problems is {count} but {task.heldout!r} has {len(task.heldout)}; "
+            "lower it, or give a larger held-out set"
+        )
+    problems = [task.heldout[i] for i in range(count)]
+    tokens, mask = encode_prompts(problems, task.tokenizer, data.prompt_width, data.template)
+    tokens, mask = np.repeat(tokens, k, axis=0), np.repeat(mask, k, axis=0)
+    repeated = [problem for problem in problems for _ in range(k)]
+    mesh = make_mesh(experiment.mesh)
+
+    texts, lengths, finished = [], [], []
+    for start in range(0, len(tokens), size):
+        rows = min(size, len(tokens) - start)
+        padding = ((0, size - rows), (0, 0))  # rows without a token sample nothing
+        prompts = np.pad(tokens[start : start + rows], padding)
+        prompt_mask = np.pad(mask[start : start + rows], padding)
+        batch_key = jax.random.fold_in(key, start)
+        trajectory = sampler(model, *shard_rows(mesh, (prompts, prompt_mask)), batch_key)
+        sampled, response, ended = jax.device_get(
+            (trajectory.tokens, trajectory.response_mask, trajectory.finished)
+        )
+        texts += task.decode(sampled[:rows], response[:rows])
+        lengths.append(response[:rows].sum(-1))
+        finished.append(ended[:rows])
+
+    verdicts = task.reward(repeated, texts)
+    scores = np.array([np.nan if v.failed else v.score for v in verdicts]).reshape(count, k)
+    examples = [
+        {
+            "prompt": repeated[i]["prompt"],
+            "response": texts[i],
+            "answer": repeated[i]["answer"],
+            "score": verdicts[i].score,
+            "status": verdicts[i].status,
+        }
+        for i in range(0, min(8, count) * k, k)
+    ]
+    shape = (count, k)
+    return Result(
+        scores,
+        np.concatenate(lengths).reshape(shape).astype(float),
+        np.concatenate(finished).reshape(shape).astype(float),
+        examples,
+    )
+
+
+def main(experiment: Experiment, workdir: str) -> None:
+    """Evaluates a checkpoint of a training run and prints its accuracy."""
+    mesh = make_mesh(experiment.mesh)
+    template = abstract_state(mesh, lambda: init_model(experiment.model, experiment.seed))
+    with jax.set_mesh(mesh), load_task(experiment, workdir) as task:
+        model = load_model(
+            pathlib.Path(workdir, "checkpoints"),
+            experiment.model.architecture(),
+            template,
+            best=CHECKPOINT.value == "best",
+        )
+        sampler = make_sampler(task, experiment.evaluation, experiment.reinforcement.max_tokens)
+        key = jax.random.key(experiment.seed)
+        metrics = evaluate(model, task, experiment, sampler, key).metrics()
+    pathlib.Path(workdir, "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    k = int(metrics["eval/k"])
+    for name, label in (("avg", f"avg@{k}"), ("pass", f"pass@{k}")):
+        value, low, high = (metrics[f"eval/{name}_at_k{end}"] for end in ("", "_low", "_high"))
+        print(f"{label}: {value:.3f}  (95% interval {low:.3f} to {high:.3f})")
+
+
+if __name__ == "__main__":
+    program.run(main)

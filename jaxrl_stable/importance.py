@@ -1,0 +1,76 @@
+"""Importance weights between the three policies, and the clip mask. Arrays in, arrays out.
+
+Names: `logp` is π_θ (current weights, carries the gradient), `logp_old` is π_old (training program,
+weights of the rollout), `logp_rollout` is μ_old (what the sampler computed). The weight decomposes
+(arXiv:2512.01374, eq. 5):
+
+    π_θ / μ_old  =  π_old / μ_old  ×  π_θ / π_old
+    log_weight   =  mismatch       +  staleness
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:  # annotations only: this module needs jax and numpy and nothing else
+    from jaxtyping import Array, Bool, Float
+
+# exp(20) = 4.9e8: far outside anything meaningful, far inside float32.
+LOG_RATIO_BOUND = 20.0
+
+
+def log_ratio(
+    numerator: Float[Array, "B T"], denominator: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Log-ratio of two policies in float32; exactly 0 where `mask` is False.
+
+    Masked before any `exp`: a value of ±1e4 or NaN in padding reaches neither loss nor gradient
+    (masking afterwards leaves 0 · inf in the backward pass).
+    """
+    numerator = jnp.where(mask, numerator.astype(jnp.float32), 0.0)
+    denominator = jnp.where(mask, denominator.astype(jnp.float32), 0.0)
+    return numerator - denominator
+
+
+def importance_weight(
+    log_weight: Float[Array, "B T"], cap: float | None = None
+) -> Float[Array, "B T"]:
+    """sg[min(exp(log_weight), cap)]: a constant of the optimisation (truncated IS, one-sided).
+
+    Args:
+      log_weight: log of the weight.
+      cap: upper bound of the weight; None leaves it untruncated, bounded at exp(±20) against
+        overflow only.
+    """
+    upper = LOG_RATIO_BOUND if cap is None else math.log(cap)
+    weight = jnp.exp(jnp.clip(log_weight, min=-LOG_RATIO_BOUND, max=upper))
+    return jax.lax.stop_gradient(weight)
+
+
+def clip_masks(
+    log_ratio: Float[Array, "B T"],
+    advantages: Float[Array, "B 1"],
+    mask: Bool[Array, "B T"],
+    low: float,
+    high: float,
+) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
+    """Tokens that PPO's clip silences, above and below (arXiv:2512.01374, eq. 7, M_t = 0).
+
+        above:  A > 0 and r > 1 + high        below:  A < 0 and r < 1 − low
+
+    Decided in log space, where nothing can overflow.
+
+    Args:
+      log_ratio: log r, the ratio the trust region looks at.
+      advantages: one per sequence, broadcast over its tokens.
+      mask: response tokens.
+      low: ε_low, in (0, 1).
+      high: ε_high, positive.
+    """
+    above = mask & (advantages > 0) & (log_ratio > math.log1p(high))
+    below = mask & (advantages < 0) & (log_ratio < math.log1p(-low))
+    return above, below

@@ -1,0 +1,89 @@
+"""What the programs share: flags, gin, and errors in one line.
+
+    python -m jaxrl_stable.train --gin_file=experiments/quickstart.gin --workdir=runs/quickstart \
+        --gin.configs.Experiment.seed=1
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import gin
+from absl import app, flags
+
+from jaxrl_stable import configs
+
+GIN_FILE = flags.DEFINE_multi_string(
+    "gin_file", [], "gin files of the experiment; later ones override earlier ones"
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of this run; resumed when it has one")
+DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
+
+GIN_PREFIX = "--gin."
+
+
+def run(main: Callable[[configs.Experiment, str], None]) -> None:
+    """Parses flags and gin, then calls `main(experiment, workdir)`.
+
+    `--gin.NAME=VALUE` binds NAME after all files, as in t5x. What a user can mend (a wrong name, a
+    missing file, a bad record) ends as one line on stderr and exit status 2.
+    """
+    bindings = [arg.removeprefix(GIN_PREFIX) for arg in sys.argv[1:] if arg.startswith(GIN_PREFIX)]
+    argv = [arg for arg in sys.argv if not arg.startswith(GIN_PREFIX)]
+
+    def start(_: Sequence[str]) -> None:
+        _quiet_libraries()
+        try:
+            if WORKDIR.value is None:
+                raise ValueError("--workdir is missing; say where this run keeps its files")
+            main(load_experiment(GIN_FILE.value, bindings), WORKDIR.value)
+        except (ValueError, OSError, RuntimeError) as error:
+            if DEBUG.value:
+                raise
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(start, argv)
+
+
+def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> configs.Experiment:
+    """Reads gin files and bindings into an `Experiment`.
+
+    Raises:
+      ValueError: a name, field or value that gin or a config does not accept.
+      FileNotFoundError: a gin file is missing.
+    """
+    for path in files:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"gin file {path} does not exist; check --gin_file")
+    gin.clear_config()
+    try:
+        gin.parse_config_files_and_bindings(list(files), list(bindings))
+        return _configured(configs.Experiment)()
+    except (ValueError, TypeError, SyntaxError, NameError, ImportError, AttributeError) as error:
+        raise ValueError(_one_line(error)) from error
+
+
+def resolved_config() -> str:
+    """Every binding that was used, as gin text: what ran, defaults included."""
+    return gin.operative_config_str()
+
+
+def _configured(cls: type) -> Callable:
+    """The class as gin configures it; itself when no gin file mentions it."""
+    try:
+        return gin.get_configurable(cls)
+    except ValueError:
+        return cls
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _quiet_libraries() -> None:
+    """Keeps the console for the run: checkpoint and data libraries log each of their steps."""
+    logging.getLogger("absl").setLevel(logging.WARNING)

@@ -1,0 +1,17 @@
+"""Reward functions that a policy cannot make run code, hang or crash the trainer."""
+
+from jaxrl_stable.rewards.exact import exact_reward
+from jaxrl_stable.rewards.numeric import numeric_reward, parse_number
+from jaxrl_stable.rewards.reward import Reward, check_references, load_reward
+from jaxrl_stable.rewards.verdict import Status, Verdict
+
+__all__ = [
+    "Reward",
+    "Status",
+    "Verdict",
+    "check_references",
+    "exact_reward",
+    "load_reward",
+    "numeric_reward",
+    "parse_number",
+]

@@ -1,0 +1,55 @@
+r"""Compares final answers as mathematics (LaTeX), with math-verify.
+
+Symbolic comparison can take for ever and can fail in many ways, so this runs in a worker process
+only (`load_reward("math")`). There the wall clock of the parent is what ends it; math-verify's own
+time limits, which rest on SIGALRM, are switched off. Only its LaTeX parser is used: its parser for
+plain expressions goes through sympy's `parse_expr`, which evaluates Python.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrl_stable.rewards.answer import MAX_CHARACTERS, marked_answer
+from jaxrl_stable.rewards.verdict import Verdict
+
+try:
+    import math_verify
+except ImportError:
+    raise ImportError(
+        "the 'math' reward needs math-verify; pip install 'jaxrl_stable[tasks]'"
+    ) from None
+
+# Longer ones are no answers but attacks on the parser, which takes seconds for nested brackets.
+_MAX_MARKED = 300
+_LATEX = (math_verify.LatexExtractionConfig(),)
+
+
+def latex_reward(problem: Mapping[str, str], response: str) -> Verdict:
+    r"""Scores 1 if `response` and `problem["answer"]` have mathematically the same answer, else 0.
+
+    The final answer is what stands after the last `####`, else in the last `\boxed{...}`, else the
+    last LaTeX that math-verify finds; a reference without any of them is LaTeX as a whole.
+
+    Raises:
+      ValueError: the reference cannot be parsed; `check_references` finds this before a run.
+    """
+    reference = problem["answer"]
+    gold = _parse(reference) or _parse(f"${reference}$")
+    if not gold:
+        raise ValueError(f"reference answer {reference[:60]!r} is not LaTeX; correct the data set")
+    answer = _parse(response)
+    if not answer:
+        return Verdict(0.0, "invalid")
+    right = math_verify.verify(gold, answer, timeout_seconds=None, raise_on_error=True)
+    return Verdict(float(right), "ok")
+
+
+def _parse(text: str) -> list[Any]:
+    """Returns what math-verify reads in the final answer; empty where it reads nothing."""
+    marked = marked_answer(text)
+    if marked is not None and len(marked) > _MAX_MARKED:
+        return []
+    text = text[-MAX_CHARACTERS:] if marked is None else rf"\boxed{{{marked}}}"
+    return math_verify.parse(
+        text, extraction_config=_LATEX, fallback_mode="no_fallback", parsing_timeout=None
+    )

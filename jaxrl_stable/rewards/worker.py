@@ -1,0 +1,196 @@
+"""Runs a reward function in processes that can be killed.
+
+Each process (`worker_main`) has a process group of its own and speaks JSON lines over two pipes. It
+gets one response at a time, and one that overruns its time is killed with everything it started,
+then replaced. Time is measured here, by the wall clock: a signal in the child would not end a
+computation inside a C library. A process that leaves its group (`setsid`) escapes the kill: this
+protects from accidents and from answers that confuse a checker, and is no sandbox for their code.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from absl import logging
+
+from jaxrl_stable.rewards.verdict import Verdict
+
+# Starting Python and importing the function, in seconds.
+_START_TIMEOUT = 120.0
+# A reply is one short line; more than this on the pipe comes from somebody else.
+_MAX_REPLY = 1 << 16
+
+
+class WorkerDied(Exception):
+    """The process ended, or closed or misused its pipe."""
+
+
+class Worker:
+    """One process and the pipes to it. Not for use by two threads at once.
+
+    Args:
+      function: `"module:function"`, called as `function(problem: dict, response: str)` in the
+        process, which has the parent's `sys.path` and no accelerator. It returns a finite number,
+        or a `Verdict`.
+      timeout_s: wall-clock limit for one response, in seconds.
+      memory_bytes: limit of the process's address space.
+
+    Raises:
+      ValueError: the function cannot be imported or called.
+    """
+
+    def __init__(self, function: str, timeout_s: float, memory_bytes: int):
+        self._function, self._timeout_s, self._memory_bytes = function, timeout_s, memory_bytes
+        self._process: subprocess.Popen | None = None
+        self._start()
+
+    def score(self, problem: Mapping[str, str], response: str) -> Verdict:
+        """Judges one response within the limit (plus, after a failure, the start of a process)."""
+        try:
+            if self._process is None:
+                self._start()
+            request = {"problem": dict(problem), "response": response}
+            reply = self._exchange(request, self._timeout_s)
+            if "error" not in reply:
+                return Verdict(float(reply["score"]), reply["status"])
+            logging.warning("reward %s: %s", self._function, reply["error"])
+            return Verdict(0.0, "error")
+        except TimeoutError:
+            logging.warning("reward %s: killed after %g s", self._function, self._timeout_s)
+            self.close()
+            return Verdict(0.0, "timeout")
+        # Not only honest failures: code that the function ran may have written to the pipe.
+        except (WorkerDied, ValueError, TypeError, KeyError) as error:
+            logging.warning("reward %s: %s", self._function, error)
+            self.close()
+            return Verdict(0.0, "error")
+
+    def close(self) -> None:
+        """Kills the process with its whole group."""
+        if self._process is not None:
+            self._kill()
+            self._process = None
+
+    def _start(self) -> None:
+        environment = dict(os.environ)
+        # The function resolves as it does here; with -P, Python itself adds no directory to that.
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        # A function that imports jax or torch must not take the parent's accelerator.
+        environment["JAX_PLATFORMS"] = "cpu"
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        settings = [self._function, str(self._timeout_s), str(self._memory_bytes)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "jaxrl_stable.rewards.worker_main", *settings],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,
+        )
+        os.set_blocking(self._process.stdin.fileno(), False)
+        # Also runs when this object is collected and when the interpreter exits.
+        self._kill = weakref.finalize(self, _kill_group, self._process)
+        try:
+            reply = self._exchange(None, _START_TIMEOUT)
+        except (WorkerDied, TimeoutError) as error:
+            self.close()
+            raise ValueError(
+                f"reward {self._function!r}: its process did not start ({error or 'no answer'}); "
+                "see its standard error"
+            ) from None
+        if "error" in reply:
+            self.close()
+            raise ValueError(
+                f"reward {self._function!r}: {reply['error']}; check the name and the PYTHONPATH"
+            )
+
+    def _exchange(self, request: dict | None, timeout_s: float) -> dict:
+        """Sends a request, if any, and returns the reply; the deadline holds for both."""
+        deadline = time.monotonic() + timeout_s
+        stdin, stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        unsent = memoryview(b"" if request is None else json.dumps(request).encode() + b"\n")
+        received = b""
+        while not received.endswith(b"\n"):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError
+            poll = select.poll()  # select.select fails on descriptors from 1,024 on
+            poll.register(stdout, select.POLLIN)
+            if unsent:
+                poll.register(stdin, select.POLLOUT)
+            ready = {descriptor for descriptor, _ in poll.poll(1000 * remaining)}
+            if stdin in ready:
+                try:
+                    unsent = unsent[os.write(stdin, unsent) :]
+                except BrokenPipeError:
+                    raise WorkerDied("its process ended before it had read the request") from None
+            if stdout in ready:
+                chunk = os.read(stdout, _MAX_REPLY)
+                if not chunk:
+                    raise WorkerDied("its process ended without a verdict")
+                received += chunk
+                if len(received) > _MAX_REPLY:
+                    raise WorkerDied("its process wrote more than a verdict")
+        return json.loads(received)
+
+
+class WorkerPool:
+    """Judges a batch of responses on several workers; see `Worker` for the arguments and errors."""
+
+    def __init__(
+        self,
+        function: str,
+        *,
+        timeout_s: float = 5.0,
+        workers: int = 1,
+        memory_bytes: int = 8 << 30,
+    ):
+        if timeout_s <= 0 or workers < 1:
+            raise ValueError(
+                f"reward {function!r}: timeout_s is {timeout_s} and workers is {workers}; "
+                "both must be positive"
+            )
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
+        start = functools.partial(Worker, function, timeout_s, memory_bytes)
+        starts = [self._threads.submit(start) for _ in range(workers)]
+        self._workers = [started.result() for started in starts]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    def __call__(
+        self, problems: Sequence[Mapping[str, str]], responses: Sequence[str]
+    ) -> list[Verdict]:
+        return list(self._threads.map(self._score, problems, responses))
+
+    def _score(self, problem: Mapping[str, str], response: str) -> Verdict:
+        worker = self._idle.get()
+        try:
+            return worker.score(problem, response)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """Kills all processes; what is being judged is judged first."""
+        self._threads.shutdown()
+        for worker in self._workers:
+            worker.close()
+
+
+def _kill_group(process: subprocess.Popen) -> None:
+    # The group outlives a leader that died, and its id is not reused before wait().
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        pipe.close()

@@ -1,0 +1,96 @@
+"""The process behind `worker.Worker`: `python -m ...worker_main FUNCTION SECONDS BYTES`.
+
+Reads requests `{"problem": ..., "response": ...}` and answers each with `{"score": ..., "status":
+...}` or `{"error": ...}`, one JSON object a line; the first line of all, `{}` or an error, says
+whether the import succeeded.
+"""
+
+import importlib
+import json
+import math
+import numbers
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+from jaxrl_stable.rewards.verdict import Status, Verdict
+
+_MAX_FILE_BYTES = 1 << 30
+_MAX_ERROR_CHARACTERS = 500
+
+
+def main() -> None:
+    name, timeout_s, memory_bytes = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+    # The pipes move to descriptors of their own: what the function prints goes to standard error,
+    # and what it reads is empty. Processes that it starts inherit neither pipe.
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.dup2(2, 1)
+
+    _limit(resource.RLIMIT_AS, memory_bytes)
+    _limit(resource.RLIMIT_FSIZE, _MAX_FILE_BYTES)
+    _limit(resource.RLIMIT_CORE, 0)
+    try:
+        function = _import(name)
+    except BaseException as error:  # also SystemExit in the user's module
+        _write(replies, {"error": _describe(error)})
+        return
+    _write(replies, {})
+    for line in requests:
+        # Only for the case that the parent is gone: it kills far earlier, by the wall clock.
+        _allow_cpu(2 * timeout_s + 10)
+        _write(replies, _judge(function, json.loads(line)))
+
+
+def _import(name: str) -> Callable[[dict, str], Any]:
+    module, _, attribute = name.partition(":")
+    function = importlib.import_module(module)
+    for part in attribute.split("."):
+        function = getattr(function, part)
+    if not callable(function):
+        raise TypeError(f"{name} is not a function")
+    return function
+
+
+def _judge(function: Callable[[dict, str], Any], request: dict) -> dict:
+    try:
+        result = function(request["problem"], request["response"])
+        score, status = result if isinstance(result, Verdict) else (result, "ok")
+        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+            raise TypeError(f"returned {score!r}, which is not a finite number")
+        if status not in get_args(Status):
+            raise ValueError(f"returned the unknown status {status!r}")
+        return {"score": float(score), "status": status}
+    except BaseException as error:  # also SystemExit and MemoryError
+        return {"error": _describe(error)}
+
+
+def _describe(error: BaseException) -> str:
+    lines = f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARACTERS].split("\n")
+    return " ".join(lines)
+
+
+def _write(replies: Any, message: dict) -> None:
+    replies.write(json.dumps(message).encode() + b"\n")
+
+
+def _limit(which: int, soft: int) -> None:
+    _, hard = resource.getrlimit(which)
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    resource.setrlimit(which, (soft, hard))
+
+
+def _allow_cpu(seconds: float) -> None:
+    """Lets this process use that much more CPU time on every core before the kernel ends it."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used = usage.ru_utime + usage.ru_stime
+    _limit(resource.RLIMIT_CPU, math.ceil(used + seconds * (os.cpu_count() or 1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Rollout: prefill, then sample token by token until every row is done. One pure function.
+
+The sampler runs the same block code as the trainer. What it records is what it computed: the
+log-probability of each sampled token, and the experts of each token that it fed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxrl_stable.model import head
+from jaxrl_stable.model.cache import Cache, empty_cache
+from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.routing import Routing, expert_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Static: a change recompiles.
+
+    Attributes:
+      max_tokens: longest response, EOS included.
+      temperature: logits are divided by it, here and in the trainer; 0 is greedy (for evaluation).
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the likeliest tokens whose mass reaches p; 1 keeps all.
+      stop_ids: tokens that end a response.
+      pad_id: what stands behind the end.
+
+    With top_k or top_p the recorded log-probability is still that of the untruncated distribution,
+    so that it means the same as the trainer's. The sample then comes from another distribution: the
+    importance weight lacks the factor S (the mass kept), expectations are over the kept tokens only,
+    and tokens outside get no gradient. Training is unbiased with temperature alone.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self):
+        if self.max_tokens < 1:
+            raise ValueError(f"Sampling.max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                f"Sampling(temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}) "
+                "is out of range; use temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
+            )
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """Sampled responses behind their prompts. Responses start at column `prompt_width`.
+
+    Attributes:
+      tokens: prompt (left-padded) and response (right-padded).
+      real: True on prompt and response tokens, False on padding.
+      response_mask: True exactly on sampled tokens, EOS included.
+      logp_rollout: log μ_old of each sampled token, 0 elsewhere.
+      routing: the experts of every token that was fed: prompts, and responses but their last token.
+      finished: the response ended with a stop token; False means that it was cut off.
+      prompt_width: P, static.
+    """
+
+    tokens: Int[Array, "B T"]
+    real: Bool[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    logp_rollout: Float[Array, "B T"]
+    routing: Routing
+    finished: Bool[Array, "B"]
+    prompt_width: int = dataclasses.field(metadata=dict(static=True))
+
+
+class _Decode(NamedTuple):
+    """State of the decode loop; everything before `column` is written."""
+
+    column: Int[Array, ""]
+    hidden: Float[Array, "B D"]
+    cache: Cache
+    tokens: Int[Array, "B T"]
+    logp: Float[Array, "B T"]
+    response: Bool[Array, "B T"]
+    experts: Int[Array, "L B T K"]
+    fed: Bool[Array, "B T"]
+    active: Bool[Array, "B"]
+    finished: Bool[Array, "B"]
+
+
+def rollout(
+    model: Transformer,
+    prompts: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    key: Key[Array, ""],
+    sampling: Sampling,
+) -> Trajectory:
+    """Samples one response for each row.
+
+    Row b draws from `fold_in(fold_in(key, b), column)`, so what it samples does not depend on the
+    other rows, on padding rows or on how rows are spread over devices.
+
+    Args:
+      model: the sampling policy μ (possibly a quantised copy).
+      prompts: left-padded prompts.
+      prompt_mask: False on padding. A row without any True is a padding row: it samples nothing.
+      key: typed PRNG key.
+      sampling: static.
+    """
+    config = model.config
+    B, P = prompts.shape
+    T = P + sampling.max_tokens
+    lengths = prompt_mask.sum(-1)
+    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
+    layers, k = config.num_moe_layers, config.num_experts_per_token
+
+    def sample(state: _Decode) -> _Decode:
+        """Draws the token of `column` from the hidden state before it."""
+        keys = jax.vmap(lambda row: jax.random.fold_in(row, state.column))(row_keys)
+        logits = head.logits(model, state.hidden, sampling.temperature or 1.0)
+        token = jax.vmap(partial(_draw, sampling=sampling))(keys, logits)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+        stop = jnp.isin(token, jnp.array(sampling.stop_ids, token.dtype))
+        write = lambda array, x: jax.lax.dynamic_update_slice(  # noqa: E731
+            array, x[:, None].astype(array.dtype), (0, state.column)
+        )
+        return state._replace(
+            column=state.column + 1,
+            tokens=write(state.tokens, jnp.where(state.active, token, sampling.pad_id)),
+            logp=write(state.logp, jnp.where(state.active, logp, 0.0)),
+            response=write(state.response, state.active),
+            active=state.active & ~stop,
+            finished=state.finished | (state.active & stop),
+        )
+
+    def feed(state: _Decode) -> _Decode:
+        """Runs the newest token of the rows that go on; the others are padding."""
+        last = state.column - 1
+        tokens = jax.lax.dynamic_slice(state.tokens, (0, last), (B, 1))
+        active = state.active[:, None]
+        positions = (lengths + last - P)[:, None]
+        output = model(tokens, positions, active.astype(jnp.int32), cache=state.cache)
+        return state._replace(
+            hidden=output.hidden[:, 0],
+            cache=output.cache,
+            experts=jax.lax.dynamic_update_slice(
+                state.experts, output.router.experts, (0, 0, last, 0)
+            ),
+            fed=jax.lax.dynamic_update_slice(state.fed, active, (0, last)),
+        )
+
+    positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=-1) - 1, 0)
+    cache = empty_cache(config, B, T)
+    output = model(prompts, positions, prompt_mask.astype(jnp.int32), cache=cache)
+    responses = ((0, 0), (0, sampling.max_tokens))
+    experts = jnp.zeros((layers, B, T, k), expert_dtype(config.num_experts))
+    state = _Decode(
+        column=jnp.int32(P),
+        hidden=output.hidden[:, -1],
+        cache=output.cache,
+        tokens=jnp.pad(
+            jnp.where(prompt_mask, prompts, sampling.pad_id),
+            responses,
+            constant_values=sampling.pad_id,
+        ),
+        logp=jnp.zeros((B, T), jnp.float32),
+        response=jnp.zeros((B, T), bool),
+        experts=jax.lax.dynamic_update_slice(experts, output.router.experts, (0, 0, 0, 0)),
+        fed=jnp.pad(prompt_mask, responses),
+        active=lengths > 0,
+        finished=jnp.zeros(B, bool),
+    )
+    state = jax.lax.while_loop(
+        lambda s: (s.column < T) & s.active.any(), lambda s: sample(feed(s)), sample(state)
+    )
+    return Trajectory(
+        tokens=state.tokens,
+        real=jnp.pad(prompt_mask, responses) | state.response,
+        response_mask=state.response,
+        logp_rollout=state.logp,
+        routing=Routing(state.experts, state.fed),
+        finished=state.finished,
+        prompt_width=P,
+    )
+
+
+def _draw(key: Key[Array, ""], logits: Float[Array, "V"], *, sampling: Sampling) -> Int[Array, ""]:
+    """One token from the (possibly truncated) distribution."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits)
+    if sampling.top_k:
+        smallest = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][-1]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ranked = jnp.sort(logits, descending=True)
+        mass = jax.nn.softmax(ranked)
+        # A token stays when the mass ranked before it has not reached p: the first always does.
+        kept = jnp.cumsum(mass) - mass < sampling.top_p
+        smallest = jnp.min(jnp.where(kept, ranked, jnp.inf))
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits)

@@ -1,0 +1,190 @@
+"""Score and update: one no-gradient pass that fixes π_old, then mini-batch steps on π_θ."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_stable import diagnostics
+from jaxrl_stable.configs import Objective
+from jaxrl_stable.diagnostics import Mean, Metrics
+from jaxrl_stable.model.experts import RouterOutput
+from jaxrl_stable.model.head import HeadOutput, token_log_probs
+from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.objectives import aggregate
+from jaxrl_stable.optimizer import TrainState, apply_gradients
+from jaxrl_stable.rollout import Trajectory
+from jaxrl_stable.routing import Routing, overlap
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """What an update needs of a rollout; aligned as in `Trajectory`.
+
+    Attributes:
+      tokens, real, response_mask, logp_rollout: see `Trajectory`.
+      advantages: one per response.
+      routing: the experts to replay, or those of the rollout to compare with.
+      logp_old: log π_old; None when the update itself stands for it (one update per rollout).
+      prompt_width: P, static.
+    """
+
+    tokens: Int[Array, "B T"]
+    real: Bool[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    logp_rollout: Float[Array, "B T"]
+    advantages: Float[Array, "B"]
+    routing: Routing
+    logp_old: Float[Array, "B T"] | None
+    prompt_width: int = dataclasses.field(metadata=dict(static=True))
+
+
+class Scored(NamedTuple):
+    """Result of `score`: log π_old, the routing to replay in the updates, and metrics."""
+
+    logp_old: Float[Array, "B T"]
+    routing: Routing
+    metrics: Metrics
+
+
+def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBatch:
+    """Rollout and advantages, before `score`."""
+    return TrainBatch(
+        tokens=trajectory.tokens,
+        real=trajectory.real,
+        response_mask=trajectory.response_mask,
+        logp_rollout=trajectory.logp_rollout,
+        advantages=advantages,
+        routing=trajectory.routing,
+        logp_old=None,
+        prompt_width=trajectory.prompt_width,
+    )
+
+
+def split(batch: TrainBatch, parts: int) -> TrainBatch:
+    """Cuts the rows into `parts` equal runs: every array gets a leading axis of that size."""
+
+    def rows(x: Array, axis: int) -> Array:
+        shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    routing = Routing(rows(batch.routing.experts, 1), rows(batch.routing.valid, 0))
+    others = dataclasses.replace(batch, routing=None)
+    return dataclasses.replace(jax.tree.map(lambda x: rows(x, 0), others), routing=routing)
+
+
+def policy_log_probs(
+    model: Transformer, batch: TrainBatch, replay: Routing | None, temperature: float
+) -> tuple[HeadOutput, RouterOutput]:
+    """Log-probability of each response token by the training program, 0 outside the mask.
+
+    Column t of the result scores `tokens[:, t]`, which the hidden state of column t − 1 predicts.
+    """
+    positions = jnp.maximum(jnp.cumsum(batch.real, axis=-1) - 1, 0)
+    output = model(batch.tokens, positions, batch.real.astype(jnp.int32), replay=replay)
+    first = batch.prompt_width
+    scored = token_log_probs(
+        model, output.hidden[:, first - 1 : -1], batch.tokens[:, first:], temperature
+    )
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (first, 0))), scored)
+    masked = jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), padded)
+    return masked, output.router
+
+
+def score(
+    model: Transformer,
+    batch: TrainBatch,
+    *,
+    replay: str,
+    micro_batch_size: int,
+    temperature: float,
+) -> Scored:
+    """Fixes π_old for a whole rollout batch, in micro-batches shaped like those of the update.
+
+    Under R3 the pass already replays the sampler's experts e^μ. Under R2 it runs on native routing
+    and records the training router's e^π_old (arXiv:2512.01374, §3).
+
+    Args:
+      model: the training policy, weights as at the rollout.
+      batch: the rollout, with its routing.
+      replay: "none", "R2" or "R3".
+      micro_batch_size: rows at a time; the same as in `update`, so that both are one program.
+      temperature: the sampler's.
+    """
+
+    def one(micro: TrainBatch):
+        routing = micro.routing if replay == "R3" else None
+        scored, router = policy_log_probs(model, micro, routing, temperature)
+        return scored.logp, router.experts, mismatch(micro, scored.logp, router)
+
+    parts = batch.tokens.shape[0] // micro_batch_size
+    logp, experts, metrics = jax.lax.map(one, split(batch, parts))
+    routing = batch.routing
+    if replay == "R2":
+        experts = jnp.moveaxis(experts, 0, 1).reshape(batch.routing.experts.shape)
+        routing = Routing(experts, batch.real)
+    return Scored(logp.reshape(batch.tokens.shape), routing, diagnostics.collapse(metrics))
+
+
+def update(
+    state: TrainState,
+    batch: TrainBatch,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    micro_batch_size: int,
+    temperature: float,
+) -> tuple[TrainState, Metrics]:
+    """One gradient step on one mini-batch; gradients of micro-batches add up, then divide once."""
+
+    def loss(model: Transformer, micro: TrainBatch):
+        routing = None if objective.replay == "none" else micro.routing
+        scored, router = policy_log_probs(model, micro, routing, temperature)
+        token_loss = objective.token_loss(
+            scored.logp,
+            micro.logp_old,
+            micro.logp_rollout,
+            micro.advantages,
+            micro.response_mask,
+        )
+        total, count = aggregate(token_loss.loss, micro.response_mask, objective.aggregation)
+        mask, logp = micro.response_mask, jax.lax.stop_gradient(scored.logp)
+        metrics = {
+            "loss": Mean(total, count),
+            "entropy": diagnostics.masked_mean(scored.entropy, mask),
+            **diagnostics.weight_metrics(token_loss, mask, objective.truncation),
+            **diagnostics.load_metrics(router.load, router.confidence, micro.real),
+        }
+        if micro.logp_old is None:
+            metrics |= mismatch(micro, logp, router)
+        else:
+            metrics |= diagnostics.staleness_metrics(logp, micro.logp_old, mask)
+        return total, metrics
+
+    def accumulate(gradients, micro: TrainBatch):
+        (_, metrics), more = jax.value_and_grad(loss, has_aux=True)(state.model, micro)
+        return jax.tree.map(jnp.add, gradients, more), metrics
+
+    parts = batch.tokens.shape[0] // micro_batch_size
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), state.model)
+    gradients, metrics = jax.lax.scan(accumulate, zeros, split(batch, parts))
+    metrics = diagnostics.collapse(metrics)
+    count = jnp.maximum(metrics["loss"].count, 1.0)
+    gradients = jax.tree.map(lambda g: g / count, gradients)
+    state, norm = apply_gradients(state, gradients, optimizer)
+    return state, metrics | {"gradient/norm": Mean(norm, jnp.ones(()))}
+
+
+def mismatch(batch: TrainBatch, logp_old: Float[Array, "B T"], router: RouterOutput) -> Metrics:
+    """How far the sampler was from the training program at the same weights."""
+    routing = batch.routing
+    return {
+        **diagnostics.mismatch_metrics(logp_old, batch.logp_rollout, batch.response_mask),
+        **diagnostics.routing_metrics(overlap(routing.experts, router.live), routing.valid),
+    }

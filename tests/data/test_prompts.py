@@ -1,0 +1,149 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxrl_stable import data
+
+
+class Letters:
+    """A tokenizer of one id per letter, for results that can be computed by hand."""
+
+    vocab_size, pad_id, bos_id, eos_id, eos_ids = 128, 0, 1, 2, (2,)
+
+    def encode(self, text):
+        return list(text.encode("ascii"))
+
+    def decode(self, ids):
+        return bytes(i for i in map(int, ids) if i > 2).decode("ascii")
+
+
+def problems(*prompts):
+    return [{"prompt": prompt, "answer": "0"} for prompt in prompts]
+
+
+@pytest.mark.fast
+def test_left_padding_by_hand():
+    tokens, mask = data.encode_prompts(problems("ab", "{}"), Letters(), 5, "{prompt}?")
+    np.testing.assert_array_equal(tokens, [[0, 1, 97, 98, 63], [0, 1, 123, 125, 63]])
+    np.testing.assert_array_equal(mask, [[0, 1, 1, 1, 1]] * 2)
+    assert tokens.dtype == np.int32 and mask.dtype == bool
+
+    no_bos = Letters()
+    no_bos.bos_id = None
+    tokens, mask = data.encode_prompts(problems("a"), no_bos, 3)
+    np.testing.assert_array_equal(tokens, [[0, 0, 97]])
+    np.testing.assert_array_equal(mask, [[0, 0, 1]])
+
+
+def test_mask_marks_tokens_not_ids():
+    # Where pad is EOS, a prompt may contain the pad id.
+    tokenizer = Letters()
+    tokenizer.pad_id = ord("a")
+    tokens, mask = data.encode_prompts(problems("aa"), tokenizer, 4)
+    np.testing.assert_array_equal(tokens, [[97, 1, 97, 97]])
+    np.testing.assert_array_equal(mask, [[0, 1, 1, 1]])
+
+
+def test_faulty_prompts():
+    with pytest.raises(ValueError, match="problem 1 of this batch: the prompt has 4 tokens, more "):
+        data.encode_prompts(problems("a", "abc"), Letters(), 3)
+    for template in ("no place", "{prompt}{prompt}"):
+        with pytest.raises(ValueError, match=r"must contain \{prompt\} exactly once"):
+            data.encode_prompts(problems("a"), Letters(), 3, template)
+    no_bos = Letters()
+    no_bos.bos_id = None
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
+        data.encode_prompts(problems(""), no_bos, 3)
+
+
+def test_check_prompts_names_the_first_record_and_counts(source, tokenizer):
+    longest = data.check_prompts(source, tokenizer, 200)
+    assert data.check_prompts(source, tokenizer, longest) == longest
+    lengths = [len(data.prompt_ids(p, tokenizer)) for p in source]
+    first = next(i for i, length in enumerate(lengths) if length > longest - 3)
+    count = sum(length > longest - 3 for length in lengths)
+    with pytest.raises(ValueError, match=f"{longest - 3}; widen") as caught:
+        data.check_prompts(source, tokenizer, longest - 3)
+    assert str(caught.value).startswith(f"{source!r}[{first}]: the prompt has {lengths[first]} ")
+    assert f"records affected: {count} of 60; longest: {longest} tokens" in str(caught.value)
+    # The pipeline itself names the record too.
+    batches = data.prompt_iterator(source, tokenizer, batch_size=60, width=longest - 3, seed=0)
+    with pytest.raises(ValueError, match=r"ArithmeticSource\(.*\)\[\d+\]: the prompt has"):
+        next(batches)
+
+
+def iterate(source, tokenizer, **changes):
+    settings = {"batch_size": 8, "width": 80, "seed": 7, **changes}
+    return data.prompt_iterator(source, tokenizer, **settings)
+
+
+@pytest.mark.fast
+def test_batches_match_the_source(source, tokenizer):
+    batch = next(iterate(source, tokenizer, template="{prompt}\n"))
+    assert batch["tokens"].shape == batch["mask"].shape == (8, 80)
+    assert batch["index"].dtype == np.int64
+    assert batch["problems"] == [source[int(i)] for i in batch["index"]]
+    for tokens, mask, problem in zip(
+        batch["tokens"], batch["mask"], batch["problems"], strict=True
+    ):
+        assert tokens[mask][0] == tokenizer.bos_id
+        assert tokenizer.decode(tokens[mask]) == problem["prompt"] + "\n"
+        assert (np.diff(mask.astype(int)) >= 0).all() and mask[-1]
+
+
+def test_each_prompt_once_an_epoch_in_a_new_order(source, tokenizer):
+    batches = iterate(source, tokenizer)  # 60 prompts in batches of 8: they span epochs
+    order = np.concatenate([next(batches)["index"] for _ in range(15)])
+    epochs = order.reshape(2, 60)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(60))
+        assert (epoch != np.arange(60)).any()
+    assert (epochs[0] != epochs[1]).any()
+    other = next(iterate(source, tokenizer, seed=8))
+    assert (other["index"] != order[:8]).any()
+
+
+def test_processes_have_disjoint_slices_of_the_global_batch(source, tokenizer):
+    whole = iterate(source, tokenizer)
+    parts = [iterate(source, tokenizer, process_index=i, process_count=4) for i in range(4)]
+    for _ in range(10):
+        batch, slices = next(whole), [next(part) for part in parts]
+        for key in ("tokens", "mask", "index"):
+            np.testing.assert_array_equal(
+                batch[key], np.concatenate([slice_[key] for slice_ in slices])
+            )
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("steps", [0, 1, 7, 8, 15])
+def test_resumes_exactly(source, tokenizer, steps):
+    batches = iterate(source, tokenizer)
+    for _ in range(steps):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    expected = [next(batches) for _ in range(3)]
+    resumed = iterate(source, tokenizer)
+    resumed.set_state(state)
+    for batch in expected:
+        again = next(resumed)
+        assert again["problems"] == batch["problems"]
+        np.testing.assert_array_equal(again["index"], batch["index"])
+        np.testing.assert_array_equal(again["tokens"], batch["tokens"])
+    # Also with another number of processes.
+    parts = [iterate(source, tokenizer, process_index=i, process_count=2) for i in range(2)]
+    for part in parts:
+        part.set_state(state)
+    index = np.concatenate([next(part)["index"] for part in parts])
+    np.testing.assert_array_equal(index, expected[0]["index"])
+
+
+def test_faulty_sizes(source, tokenizer):
+    with pytest.raises(ValueError, match="batch_size 8 is no positive multiple of the 3 processes"):
+        iterate(source, tokenizer, process_count=3)
+    with pytest.raises(ValueError, match="process_index 2 is not in 0 to 1"):
+        iterate(source, tokenizer, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="is empty"):
+        iterate([], tokenizer)
+    one = [{"prompt": "a", "answer": "b"}]
+    np.testing.assert_array_equal(next(iterate(one, tokenizer))["index"], np.zeros(8))

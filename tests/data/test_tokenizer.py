@@ -1,0 +1,159 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxrl_stable import data
+
+TEXTS = ["Ann has 17 pens.\nHow many?  two spaces ", " 17+25=42 #### 42", "tab\there\n\n", "é"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_end|>"]
+
+
+@pytest.mark.fast
+def test_sentencepiece_round_trip_and_ids(tmp_path):
+    tokenizer = data.train_sentencepiece(TEXTS * 3, tmp_path / "a.model", 64)
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert tokenizer.eos_ids == (2,)
+    assert tokenizer.vocab_size == 64
+    # Special ids and ids beyond the vocabulary have no text; numpy integers are fine.
+    ids = np.array([1, *tokenizer.encode("42"), 2, 0, 64, 1000, -1], np.int32)
+    assert tokenizer.decode(ids) == "42"
+    # One token per digit and per line break, wherever they stand.
+    assert len(tokenizer.encode("1742")) == 4
+    assert tokenizer.encode("\n\n") == 2 * tokenizer.encode("\n")
+
+
+def test_sentencepiece_is_deterministic_and_written_whole(tmp_path, monkeypatch):
+    data.train_sentencepiece(TEXTS * 3, tmp_path / "a.model", 64)
+    data.train_sentencepiece(reversed(TEXTS * 3), tmp_path / "b.model", 64)
+    content = (tmp_path / "a.model").read_bytes()
+    assert content == (tmp_path / "b.model").read_bytes()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        data.train_sentencepiece(["another text"] * 9, tmp_path / "a.model", 16)
+    assert (tmp_path / "a.model").read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.model", "b.model"]
+
+
+def test_sentencepiece_keeps_long_texts(tmp_path):
+    # Beyond 4,192 bytes SentencePiece leaves texts out by default.
+    tokenizer = data.train_sentencepiece(["z" + "ab " * 3_000, "ab"], tmp_path / "a.model", 12)
+    assert tokenizer.decode(tokenizer.encode("z")) == "z"
+
+
+def test_byte_fallback(tmp_path):
+    tokenizer = data.train_sentencepiece(TEXTS, tmp_path / "a.model", 300, byte_fallback=True)
+    assert tokenizer.decode(tokenizer.encode("日本 Ω")) == "日本 Ω"
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [
+        (TEXTS, 5_000, r"vocab_size 5000 does not suit these texts: .*set it to a value <= \d+"),
+        (TEXTS, 8, r"vocab_size 8 does not suit these texts: .*smaller than required"),
+        ([], 50, "no text to train on"),
+        ([""], 50, "no text to train on"),
+        (["ab \u2581 cd", "ab"], 10, "does not survive encoding"),
+        (["ab\r\n"], 7, r"'ab.r.n' does not survive encoding; remove carriage returns, other"),
+    ],
+)
+def test_training_faults(tmp_path, texts, size, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        data.train_sentencepiece(texts, tmp_path / "a.model", size)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def hf_directory(tmp_path):
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(TEXTS, trainer)
+    # Adds <s> by itself, truncates and pads: none of it may be used.
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    model.enable_truncation(3)
+    model.enable_padding(length=20)
+    model.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write(directory, name, content):
+    (directory / name).write_text(json.dumps(content))
+
+
+@pytest.mark.fast
+def test_hf_round_trip_and_usual_names(hf_directory):
+    model = json.loads((hf_directory / "tokenizer.json").read_text())["model"]
+    for path in (hf_directory, hf_directory / "tokenizer.json"):
+        tokenizer = data.load_tokenizer(path)
+        assert isinstance(tokenizer, data.HFTokenizer)
+        for text in TEXTS:
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+        assert tokenizer.eos_ids == (2,)
+        assert tokenizer.vocab_size == len(model["vocab"])
+        assert 1 not in tokenizer.encode("Ann")
+        assert tokenizer.encode("<|im_end|>") == [3]
+        ids = np.array([1, *tokenizer.encode("Ann"), 2, 3, 0, 5_000])
+        assert tokenizer.decode(ids) == "Ann"
+
+
+def test_hf_special_tokens_from_the_files_beside_it(hf_directory):
+    # As Qwen has them: no BOS in the tokenizer, though the generation settings name one.
+    config = {"bos_token": None, "eos_token": {"content": "<|im_end|>"}, "pad_token": "<pad>"}
+    write(hf_directory, "tokenizer_config.json", config)
+    write(hf_directory, "generation_config.json", {"eos_token_id": [3, 2], "bos_token_id": 1})
+    tokenizer = data.HFTokenizer(hf_directory)
+    assert tokenizer.bos_id is None
+    assert (tokenizer.eos_id, tokenizer.eos_ids, tokenizer.pad_id) == (3, (3, 2), 0)
+
+    config = {"bos_token": "<s>", "add_bos_token": False, "eos_token": "</s>"}
+    write(hf_directory, "tokenizer_config.json", config)
+    write(hf_directory, "generation_config.json", {"eos_token_id": 3})
+    tokenizer = data.HFTokenizer(hf_directory)
+    assert tokenizer.bos_id is None
+    assert (tokenizer.eos_ids, tokenizer.pad_id) == ((2, 3), 2)  # no pad token: EOS
+
+
+def test_hf_faults(hf_directory):
+    write(hf_directory, "tokenizer_config.json", {"eos_token": "<absent>"})
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no EOS token known; name `eos_token`"):
+        data.HFTokenizer(hf_directory)
+    (hf_directory / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):
+        data.HFTokenizer(hf_directory)
+    (hf_directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        data.HFTokenizer(hf_directory)
+
+
+def test_load_tokenizer_faults(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.model: no such tokenizer; check"):
+        data.load_tokenizer(tmp_path / "none.model")
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        data.load_tokenizer(tmp_path)
+    (tmp_path / "a.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a\.bin: unknown kind of tokenizer"):
+        data.load_tokenizer(tmp_path / "a.bin")
+    (tmp_path / "a.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"a\.model: not a SentencePiece model"):
+        data.load_tokenizer(tmp_path / "a.model")
+    data.train_sentencepiece(TEXTS, tmp_path / "tokenizer.model", 48)
+    assert data.load_tokenizer(tmp_path).vocab_size == 48

@@ -1,0 +1,70 @@
+"""Reward functions as users write them, good and bad; imported in workers by name."""
+
+import os
+import subprocess
+import sys
+import time
+
+from jaxrl_stable.rewards import Verdict
+
+
+def length(problem, response):
+    return len(response) / len(problem["answer"])
+
+
+def misbehave(problem, response):
+    """Does what the response says."""
+    match response:
+        case "sleep":
+            time.sleep(3600)
+        case "spin":
+            while True:
+                pass
+        case "exit":
+            os._exit(0)
+        case "sys.exit":
+            sys.exit(3)
+        case "raise":
+            raise RuntimeError("first line\nsecond line")
+        case "print":
+            print('{"score": 7.0, "status": "ok"}', flush=True)
+            os.write(1, b'{"score": 8.0, "status": "ok"}\n')
+            subprocess.run(["echo", '{"score": 9.0, "status": "ok"}'], check=True)
+        case "read":
+            return float(len(sys.stdin.read()))
+        case "nan":
+            return float("nan")
+        case "huge":
+            return 10**400
+        case "text":
+            return "1.0"
+        case "none":
+            return None
+        case "bool":
+            return True
+        case "memory":
+            return len(bytearray(64 << 30))
+        case "invalid":
+            return Verdict(0.0, "invalid")
+        case "status":
+            return Verdict(0.0, "fine")
+        case "forge":
+            for descriptor in range(3, 20):
+                try:
+                    os.write(descriptor, b'["forged"]\n')
+                except OSError:
+                    continue
+        case "accelerator":
+            return float(os.environ["JAX_PLATFORMS"] == "cpu")
+    return 1.0
+
+
+def spawn(problem, response):
+    """Starts a child, writes its process id into the file named by the response, and hangs."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+    with open(response, "w") as file:
+        file.write(str(child.pid))
+    time.sleep(3600)
+
+
+NOT_A_FUNCTION = 3
