@@ -127,8 +127,8 @@ class Checkpointer:
             differing = sorted(leaves.keys() ^ set(about["parts"].get(name, ())))
             if differing:
                 raise ValueError(
-                    f"{where} does not hold what this program keeps: {name}{differing[0]} is on one "
-                    "side only. Another program or version wrote it; use another --workdir"
+                    f"{where} does not hold what this program keeps: {name}{differing[0]} is on "
+                    "one side only. Another program or version wrote it; use another --workdir"
                 )
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from jaxrl_stable.model.config import ModelConfig, tiny
 from jaxrl_stable.objectives import MODES, TokenLoss, minirl
-from jaxrl_stable.optimizer import OptimizerConfig
-from jaxrl_stable.quantize import FORMATS
 
 REPLAYS = ("none", "R2", "R3")
+FORMATS = ("none", "int8")  # of the sampler's weights
 
 
 def _one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
@@ -58,7 +57,7 @@ class Objective:
             )
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
             raise ValueError(
-                f"Objective.clip_low={self.clip_low}, clip_high={self.clip_high}: they are ε around "
+                f"Objective.clip_low={self.clip_low}, clip_high={self.clip_high} are ε around "
                 "a ratio of 1; use 0 < clip_low < 1 and clip_high > 0"
             )
         if self.truncation is not None and self.truncation <= 0:
@@ -115,6 +114,30 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW with linear warm-up and clipping by global norm.
+
+    Attributes:
+      learning_rate: after the warm-up.
+      warmup_steps: gradient steps from 0 to the full rate.
+      decay_steps: gradient steps over which a cosine takes the rate down to a tenth; 0 keeps it
+        constant.
+      b1, b2, eps: Adam's constants.
+      weight_decay: decoupled decay of matrices; norms are left out.
+      clip_norm: largest global norm of a gradient.
+    """
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Supervised:
     """Cold start: supervised training on prompt-answer pairs, packed.
 
@@ -129,7 +152,7 @@ class Supervised:
     steps: int = 1000
     batch_size: int = 32
     length: int = 256
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=50)
+    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=50)
     checkpoint_every: int = 200
 
 
@@ -165,7 +188,7 @@ class Reinforcement:
     top_p: float = 1.0
     rollout_format: str = "int8"
     objective: Objective = Objective()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: Optimizer = Optimizer()
     micro_batch_size: int = 64
     ratio_tolerance: float | None = None
     max_skipped: int = 10

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Float, Key
+from jaxtyping import Bool, Float, Key
 
 from jaxrl_stable import program
 from jaxrl_stable.checkpoint import load_model
 from jaxrl_stable.configs import Evaluation, Experiment
 from jaxrl_stable.data import encode_prompts
+from jaxrl_stable.judge import judge
 from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.rollout import Trajectory, rollout
 from jaxrl_stable.sharding import abstract_state, make_mesh, shard_rows
@@ -47,7 +48,7 @@ class Result:
 
     scores: Float[np.ndarray, "problems k"]
     lengths: Float[np.ndarray, "problems k"]
-    finished: Float[np.ndarray, "problems k"]
+    finished: Bool[np.ndarray, "problems k"]
     examples: list[dict[str, Any]]
 
     def metrics(self) -> dict[str, float]:
@@ -107,7 +108,7 @@ def evaluate(
     repeated = [problem for problem in problems for _ in range(k)]
     mesh = make_mesh(experiment.mesh)
 
-    texts, lengths, finished = [], [], []
+    batches = []
     for start in range(0, len(tokens), size):
         rows = min(size, len(tokens) - start)
         padding = ((0, size - rows), (0, 0))  # rows without a token sample nothing
@@ -115,30 +116,25 @@ def evaluate(
         prompt_mask = np.pad(mask[start : start + rows], padding)
         batch_key = jax.random.fold_in(key, start)
         trajectory = sampler(model, *shard_rows(mesh, (prompts, prompt_mask)), batch_key)
-        sampled, response, ended = jax.device_get(
-            (trajectory.tokens, trajectory.response_mask, trajectory.finished)
-        )
-        texts += task.decode(sampled[:rows], response[:rows])
-        lengths.append(response[:rows].sum(-1))
-        finished.append(ended[:rows])
+        batches.append(judge(task, repeated[start : start + rows], trajectory))
 
-    verdicts = task.reward(repeated, texts)
-    scores = np.array([np.nan if v.failed else v.score for v in verdicts]).reshape(count, k)
+    responses = [text for batch in batches for text in batch.responses]
+    verdicts = [verdict for batch in batches for verdict in batch.verdicts]
+    scores = np.array([np.nan if v.failed else v.score for v in verdicts])
     examples = [
         {
             "prompt": repeated[i]["prompt"],
-            "response": texts[i],
+            "response": responses[i],
             "answer": repeated[i]["answer"],
             "score": verdicts[i].score,
             "status": verdicts[i].status,
         }
         for i in range(0, min(8, count) * k, k)
     ]
-    shape = (count, k)
     return Result(
-        scores,
-        np.concatenate(lengths).reshape(shape).astype(float),
-        np.concatenate(finished).reshape(shape).astype(float),
+        scores.reshape(count, k),
+        np.concatenate([batch.lengths for batch in batches]).reshape(count, k),
+        np.concatenate([batch.finished for batch in batches]).reshape(count, k),
         examples,
     )
 

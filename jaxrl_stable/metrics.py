@@ -8,6 +8,7 @@ A resumed run repeats the steps after its checkpoint. So that each step is recor
 first drops what lies beyond the step it is told to start from.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pathlib
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,19 @@ def _shorten(text: str) -> str:
         return text
     half = SHOWN_CHARACTERS // 2
     return f"{text[:half]} … {text[-half:]}"
+
+
+class Clock:
+    """Seconds of each phase of one step."""
+
+    def __init__(self) -> None:
+        self._start, self._phases = time.perf_counter(), {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._phases[f"time/{phase}"] = time.perf_counter() - begin
+
+    def values(self) -> dict[str, float]:
+        return self._phases | {"time/step": time.perf_counter() - self._start}

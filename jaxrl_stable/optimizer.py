@@ -11,31 +11,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model.transformer import Transformer
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and clipping by global norm.
-
-    Attributes:
-      learning_rate: after the warm-up.
-      warmup_steps: gradient steps from 0 to the full rate.
-      decay_steps: gradient steps over which a cosine takes the rate down to a tenth; 0 keeps it
-        constant.
-      b1, b2, eps: Adam's constants.
-      weight_decay: decoupled decay of matrices; norms are left out.
-      clip_norm: largest global norm of a gradient.
-    """
-
-    learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +35,7 @@ class TrainState:
     skipped_in_a_row: Int[Array, ""]
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
     """The optax chain of a config."""
     rate, warmup = config.learning_rate, max(config.warmup_steps, 1)
     schedule = optax.linear_schedule(0.0, rate, warmup)

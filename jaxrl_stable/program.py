@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 import gin
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxrl_stable import configs
 
@@ -85,5 +84,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Keeps the console for the run: checkpoint and data libraries log each of their steps."""
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    """Keeps the console for the run: jax, orbax and grain log each of their steps."""
+    logging.set_verbosity(logging.WARNING)

@@ -1,8 +1,8 @@
 """The sampler's copy of the weights, optionally as int8: a real training-inference gap.
 
-Weight-only, symmetric, one scale per output channel: `w ≈ round(w / s) · s`, `s = max|w| / 127` over
-the axes that a product sums over. Norms, embeddings, router and output head stay as they are, as
-inference engines leave them.
+Weight-only, symmetric, one scale per output channel: `w ≈ round(w / s) · s` with `s = max|w| / 127`
+over the axes that a product sums over. Norms, embeddings, router and output head stay as they are,
+as inference engines leave them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxrl_stable.configs import FORMATS
 from jaxrl_stable.model.parameters import Quantized
 from jaxrl_stable.model.transformer import Transformer
 
-FORMATS = ("none", "int8")
 KEPT_AXES = ("vocab", "router")
 
 

@@ -34,8 +34,8 @@ class Sampling:
 
     With top_k or top_p the recorded log-probability is still that of the untruncated distribution,
     so that it means the same as the trainer's. The sample then comes from another distribution: the
-    importance weight lacks the factor S (the mass kept), expectations are over the kept tokens only,
-    and tokens outside get no gradient. Training is unbiased with temperature alone.
+    importance weight lacks the factor S (the mass kept), expectations are over the kept tokens
+    only, and tokens outside get no gradient. Training is unbiased with temperature alone.
     """
 
     max_tokens: int
@@ -55,7 +55,7 @@ class Sampling:
             )
 
 
-@partial(jax.tree_util.register_dataclass)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
     """Sampled responses behind their prompts. Responses start at column `prompt_width`.

@@ -1,4 +1,4 @@
-"""Routing: which experts each token used, as plain arrays that can be stored, compared and replayed.
+"""Routing: which experts each token used, as arrays that can be stored, compared and replayed.
 
 Row `t` belongs to `tokens[b, t]` as an *input* of the model (it shaped the distribution of
 `tokens[b, t + 1]`). Rows without a choice have `valid=False`: padding, and the last sampled token,

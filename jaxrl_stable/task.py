@@ -1,4 +1,4 @@
-"""The task of an experiment: problems, tokenizer and reward, checked before anything is computed."""
+"""The task of an experiment: problems, tokenizer and reward, checked before anything runs."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ Run the same command again to go on from the last checkpoint.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import time
@@ -17,7 +16,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -29,17 +27,27 @@ from jaxrl_stable.data import prompt_iterator
 from jaxrl_stable.describe import describe
 from jaxrl_stable.diagnostics import Metrics
 from jaxrl_stable.evaluate import evaluate, make_sampler
-from jaxrl_stable.metrics import MetricsWriter
+from jaxrl_stable.gates import check_finite, check_first_mini_batch
+from jaxrl_stable.judge import judge, reward_metrics
+from jaxrl_stable.metrics import Clock, MetricsWriter
 from jaxrl_stable.model.transformer import Transformer, init_model, parameter_count
 from jaxrl_stable.optimizer import TrainState, from_parts, init_state, make_optimizer, to_parts
 from jaxrl_stable.preemption import Stopped, StopRequest
 from jaxrl_stable.quantize import quantize
 from jaxrl_stable.report import write_report
-from jaxrl_stable.rewards import Verdict
 from jaxrl_stable.rollout import Trajectory, rollout
+from jaxrl_stable.samples import sample_rows
 from jaxrl_stable.sharding import abstract_state, make_mesh, shard_rows, sharded_init
 from jaxrl_stable.task import Task, load_task
-from jaxrl_stable.update import TrainBatch, make_batch, score, split, update
+from jaxrl_stable.update import (
+    Scored,
+    TrainBatch,
+    make_batch,
+    score,
+    split,
+    update,
+    with_old_policy,
+)
 
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run, and stop")
 
@@ -50,7 +58,7 @@ class Programs(NamedTuple):
     quantize: Callable[[Transformer], Transformer]
     rollout: Callable[..., Trajectory]
     advantages: Callable[..., jax.Array]
-    score: Callable[..., tuple[TrainBatch, Metrics]]
+    score: Callable[..., Scored]
     update: Callable[..., tuple[TrainState, Metrics]]
     split: Callable[[TrainBatch], list[TrainBatch]]
 
@@ -61,11 +69,6 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
     passes = dict(micro_batch_size=rl.micro_batch_size, temperature=rl.temperature)
     parts = rl.objective.mini_batches
 
-    def fix_old_policy(model: Transformer, batch: TrainBatch) -> tuple[TrainBatch, Metrics]:
-        scored = score(model, batch, replay=rl.objective.replay, **passes)
-        batch = dataclasses.replace(batch, logp_old=scored.logp_old, routing=scored.routing)
-        return batch, scored.metrics
-
     def mini_batches(batch: TrainBatch) -> list[TrainBatch]:
         stacked = split(batch, parts)
         return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(parts)]
@@ -75,7 +78,7 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
         quantize=jax.jit(partial(quantize, format=rl.rollout_format)),
         rollout=jax.jit(partial(rollout, sampling=sampling)),
         advantages=jax.jit(centered),
-        score=jax.jit(fix_old_policy),
+        score=jax.jit(partial(score, replay=rl.objective.replay, **passes)),
         update=jax.jit(step, donate_argnums=0),
         split=jax.jit(mini_batches),
     )
@@ -145,45 +148,41 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 )
                 jax.block_until_ready(trajectory)
             with clock("reward"):
-                sampled = jax.device_get((trajectory.tokens, trajectory.response_mask))
-                responses = task.decode(*sampled)
-                verdicts = task.reward(problems, responses)
-                rewards = np.array([v.score for v in verdicts], np.float32)
-                valid = np.array([not v.failed for v in verdicts])
+                judged = judge(task, problems, trajectory)
                 groups = np.repeat(np.arange(rl.prompts), rl.group_size)
-                advantages = programs.advantages(*shard_rows(mesh, (rewards, groups, valid)))
-            metrics: list[Metrics] = []
+                advantages = programs.advantages(
+                    *shard_rows(mesh, (judged.rewards, groups, judged.valid))
+                )
             with clock("score"):
-                train_batch = make_batch(trajectory, advantages)
+                train_batch, scored = make_batch(trajectory, advantages), None
                 if rl.objective.needs_score:
-                    train_batch, scored = programs.score(state.model, train_batch)
-                    metrics.append(scored)
+                    scored = programs.score(state.model, train_batch)
+                    train_batch = with_old_policy(train_batch, scored)
                 jax.block_until_ready(train_batch)
-            with clock("update"):
+            with clock("update"), jax.transfer_guard("disallow"):
                 updates: list[Metrics] = []
                 for mini_batch in programs.split(train_batch):
                     state, measured = programs.update(state, mini_batch)
                     updates.append(measured)
-                metrics.append(diagnostics.merge(updates))
                 jax.block_until_ready(state)
 
-            if step == start + 1 and rl.objective.needs_score:
+            if scored is not None and step == start + 1:
                 check_first_mini_batch(updates[0], rl.gate(experiment.model.dtype), step)
-            values = clock.values() | reward_metrics(trajectory, verdicts, rl.group_size)
-            for part in metrics:
-                values |= diagnostics.as_floats(diagnostics.finalize(part))
-            values["gradient/skipped"] = float(state.skipped)
+            check_finite(state, rl.max_skipped)
+            measured = diagnostics.merge(updates) | (scored.metrics if scored else {})
+            values = clock.values() | reward_metrics(judged, rl.group_size)
+            values |= diagnostics.as_floats(diagnostics.finalize(measured))
+            values["gradient/skipped"] = float(jax.device_get(state.skipped))
             values["gradient_steps"] = float(step * rl.objective.mini_batches)
             values["throughput/tokens_per_s"] = values["response/tokens"] / values["time/step"]
             writer.write(step, values)
             writer.progress(step, values)
             if step % rl.show_every == 0 or step == 1:
                 rows = sample_rows(
-                    problems, responses, verdicts, advantages, train_batch, task.tokenizer
+                    problems, judged, advantages, train_batch, scored, task.tokenizer
                 )
                 writer.samples(step, rows)
                 writer.show_sample(rows[0]["prompt"], rows[0]["response"], rows[0]["score"])
-            check_finite(state, rl.max_skipped)
 
             last, accuracy = step == rl.steps, None
             if step % experiment.evaluation.every == 0 or last:
@@ -229,103 +228,6 @@ def restore_or_start(
     else:
         model = sharded_init(mesh, fresh_model)
     return jax.jit(partial(init_state, optimizer=optimizer))(model), 0
-
-
-def check_first_mini_batch(metrics: Metrics, tolerance: float, step: int) -> None:
-    """Right after `score` nothing has been updated, so π_θ/π_old is 1 but for rounding.
-
-    Raises:
-      RuntimeError: it is not; the run would optimise against a wrong π_old.
-    """
-    deviation = float(metrics["staleness/ratio_deviation_max"].value())
-    if not deviation <= tolerance:
-        raise RuntimeError(
-            f"step {step}: max |π_θ/π_old − 1| is {deviation:.2e} in the first mini-batch, above "
-            f"{tolerance:.0e}; score and update disagree on the same weights. Check that both use "
-            "the same micro-batch size, temperature and replay, or set "
-            "Reinforcement.ratio_tolerance if this much rounding is expected"
-        )
-
-
-def check_finite(state: TrainState, limit: int) -> None:
-    """Stops a run whose gradients stay non-finite.
-
-    Raises:
-      RuntimeError: `limit` or more steps in a row were skipped.
-    """
-    in_a_row = int(state.skipped_in_a_row)
-    if in_a_row >= limit:
-        raise RuntimeError(
-            f"the last {in_a_row} gradients were not finite and were skipped; the weights are as "
-            "before them. Lower the learning rate or look at weight/raw_max and mismatch/abs_max"
-        )
-
-
-def reward_metrics(
-    trajectory: Trajectory, verdicts: list[Verdict], group_size: int
-) -> dict[str, float]:
-    """What the host knows of a rollout batch.
-
-    - `reward/mean`: mean score of the responses whose checker did not fail
-    - `reward/accuracy`: share of them with score 1 or more
-    - `reward/failed_share`: share of responses whose checker timed out or broke
-    - `reward/zero_variance_share`: share of groups whose scores are all equal (no gradient)
-    - `response/length`: mean tokens, EOS included; `response/tokens`: their sum
-    - `response/truncated_share`: share of responses that did not end by themselves
-    """
-    scores = np.array([np.nan if v.failed else v.score for v in verdicts])
-    known = scores[~np.isnan(scores)]
-    groups = scores.reshape(-1, group_size)
-    spread = np.nanmax(groups, axis=1, initial=-np.inf) - np.nanmin(groups, axis=1, initial=np.inf)
-    mask, finished = jax.device_get((trajectory.response_mask, trajectory.finished))
-    return {
-        "reward/mean": float(known.mean()) if known.size else 0.0,
-        "reward/accuracy": float((known >= 1.0).mean()) if known.size else 0.0,
-        "reward/failed_share": float(np.isnan(scores).mean()),
-        "reward/zero_variance_share": float((spread <= 0).mean()),
-        "response/length": float(mask.sum(-1).mean()),
-        "response/tokens": float(mask.sum()),
-        "response/truncated_share": float(1.0 - finished.mean()),
-    }
-
-
-def sample_rows(problems, responses, verdicts, advantages, batch, tokenizer, count=4) -> list[dict]:
-    """The first responses with what happened to each token, for the report."""
-    advantages = jax.device_get(advantages)
-    first = jax.tree.map(
-        lambda x: x[:count], (batch.tokens, batch.response_mask, batch.logp_rollout, batch.logp_old)
-    )
-    tokens, mask, logp_rollout, logp_old = jax.device_get(first)
-    rows = []
-    for i in range(count):
-        row = {
-            **problems[i],
-            "response": responses[i],
-            "score": verdicts[i].score,
-            "status": verdicts[i].status,
-            "advantage": float(advantages[i]),
-            "tokens": [tokenizer.decode([int(t)]) for t in tokens[i][mask[i]]],
-        }
-        if logp_old is not None:
-            row["log_weight"] = (logp_old[i] - logp_rollout[i])[mask[i]].tolist()
-        rows.append(row)
-    return rows
-
-
-class Clock:
-    """Seconds of each phase of one step."""
-
-    def __init__(self) -> None:
-        self._start, self._phases = time.perf_counter(), {}
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._phases[f"time/{phase}"] = time.perf_counter() - begin
-
-    def values(self) -> dict[str, float]:
-        return self._phases | {"time/step": time.perf_counter() - self._start}
 
 
 def main(experiment: Experiment, workdir: str) -> None:

@@ -46,10 +46,18 @@ class TrainBatch:
 
 
 class Scored(NamedTuple):
-    """Result of `score`: log π_old, the routing to replay in the updates, and metrics."""
+    """Result of `score`.
+
+    Attributes:
+      logp_old: log π_old of each response token, 0 elsewhere.
+      routing: the experts to replay in the updates.
+      differing_layers: MoE layers whose router would have chosen other experts than the sampler.
+      metrics: mismatch of sampler and trainer.
+    """
 
     logp_old: Float[Array, "B T"]
     routing: Routing
+    differing_layers: Int[Array, "B T"]
     metrics: Metrics
 
 
@@ -65,6 +73,11 @@ def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBa
         logp_old=None,
         prompt_width=trajectory.prompt_width,
     )
+
+
+def with_old_policy(batch: TrainBatch, scored: Scored) -> TrainBatch:
+    """The batch that the updates see: π_old fixed, routing ready to replay."""
+    return dataclasses.replace(batch, logp_old=scored.logp_old, routing=scored.routing)
 
 
 def split(batch: TrainBatch, parts: int) -> TrainBatch:
@@ -121,15 +134,19 @@ def score(
     def one(micro: TrainBatch):
         routing = micro.routing if replay == "R3" else None
         scored, router = policy_log_probs(model, micro, routing, temperature)
-        return scored.logp, router.experts, mismatch(micro, scored.logp, router)
+        differs = (agreement(micro, router) < 1.0).sum(0) * micro.routing.valid
+        return scored.logp, router.experts, differs, mismatch(micro, scored.logp, router)
 
     parts = batch.tokens.shape[0] // micro_batch_size
-    logp, experts, metrics = jax.lax.map(one, split(batch, parts))
+    logp, experts, differs, metrics = jax.lax.map(one, split(batch, parts))
     routing = batch.routing
     if replay == "R2":
         experts = jnp.moveaxis(experts, 0, 1).reshape(batch.routing.experts.shape)
         routing = Routing(experts, batch.real)
-    return Scored(logp.reshape(batch.tokens.shape), routing, diagnostics.collapse(metrics))
+    shape = batch.tokens.shape
+    return Scored(
+        logp.reshape(shape), routing, differs.reshape(shape), diagnostics.collapse(metrics)
+    )
 
 
 def update(
@@ -183,8 +200,12 @@ def update(
 
 def mismatch(batch: TrainBatch, logp_old: Float[Array, "B T"], router: RouterOutput) -> Metrics:
     """How far the sampler was from the training program at the same weights."""
-    routing = batch.routing
     return {
         **diagnostics.mismatch_metrics(logp_old, batch.logp_rollout, batch.response_mask),
-        **diagnostics.routing_metrics(overlap(routing.experts, router.live), routing.valid),
+        **diagnostics.routing_metrics(agreement(batch, router), batch.routing.valid),
     }
+
+
+def agreement(batch: TrainBatch, router: RouterOutput) -> Float[Array, "L B T"]:
+    """Share of the batch's K experts that the training router would have chosen itself."""
+    return overlap(batch.routing.experts, router.live)

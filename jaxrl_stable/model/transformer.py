@@ -154,7 +154,7 @@ class Transformer(nnx.Module):
 
 
 def init_model(config: ModelConfig, seed: int) -> Transformer:
-    """A freshly initialised policy. `nnx.eval_shape` or `jax.eval_shape` of it gives the template."""
+    """A freshly initialised policy; `jax.eval_shape` of this gives its template."""
     return Transformer(config, nnx.Rngs(seed))
 
 

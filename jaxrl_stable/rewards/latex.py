@@ -6,6 +6,7 @@ time limits, which rest on SIGALRM, are switched off. Only its LaTeX parser is u
 plain expressions goes through sympy's `parse_expr`, which evaluates Python.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ except ImportError:
         "the 'math' reward needs math-verify; pip install 'jaxrl_stable[tasks]'"
     ) from None
 
+# It warns that its own time limits are off.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 # Longer ones are no answers but attacks on the parser, which takes seconds for nested brackets.
 _MAX_MARKED = 300
 _LATEX = (math_verify.LatexExtractionConfig(),)

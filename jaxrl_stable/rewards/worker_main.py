@@ -11,6 +11,7 @@ import math
 import numbers
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, get_args
@@ -41,9 +42,10 @@ def main() -> None:
         return
     _write(replies, {})
     for line in requests:
-        # Only for the case that the parent is gone: it kills far earlier, by the wall clock.
-        _allow_cpu(2 * timeout_s + 10)
-        _write(replies, _judge(function, json.loads(line)))
+        _allow_time(2 * timeout_s + 10)
+        reply = _judge(function, json.loads(line))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _write(replies, reply)
 
 
 def _import(name: str) -> Callable[[dict, str], Any]:
@@ -85,8 +87,14 @@ def _limit(which: int, soft: int) -> None:
     resource.setrlimit(which, (soft, hard))
 
 
-def _allow_cpu(seconds: float) -> None:
-    """Lets this process use that much more CPU time on every core before the kernel ends it."""
+def _allow_time(seconds: float) -> None:
+    """Lets the kernel end this process after that much more time, also of CPU on every core.
+
+    Only for the case that the parent was killed, which else acts far earlier. An idle process ends
+    by itself then, since its pipe is closed.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     used = usage.ru_utime + usage.ru_stime
     _limit(resource.RLIMIT_CPU, math.ceil(used + seconds * (os.cpu_count() or 1)))

@@ -29,6 +29,10 @@ def test_left_padding_by_hand():
     np.testing.assert_array_equal(mask, [[0, 1, 1, 1, 1]] * 2)
     assert tokens.dtype == np.int32 and mask.dtype == bool
 
+    # Braces of a template are text.
+    ids = data.prompt_ids(problems("a")[0], Letters(), r"{}{prompt}")
+    assert ids == [1, 123, 125, 97]
+
     no_bos = Letters()
     no_bos.bos_id = None
     tokens, mask = data.encode_prompts(problems("a"), no_bos, 3)

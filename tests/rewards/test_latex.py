@@ -61,6 +61,19 @@ def test_malicious_answers_score_nothing(reward, response, tmp_path, monkeypatch
     assert "PWN" not in os.environ and not list(tmp_path.iterdir())
 
 
+def test_a_failing_comparison_is_no_wrong_answer(monkeypatch):
+    import math_verify
+
+    from jaxrl_stable.rewards.latex import latex_reward
+
+    def fail(*_):
+        raise RuntimeError("sympy gave up")
+
+    monkeypatch.setattr(math_verify.grader, "sympy_expr_eq", fail)
+    with pytest.raises(RuntimeError, match="sympy gave up"):
+        latex_reward({"answer": "1"}, r"\boxed{2}")
+
+
 def test_unreadable_references_are_errors_and_found_before(reward):
     good = {"prompt": "", "answer": r"\boxed{1}"}
     bad = {"prompt": "", "answer": ""}

@@ -84,6 +84,8 @@ def test_write_has_the_deadline_too():
         ("none", Verdict(0.0, "error")),
         ("bool", OK),
         ("memory", Verdict(0.0, "error")),
+        ("file", Verdict(0.0, "error")),
+        ("time", OK),
         ("invalid", Verdict(0.0, "invalid")),
         ("status", Verdict(0.0, "error")),
         ("forge", Verdict(0.0, "error")),
@@ -156,6 +158,21 @@ def test_processes_end_with_close_collection_and_the_interpreter():
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
+    assert wait_until(lambda: not is_running(int(run.stdout)))
+
+
+def test_process_ends_without_its_parent():
+    """The parent is killed by a signal that it cannot handle, while the process is idle."""
+    script = (
+        "import os, signal\n"
+        "from jaxrl_stable.rewards.worker import WorkerPool\n"
+        "pool = WorkerPool('user_rewards:length')\n"
+        "print(pool._workers[0]._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60)
     assert wait_until(lambda: not is_running(int(run.stdout)))
 
 

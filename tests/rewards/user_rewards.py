@@ -1,8 +1,12 @@
 """Reward functions as users write them, good and bad; imported in workers by name."""
 
+import mmap
 import os
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 from jaxrl_stable.rewards import Verdict
@@ -43,7 +47,13 @@ def misbehave(problem, response):
         case "bool":
             return True
         case "memory":
-            return len(bytearray(64 << 30))
+            mmap.mmap(-1, 9 << 30)  # reserved, never touched
+        case "file":
+            with tempfile.TemporaryFile() as file:
+                file.truncate(2 << 30)  # sparse
+        case "time":
+            cpu, wall = resource.getrlimit(resource.RLIMIT_CPU)[0], signal.getitimer(0)[0]
+            return float(0 < cpu < 3600 and 10 < wall < 12)
         case "invalid":
             return Verdict(0.0, "invalid")
         case "status":

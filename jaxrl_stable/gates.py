@@ -1,0 +1,38 @@
+"""Checks at run time that stop a run before it wastes more."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxrl_stable.diagnostics import Metrics
+from jaxrl_stable.optimizer import TrainState
+
+
+def check_first_mini_batch(metrics: Metrics, tolerance: float, step: int) -> None:
+    """Right after `score` nothing has been updated, so π_θ/π_old is 1 but for rounding.
+
+    Raises:
+      RuntimeError: it is not; the run would optimise against a wrong π_old.
+    """
+    deviation = float(jax.device_get(metrics["staleness/ratio_deviation_max"].value()))
+    if not deviation <= tolerance:
+        raise RuntimeError(
+            f"step {step}: max |π_θ/π_old − 1| is {deviation:.2e} in the first mini-batch, above "
+            f"{tolerance:.0e}; score and update disagree on the same weights. Check that both use "
+            "the same micro-batch size, temperature and replay, or set "
+            "Reinforcement.ratio_tolerance if this much rounding is expected"
+        )
+
+
+def check_finite(state: TrainState, limit: int) -> None:
+    """Stops a run whose gradients stay non-finite.
+
+    Raises:
+      RuntimeError: `limit` or more steps in a row were skipped.
+    """
+    in_a_row = int(jax.device_get(state.skipped_in_a_row))
+    if in_a_row >= limit:
+        raise RuntimeError(
+            f"the last {in_a_row} gradients were not finite and were skipped; the weights are as "
+            "before them. Lower the learning rate or look at weight/raw_max and mismatch/abs_max"
+        )
