@@ -142,6 +142,7 @@ class Supervised:
     """Cold start: supervised training on prompt-answer pairs, packed.
 
     Attributes:
+      demonstrations: source of prompt-answer pairs; None takes the training problems.
       steps: gradient steps.
       batch_size: packed rows per step.
       length: tokens of a row.
@@ -149,6 +150,7 @@ class Supervised:
       checkpoint_every: steps between checkpoints.
     """
 
+    demonstrations: Any = None
     steps: int = 1000
     batch_size: int = 32
     length: int = 256

@@ -31,7 +31,7 @@ from jaxrl_stable.optimizer import (
 )
 from jaxrl_stable.preemption import Stopped, StopRequest
 from jaxrl_stable.sharding import abstract_state, make_mesh, shard_rows, sharded_init
-from jaxrl_stable.task import Task, load_task
+from jaxrl_stable.task import Task, load_task, open_source
 
 
 def supervised_update(
@@ -78,7 +78,7 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
         raise ValueError("Experiment.cold_start is missing; bind it to @configs.Supervised()")
     mesh, optimizer = make_mesh(experiment.mesh), make_optimizer(config.optimizer)
     batches = packed_iterator(
-        task.train,
+        task.train if config.demonstrations is None else open_source(config.demonstrations),
         task.tokenizer,
         batch_size=config.batch_size,
         length=config.length,

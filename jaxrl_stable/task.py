@@ -67,7 +67,13 @@ def load_task(experiment: Experiment, workdir: str) -> Task:
         cannot be read, or the tokenizer has more entries than the model; each says where.
     """
     data = experiment.data
-    train, heldout = _source(data.train, "train"), _source(data.heldout, "heldout")
+    for field in ("train", "heldout"):
+        if getattr(data, field) is None:
+            raise ValueError(
+                f"Data.{field} is missing; bind it to a source of problems, for example the path "
+                "of a JSONL file"
+            )
+    train, heldout = open_source(data.train), open_source(data.heldout)
     path = pathlib.Path(data.tokenizer or pathlib.Path(workdir) / "tokenizer.model")
     if not data.tokenizer and not path.exists():
         texts = [text for problem in _all(train) for text in (problem["prompt"], problem["answer"])]
@@ -85,12 +91,8 @@ def load_task(experiment: Experiment, workdir: str) -> Task:
     return Task(train, heldout, tokenizer, reward)
 
 
-def _source(source: Source | str | None, field: str) -> Source:
-    if source is None:
-        raise ValueError(
-            f"Data.{field} is missing; bind it to a source of problems, for example "
-            f"@data.JsonlSource() with its path"
-        )
+def open_source(source: Source | str) -> Source:
+    """A source as it is, or the JSONL file that a path names."""
     return JsonlSource(source) if isinstance(source, str) else source
 
 

@@ -11,6 +11,9 @@ from jaxrl_stable.data.sources import Problem
 # The shares of the two splits: one key in eight is held out.
 _HELDOUT_MODULUS = 8
 
+# What a slip adds to a result: a unit or a carry.
+_SLIPS = (-10, -2, -1, 1, 2, 10)
+
 _PEOPLE = (
     ("Ann", "She"),
     ("Tom", "He"),
@@ -62,9 +65,8 @@ _STORIES = (
 class ArithmeticSource:
     """Word problems such as "Ann has 17 pens. She buys 25 and gives away 8. How many ...?".
 
-    The answer has the form of GSM8K, a short worked solution and the result: `"17+25=42 42-8=34
-      #### 34"`. No
-    intermediate result is negative. Item `i` is a pure function of the settings, the split and `i`.
+    The answer has the form of GSM8K, a short worked solution and the result: `"17+25=42 42-8=34 ####
+    34"`. No intermediate result is negative. Item `i` is a pure function of the settings, the split and `i`.
 
     Train and held-out problems are disjoint in their arithmetic, not only in their wording: a
     problem is held out if and only if the CRC-32 of its numbers and operations (`"17+25-8"`) is
@@ -76,6 +78,9 @@ class ArithmeticSource:
       split: `"train"` or `"heldout"`.
       steps: number of additions and subtractions.
       largest: the largest number in a problem's text (results may exceed it); the smallest is 1.
+      slips: probability that a step of the written solution goes wrong by a little, as those of an
+        imperfect teacher do; the rest of the solution follows from it. For demonstrations only: an
+        answer with a slip is no reference.
     """
 
     size: int
@@ -83,6 +88,7 @@ class ArithmeticSource:
     split: Literal["train", "heldout"] = "train"
     steps: int = 2
     largest: int = 50
+    slips: float = 0.0
 
     def __post_init__(self):
         if self.split not in ("train", "heldout"):
@@ -92,6 +98,9 @@ class ArithmeticSource:
                 raise ValueError(
                     f"ArithmeticSource: {field} is {getattr(self, field)}; set it to {low} or more"
                 )
+
+        if not 0.0 <= self.slips <= 1.0:
+            raise ValueError(f"ArithmeticSource: slips is {self.slips}; set it between 0 and 1")
 
     def __len__(self) -> int:
         return self.size
@@ -105,7 +114,7 @@ class ArithmeticSource:
         while True:  # Ends: both splits have problems even at the smallest settings.
             start, changes = _draw(rng, self.steps, self.largest)
             if is_heldout(start, changes) == heldout:
-                return _tell(rng, start, changes)
+                return _tell(rng, start, changes, self.slips)
 
 
 def is_heldout(start: int, changes: tuple[int, ...]) -> bool:
@@ -125,7 +134,9 @@ def _draw(rng: np.random.Generator, steps: int, largest: int) -> tuple[int, tupl
     return start, tuple(changes)
 
 
-def _tell(rng: np.random.Generator, start: int, changes: tuple[int, ...]) -> Problem:
+def _tell(
+    rng: np.random.Generator, start: int, changes: tuple[int, ...], slips: float
+) -> Problem:
     story = _STORIES[rng.integers(len(_STORIES))]
     name, pronoun = _PEOPLE[rng.integers(len(_PEOPLE))]
     objects = _OBJECTS[rng.integers(len(_OBJECTS))]
@@ -134,8 +145,11 @@ def _tell(rng: np.random.Generator, start: int, changes: tuple[int, ...]) -> Pro
     for change in changes:
         verbs = story.plus if change > 0 else story.minus
         clauses.append(verbs[rng.integers(len(verbs))].format(n=abs(change)))
-        solution.append(f"{total}{change:+d}={total + change}")
-        total += change
+        result = total + change
+        if slips and rng.random() < slips:
+            result = max(0, result + int(rng.choice(_SLIPS)))
+        solution.append(f"{total}{change:+d}={result}")
+        total = result
     told = ", ".join(clauses[:-1]) + " and " * (len(clauses) > 1) + clauses[-1]
     text = f"{story.start} {story.subject}{told}. {story.question}"
     return Problem(

@@ -1,0 +1,301 @@
+"""The curves of a run: what is drawn together, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+
+import matplotlib
+import matplotlib.axes
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+from jaxtyping import Float
+
+from jaxrl_stable.report.explanations import interval_names
+from jaxrl_stable.report.run import LAYER, Run
+from jaxrl_stable.report.text import escape
+
+Points = Float[np.ndarray, "points"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One plot.
+
+    Attributes:
+      name: of its PNG file.
+      title, unit: above it, and beside its axis.
+      lines: label of each metric; shown where there is more than one line.
+      style: "lines"; "band" adds a metric's interval; "depth" colours the layers of a metric from
+        first to last; "stack" adds the metrics up.
+      log: logarithmic axis. Of a metric that can be negative the absolute value is drawn.
+    """
+
+    name: str
+    title: str
+    unit: str
+    lines: Mapping[str, str]
+    style: str = "lines"
+    log: bool = False
+
+
+# As in arXiv:2512.01374, Figs 1–4.
+PAPER_PANELS = (
+    Panel("score", "Held-out score", "avg@k, fraction", {"eval/avg_at_k": "avg@k"}, style="band"),
+    Panel(
+        "mismatch_kl",
+        "Training–inference KL",
+        "nats per token",
+        # Two estimators of one KL. The paper plots k1, whose mean over a batch can be below zero:
+        # on this axis it is drawn as |k1|. k3 = e^Δ − 1 − Δ is never negative.
+        {"mismatch/kl_k3": "k3", "mismatch/kl_k1": "|k1|"},
+        log=True,
+    ),
+    Panel("reward", "Training reward", "mean reward", {"reward/mean": "reward"}),
+    Panel("entropy", "Entropy", "nats per token", {"entropy": "entropy"}),
+)
+MORE_PANELS = (
+    Panel(
+        "length",
+        "Response length",
+        "tokens",
+        {"response/length": "training", "eval/length": "held-out"},
+    ),
+    Panel(
+        "truncated",
+        "Truncated responses",
+        "share",
+        {"response/truncated_share": "training", "eval/truncated_share": "held-out"},
+    ),
+    Panel(
+        "zero_variance",
+        "Groups without gradient",
+        "share of groups",
+        {"reward/zero_variance_share": "equal scores"},
+    ),
+    Panel("weight_max", "Largest importance weight", "π/μ", {"weight/raw_max": "raw"}, log=True),
+    Panel("ess", "Effective sample size", "share of tokens", {"weight/ess": "ESS"}),
+    Panel(
+        "clip",
+        "Clipped and capped tokens",
+        "share of tokens",
+        {
+            "clip/high_share": "clipped, high",
+            "clip/low_share": "clipped, low",
+            "weight/over_cap_share": "capped",
+        },
+    ),
+    Panel("staleness", "Staleness, KL", "nats per token", {"staleness/kl_k3": "k3"}, log=True),
+    Panel("gradient_norm", "Gradient norm", "before clipping", {"gradient/norm": "norm"}, log=True),
+    Panel(
+        "routing",
+        "Routing: sampler, trainer",
+        "share",
+        {
+            "routing/agreement": "choices that agree",
+            "routing/differing_tokens_share": "tokens that differ",
+        },
+    ),
+    Panel(
+        "routing_layers",
+        "Routing agreement by layer",
+        "share",
+        {f"routing/agreement_layer_{LAYER}": "layer"},
+        style="depth",
+    ),
+    Panel(
+        "expert_load", "Expert load, worst", "load × E − 1", {"experts/max_violation": "violation"}
+    ),
+    Panel(
+        "experts",
+        "Routers",
+        "share",
+        {"experts/confidence": "confidence", "experts/idle_share": "idle experts"},
+    ),
+    Panel(
+        "time",
+        "Time per step",
+        "seconds",
+        {
+            "time/rollout": "rollout",
+            "time/reward": "reward",
+            "time/score": "score",
+            "time/update": "update",
+        },
+        style="stack",
+    ),
+    Panel("throughput", "Throughput", "tokens/s", {"throughput/tokens_per_s": "tokens"}),
+    Panel(
+        "cold_start", "Cold start", "nats per token", {"sft/loss": "loss", "sft/entropy": "entropy"}
+    ),
+)
+
+# Mid-tones, legible on white and on the dark page. INK and GRID are replaced in the SVG by colours
+# of the page, so that the plots follow its light and dark mode.
+COLORS = ("#3a7fc8", "#d9792f", "#2f9d7b", "#9169c9", "#c9505f", "#8a929c")
+INK, GRID = "#24292e", "#d4d8de"
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.5,
+    "svg.fonttype": "none",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
+}
+MAX_POINTS = 600
+
+
+def draw(run: Run, panel: Panel, path: pathlib.Path) -> str:
+    """Draws a panel to a PNG file and returns it as inline SVG; "" when its metrics are missing."""
+    series = {
+        label if layer == name else f"{label} {layer.removeprefix(name.removesuffix(LAYER))}": (
+            run.series(layer)
+        )
+        for name, label in panel.lines.items()
+        for layer in run.layers(name)
+    }
+    if panel.log:
+        series = {label: (x, np.abs(y)) for label, (x, y) in series.items() if np.any(y != 0)}
+    if not series:
+        return ""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": panel.name}):
+        size = (5.4, 3.1) if panel in PAPER_PANELS else (4.4, 2.8)
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        if panel.style == "stack":
+            x = np.unique(np.concatenate([x for x, _ in series.values()]))
+            heights = [np.interp(x, *_finite(x_, smooth(y)), 0, 0) for x_, y in series.values()]
+            axes.stackplot(x, heights, labels=series, alpha=0.75, linewidth=0, colors=COLORS)
+        elif panel.style == "depth":
+            _plot_by_depth(axes, series)
+        else:
+            for (label, (x, y)), color in zip(series.items(), itertools.cycle(COLORS)):
+                _plot_line(axes, x, y, label, color)
+        if panel.style == "band":
+            (name,) = panel.lines
+            (x, low), (_, high) = map(run.series, interval_names(name))
+            if len(low) == len(high):
+                axes.fill_between(x, low, high, alpha=0.18, linewidth=0)
+        _finish(axes, panel)
+        figure.savefig(path, dpi=160, facecolor="white")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _inline_svg(buffer.getvalue(), panel.title)
+
+
+def smooth(y: Points) -> Points:
+    """Centred running mean over 1/20 of the run, at least 5 points; NaNs are left out."""
+    width = max(5, len(y) // 20) | 1
+    finite = np.isfinite(y)
+    total, count = (
+        np.convolve(values, np.ones(width), "full")[width // 2 :][: len(y)]
+        for values in (np.where(finite, y, 0), finite.astype(float))
+    )
+    return np.where(count > 0, total / np.maximum(count, 1), math.nan)
+
+
+def thin(x: Points, y: Points) -> tuple[Points, Points]:
+    """At most `MAX_POINTS` points, the lowest and highest of each stretch: spikes stay seen."""
+    if len(x) <= MAX_POINTS:
+        return x, y
+    keep = {0, len(x) - 1}
+    finite = np.isfinite(y)
+    for part in np.array_split(np.arange(len(x)), MAX_POINTS // 2 - 1):
+        keep.add(int(part[np.where(finite[part], y[part], np.inf).argmin()]))
+        keep.add(int(part[np.where(finite[part], y[part], -np.inf).argmax()]))
+    index = sorted(keep)
+    return x[index], y[index]
+
+
+def _plot_line(axes: matplotlib.axes.Axes, x: Points, y: Points, label: str, color: str) -> None:
+    """Few points as they are; many as a faint line under their running mean."""
+    if len(x) <= 40:
+        axes.plot(x, y, color=color, label=label, marker="o", markersize=3)
+    elif label == "|k1|":  # the mean of an absolute value would not be the KL
+        axes.plot(*thin(x, y), color=color, label=label, alpha=0.45, linewidth=0.8, zorder=1.5)
+    else:
+        axes.plot(*thin(x, y), color=color, alpha=0.35, linewidth=0.8)
+        axes.plot(*thin(x, smooth(y)), color=color, label=label, zorder=3)
+
+
+def _plot_by_depth(axes: matplotlib.axes.Axes, series: Mapping[str, tuple[Points, Points]]) -> None:
+    """Running means only, coloured from the first layer to the last."""
+    ramp = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.9, len(series)))
+    for index, (label, (x, y)) in enumerate(series.items()):
+        named = index in (0, len(series) - 1)
+        axes.plot(*thin(x, smooth(y)), color=ramp[index], label=label if named else None)
+
+
+def _finish(axes: matplotlib.axes.Axes, panel: Panel) -> None:
+    if panel.log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high > 5 * low:
+            subs = (1,) if high > 30 * low else (1, 2, 5)
+            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
+        else:  # too little for powers of ten
+            axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    elif axes.get_ylim()[0] < 0 and panel.unit.startswith(("share", "seconds")):
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(_tick)
+    axes.yaxis.set_major_formatter(_tick_log if panel.log else _tick)
+    named = len(axes.get_legend_handles_labels()[1]) > 1
+    if named:  # in a row between title and plot, where it hides nothing
+        legend = axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 0.98),
+            ncols=4,
+            columnspacing=1,
+            handlelength=1.2,
+        )
+        for handle in legend.get_lines():  # strong, also where the line is faint
+            handle.set(alpha=1, linewidth=1.5)
+    axes.set_title(panel.title, loc="left", pad=24 if named else 8)
+    axes.set_xlabel("gradient steps")
+    axes.set_ylabel(panel.unit)
+
+
+def _tick(value: float, _: int) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:g}"
+
+
+def _tick_log(value: float, _: int) -> str:
+    """1e-3 rather than 0.001, and 1e-5 rather than 1e-05."""
+    if not 0 < value < 0.01:
+        return _tick(value, _)
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _finite(x: Points, y: Points) -> tuple[Points, Points]:
+    return x[np.isfinite(y)], y[np.isfinite(y)]
+
+
+def _inline_svg(text: str, title: str) -> str:
+    """Makes matplotlib's SVG part of the page: no size or address, the page's font and colours."""
+    box = re.search(r'viewBox="[^"]*"', text)[0]
+    text = text[text.index("<defs>") :]  # behind the header and the metadata
+    text = re.sub(r"<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # group names, the same in every plot
+    text = re.sub(r"font-family:[^;\"]*", "font-family: inherit", text)
+    text = text.replace(INK, "currentColor").replace(GRID, "var(--line)")
+    return f'<svg role="img" aria-label="{escape(title)}" {box}>{text}'

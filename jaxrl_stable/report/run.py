@@ -1,0 +1,110 @@
+"""A run as it was recorded.
+
+Below the run's directory lie:
+
+  metrics.jsonl   required; rows of the same step are merged, the later value wins
+  samples.jsonl   sampled responses, see `MetricsWriter.samples`
+  config.gin      the resolved configuration, shown as text
+  summary.json    an object. `name` is the title, `seconds` the time the program took, and `gain` a
+                  paired difference of the held-out score (value, low, high; fractions) that stands
+                  in for the one derived from the metrics. Everything else is listed as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxrl_stable.metrics import read_jsonl
+
+# What `MetricsWriter` and the training loop put into every row beside the metrics. `time` is the
+# clock of the wall, in seconds; phases of a step are `time/…`.
+AXES = frozenset({"step", "time", "gradient_steps"})
+# Stands for the layer at the end of a metric's name, as in routing/agreement_layer_XX.
+LAYER = "XX"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as read from its directory; `rows` has one mapping per step, in order."""
+
+    name: str
+    rows: list[dict]
+    samples: list[dict]
+    summary: dict
+    config: str
+
+    def metrics(self) -> set[str]:
+        """Names of the metrics that hold at least one number."""
+        return {k for row in self.rows for k, v in row.items() if is_number(v)} - AXES
+
+    def layers(self, name: str) -> list[str]:
+        """The metric `name` if the run has it; of a name that ends in `LAYER`, one a layer."""
+        if not name.endswith(LAYER):
+            return [name] if name in self.metrics() else []
+        stem = name.removesuffix(LAYER)
+        ends = {m: m.removeprefix(stem) for m in self.metrics() if m.startswith(stem)}
+        return sorted((m for m, end in ends.items() if end.isdigit()), key=lambda m: int(ends[m]))
+
+    def series(self, name: str) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
+        """(gradient steps, values) of the rows that have `name`; null becomes NaN.
+
+        Rows without a count of gradient steps (the cold start's) are one gradient step each.
+        """
+        rows = [row for row in self.rows if name in row]
+        x = np.array([row.get("gradient_steps", row["step"]) for row in rows], float)
+        y = np.array([row[name] if is_number(row[name]) else math.nan for row in rows], float)
+        return x, y
+
+    def last(self, name: str) -> float:
+        """The newest finite value; NaN if there is none."""
+        return next((r[name] for r in reversed(self.rows) if is_number(r.get(name))), math.nan)
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """Reads a run.
+
+    Raises:
+      ValueError: one line, when the directory or its metrics are missing, empty or damaged.
+    """
+    if not workdir.is_dir():
+        raise ValueError(f"{workdir}: no such directory; give the workdir of a training run")
+    metrics = workdir / "metrics.jsonl"
+    rows = read_jsonl(metrics) if metrics.exists() else []
+    if not rows:
+        raise ValueError(f"{metrics}: missing or empty; train at least one step first")
+    merged: dict[float, dict] = {}
+    for row in rows:
+        if not is_number(row.get("step")):
+            raise ValueError(f"{metrics}: a row has no step; this is not a metrics file of a run")
+        merged.setdefault(row["step"], {}).update(row)
+    samples, config = workdir / "samples.jsonl", workdir / "config.gin"
+    summary = read_summary(workdir / "summary.json")
+    return Run(
+        name=str(summary.get("name") or workdir.resolve().name),
+        rows=[merged[step] for step in sorted(merged)],
+        samples=read_jsonl(samples) if samples.exists() else [],
+        summary=summary,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
+    )
+
+
+def read_summary(path: pathlib.Path) -> dict:
+    try:
+        summary = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path}: not a JSON object; mend or delete it")
+    return summary
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,121 @@
+"""Sampled responses, each token on the colour of its weight between sampler and trainer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl_stable.report.run import is_number
+from jaxrl_stable.report.text import escape, plain
+
+SPREAD, NEWEST = 4, 4  # samples shown: over the run, and of the last step
+SHOWN_CHARACTERS, SHOWN_TOKENS = 20_000, 3_000
+NO_TEXT = "∎"  # a token that decodes to nothing, as the end of the response does
+LEGEND = {
+    "log_weight": (
+        "Background: π_old/μ, the mismatch part of the importance weight, "
+        '<span class="t" style="background:rgba(var(--warm),.5)">above 1</span> or '
+        '<span class="t" style="background:rgba(var(--cool),.5)">below 1</span>, '
+        "deepest from a factor of 2 on."
+    ),
+    "clipped": '<span class="t clipped">Underlined</span>: clipped, no gradient.',
+    "differs": '<span class="t routed">Framed</span>: the experts of sampler and trainer differ.',
+    "tokens": f"{NO_TEXT}: a token without text. Point at a token for its figures.",
+}
+
+
+def samples_section(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Samples of the last recorded step, and behind a fold a few from before."""
+    if not rows:
+        return ""
+    last = rows[-1].get("step")
+    newest = [row for row in rows if row.get("step") == last][:NEWEST]
+    earlier = [row for row in rows if row.get("step") != last]
+    picks = np.linspace(0, len(earlier) - 1, min(SPREAD, len(earlier))).astype(int)
+    spread = [earlier[index] for index in picks]
+    notes = [note for key, note in LEGEND.items() if any(r.get(key) for r in (*newest, *spread))]
+    legend = f'<p class="soft">{" ".join(notes)}</p>' if notes else ""
+    shown, folded = (
+        "".join(article(list(group)) for _, group in itertools.groupby(part, _problem))
+        for part in (newest, spread)
+    )
+    if folded:
+        folded = f"<details><summary>Earlier in the run</summary><br>{folded}</details>"
+    return f"<h2>Samples</h2>{legend}{shown}{folded}"
+
+
+def article(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Responses to one problem: the prompt, each response under its score, the reference answer."""
+    parts = [f"<small>prompt</small><pre>{block(rows[0].get('prompt'))}</pre>"]
+    for row in rows:
+        score = row.get("score")
+        color = ("good" if score > 0 else "bad") if is_number(score) else ""
+        facts = [f"step {plain(row['step'])}"] if row.get("step") is not None else []
+        facts += [plain(row["status"])] if row.get("status") else []
+        facts += [f"advantage {row['advantage']:+.3f}"] if is_number(row.get("advantage")) else []
+        parts.append(
+            f'<b class="{color}">score {f"{score:g}" if is_number(score) else "–"}</b> '
+            f'<span class="soft">{escape(" · ".join(["", *facts]))}</span>'
+            f"<pre>{response(row)}</pre>"
+        )
+    if rows[0].get("answer") is not None:
+        parts.append(f"<small>reference answer</small><pre>{block(rows[0]['answer'])}</pre>")
+    return f"<article>{''.join(parts)}</article>"
+
+
+def response(row: Mapping[str, Any]) -> str:
+    """The response by its tokens where they were recorded, else as it is."""
+    tokens = row.get("tokens")
+    if not isinstance(tokens, list) or not tokens:
+        return block(row.get("response"))
+    columns = [row.get(key) or [] for key in ("log_weight", "clipped", "differs")]
+    spans = [
+        token_span(plain(token), *(c[index] if index < len(c) else None for c in columns))
+        for index, token in enumerate(tokens[:SHOWN_TOKENS])
+    ]
+    rest = len(tokens) - SHOWN_TOKENS
+    return "".join(spans) + (f" <i>… {rest:,} more tokens</i>" if rest > 0 else "")
+
+
+def token_span(
+    text: str, log_weight: float | None, clipped: bool | None, differs: int | None
+) -> str:
+    """A token with what happened to it.
+
+    Args:
+      text: the token, decoded.
+      log_weight: log π_old − log μ, nats.
+      clipped: the objective silenced its gradient.
+      differs: number of layers in which sampler and trainer chose different experts.
+    """
+    style, notes = "", []
+    if is_number(log_weight):
+        # The square root makes everyday differences of a few per cent visible.
+        depth = 0.6 * math.sqrt(min(1.0, abs(log_weight) / math.log(2)))
+        style = f"background:rgba(var(--{'warm' if log_weight > 0 else 'cool'}),{depth:.2f})"
+        notes.append(f"weight {math.exp(min(log_weight, 50.0)):.3g}")
+    if clipped:
+        notes.append("clipped")
+    if differs:
+        notes.append(f"experts differ in {plain(differs)} layer{'s' * (differs != 1)}")
+    names = f"t{' clipped' * bool(clipped)}{' routed' * bool(differs)}"
+    return (
+        f'<span class="{names}" style="{style}" data-t="{escape(" · ".join(notes))}">'
+        f"{escape(text or NO_TEXT)}</span>"
+    )
+
+
+def block(value: Any) -> str:
+    """Text of any length, cut where it gets too long to read."""
+    text = plain(value)
+    rest = len(text) - SHOWN_CHARACTERS
+    tail = f" <i>… {rest:,} more characters</i>" if rest > 0 else ""
+    return escape(text[:SHOWN_CHARACTERS]) + tail
+
+
+def _problem(row: Mapping[str, Any]) -> tuple:
+    return row.get("prompt"), row.get("answer")

@@ -1,0 +1,43 @@
+"""Values as text of the page."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from typing import Any
+
+from jaxrl_stable.metrics import visible
+
+
+def escape(text: str) -> str:
+    """Text that is safe between tags and in quoted attributes, with control characters shown."""
+    return html.escape(visible(text), quote=True)
+
+
+def plain(value: Any) -> str:
+    """A JSON value for a reader; not escaped."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
+    return "–" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def figure(value: float) -> str:
+    """Three significant digits, or a whole number with its thousands set apart."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "–"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
