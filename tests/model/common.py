@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from jaxrl_stable import model as m
 from jaxrl_stable.routing import Routing
@@ -33,14 +34,21 @@ def small(**overrides):
 
 @functools.cache
 def random_model(config, seed=0):
-    """A model whose norm weights are not all one: a forgotten weight must show."""
-    keys = iter(jax.random.split(jax.random.key(seed + 100), 1000))
+    """A model whose norm weights are not all one: a forgotten weight must show.
 
-    def perturb(leaf):
-        noise = jax.random.normal(next(keys), leaf.shape, jnp.float32)
-        return (leaf * (1 + 0.3 * noise)).astype(leaf.dtype)
+    Drawn with NumPy: nothing is compiled for it.
+    """
+    rng = np.random.default_rng(seed)
 
-    return jax.tree.map(perturb, m.init_model(config, seed))
+    def draw(param):
+        shape, metadata = param.get_value().shape, param.get_metadata()
+        if metadata["inputs"] is None:
+            return param.replace(jnp.asarray(1 + 0.3 * rng.normal(size=shape), param.dtype))
+        fan_in = np.prod([shape[metadata["axes"].index(name)] for name in metadata["inputs"]])
+        return param.replace(jnp.asarray(rng.normal(size=shape) / np.sqrt(fan_in), param.dtype))
+
+    template = jax.eval_shape(lambda: m.init_model(config, 0))
+    return jax.tree.map(draw, template, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def with_config(model, config):
@@ -81,13 +89,19 @@ def pack(seqs, width):
     return Batch(*(jnp.asarray(a, jnp.int32)[None] for a in (tokens, positions, segments)))
 
 
-@jax.jit
+MIXED = small(mlp_only_layers=(0,))  # a dense layer, then two with experts
+BATCH = pad(sequences([9, 6]), 9, "left")
+
+# Compiling is nearly all of the time that these tests take.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
 def forward(model, batch, replay=None):
     return model(*batch, replay=replay)
 
 
-@jax.jit
-def value_and_grads(model, batch, weights, replay=None):
+def differentiate(model, batch, weights, replay=None):
     """Value and gradients of `Σ weights · log π(next token)`, and what the model returned."""
 
     def loss(model):
@@ -97,6 +111,9 @@ def value_and_grads(model, batch, weights, replay=None):
 
     (value, output), grads = jax.value_and_grad(loss, has_aux=True)(model)
     return value, grads, output
+
+
+value_and_grads = jax.jit(differentiate, compiler_options=QUICK)
 
 
 def loss_weights(batch, seed=0):

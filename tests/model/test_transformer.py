@@ -1,11 +1,17 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from common import (
+    BATCH,
+    MIXED,
+    QUICK,
     assert_close,
     assert_identical,
+    differentiate,
     forward,
     loss_weights,
     named,
@@ -21,17 +27,17 @@ from common import (
 
 from jaxrl_stable import model as m
 
+score = jax.jit(m.token_log_probs, compiler_options=QUICK)
+
 ARCHITECTURES = {
     "moe": small(),
     "gates_not_normalised": small(norm_topk_prob=False),
-    "leading_dense_layer": small(mlp_only_layers=(0,), num_layers=4, tie_embeddings=False),
+    "leading_dense_layer": small(mlp_only_layers=(0,), tie_embeddings=False),
     "alternating": small(decoder_sparse_step=2, num_layers=4),
     "all_dense": small(num_experts=0, num_layers=2),
     "one_kv_head": small(num_kv_heads=1, num_layers=2, rms_norm_eps=0.1, tie_embeddings=False),
     "one_query_per_key": small(num_kv_heads=4, num_layers=1, rope_theta=1e6),
 }
-MIXED = small(mlp_only_layers=(0,), num_layers=4)
-BATCH = pad(sequences([9, 6]), 9, "left")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -41,7 +47,7 @@ def test_agrees_with_the_numpy_reference(name):
     weights = reference.unstack(model)
     output = forward(model, BATCH)
     targets = jnp.roll(BATCH.tokens, -1, axis=1)
-    scores = jax.jit(m.token_log_probs, static_argnums=3)(model, output.hidden, targets, 0.7)
+    scores = score(model, output.hidden, targets, 0.7)
     assert output.router.experts.shape[0] == len(weights["layers"]) - sum(
         "router" not in layer for layer in weights["layers"]
     )
@@ -63,91 +69,87 @@ def test_the_comparison_with_the_reference_is_sharp(field):
     assert np.max(np.abs(forward(model, BATCH).hidden[0] - hidden)) > 1e-2
 
 
-@pytest.mark.parametrize("replayed", [False, True])
-@pytest.mark.parametrize(
-    "execution", [dict(scan_layers=False), dict(remat="dots"), dict(remat="block")], ids=str
-)
-def test_execution_changes_nothing(execution, replayed):
-    model = random_model(MIXED)
-    other = with_config(model, small(mlp_only_layers=(0,), num_layers=4, **execution))
-    replay = random_routing(MIXED, BATCH) if replayed else None
-    weights = loss_weights(BATCH)
-    value, grads, output = value_and_grads(model, BATCH, weights, replay)
-    value2, grads2, output2 = value_and_grads(other, BATCH, weights, replay)
+EXECUTIONS = [
+    dict(scan_layers=False),
+    dict(remat="dots"),
+    dict(remat="block"),
+    dict(remat="block", scan_layers=False),
+]
+
+
+@pytest.fixture(scope="module")
+def partly_replayed():
+    """Random experts for two thirds of the tokens: both branches of the choice are taken."""
+    routing = random_routing(MIXED, BATCH)
+    replay = dataclasses.replace(routing, valid=routing.valid & (BATCH.positions % 3 != 1))
+    return replay, value_and_grads(random_model(MIXED), BATCH, loss_weights(BATCH), replay)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
+def test_execution_changes_nothing(partly_replayed, execution):
+    # Were the backward pass of remat to route again, it would use other experts than the forward.
+    replay, (value, grads, output) = partly_replayed
+    model = with_config(random_model(MIXED), dataclasses.replace(MIXED, **execution))
+    value2, grads2, output2 = value_and_grads(model, BATCH, loss_weights(BATCH), replay)
     assert_close((value2, output2), (value, output), 1e-5)
     assert_close(grads2, grads, 2e-5)
     assert all(np.any(g) for g in named(grads).values())
 
 
-def test_rematerialisation_recomputes_with_the_replayed_experts():
-    # The gradient would be that of the live choice if the backward pass routed again.
-    config = small(remat="block")
-    model, weights = random_model(config), loss_weights(BATCH)
-    replay = random_routing(config, BATCH)
-    _, grads, _ = value_and_grads(model, BATCH, weights, replay)
-    _, live, _ = value_and_grads(model, BATCH, weights)
-    unused = np.asarray(jax.tree.leaves(grads.stacks[0][0].mlp.gate)[0])
-    assert np.max(np.abs(unused - jax.tree.leaves(live.stacks[0][0].mlp.gate)[0])) > 1e-3
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """Each sequence by itself, without any padding."""
-    model = random_model(MIXED)
-    seqs = sequences([5, 7])
-    return model, seqs, [forward(model, pad([seq], len(seq), "left")) for seq in seqs]
+@pytest.mark.fast
+@pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
+def test_execution_traces_without_replay(execution):
+    model = with_config(random_model(MIXED), dataclasses.replace(MIXED, **execution))
+    value, grads, output = jax.eval_shape(differentiate, model, BATCH, loss_weights(BATCH))
+    assert value.shape == () and output.router.experts.shape == (2, 2, 9, 3)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, model)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_columns_and_rows_change_nothing(alone, side):
-    model, seqs, expected = alone
-    batch = pad([*seqs, []], 11, side)
-    output = forward(model, batch)
-    for row, (seq, own) in enumerate(zip(seqs, expected, strict=True)):
+def test_padding_columns_and_rows_change_nothing(side):
+    model, seqs = random_model(MIXED), sequences([5, 7])
+    output = forward(model, pad([*seqs, []], 11, side))
+    load = np.zeros((2, 7))
+    for row, seq in enumerate(seqs):
         columns = slice(11 - len(seq), 11) if side == "left" else slice(0, len(seq))
-        np.testing.assert_allclose(output.hidden[row, columns], own.hidden[0], atol=1e-5)
-        np.testing.assert_array_equal(
-            output.router.experts[:, row, columns], own.router.experts[:, 0]
-        )
-        np.testing.assert_allclose(
-            output.router.confidence[:, row, columns], own.router.confidence[:, 0], atol=1e-5
-        )
-    load = sum(own.router.load for own in expected)
+        hidden, experts = reference.forward(MIXED, reference.unstack(model), seq)
+        np.testing.assert_allclose(output.hidden[row, columns], hidden, atol=1e-5)
+        np.testing.assert_array_equal(output.router.experts[:, row, columns], experts)
+        load += np.stack([np.bincount(layer.ravel(), minlength=7) for layer in experts])
     np.testing.assert_array_equal(output.router.load, load)
     assert np.all(np.isfinite(output.hidden))
 
 
-def test_packed_sequences_do_not_see_each_other(alone):
-    model, seqs, expected = alone
-    output = forward(model, pack(seqs, 14))
+def test_packed_sequences_do_not_see_each_other():
+    model, seqs = random_model(MIXED), sequences([5, 7])
+    batch = pack(seqs, 14)
+    output = forward(model, batch)
     start = 0
-    for seq, own in zip(seqs, expected, strict=True):
+    for seq in seqs:
         columns = slice(start, start + len(seq))
-        np.testing.assert_allclose(output.hidden[0, columns], own.hidden[0], atol=1e-5)
-        np.testing.assert_array_equal(
-            output.router.experts[:, 0, columns], own.router.experts[:, 0]
-        )
+        hidden, experts = reference.forward(MIXED, reference.unstack(model), seq)
+        np.testing.assert_allclose(output.hidden[0, columns], hidden, atol=1e-5)
+        np.testing.assert_array_equal(output.router.experts[:, 0, columns], experts)
         start += len(seq)
+    assert output.router.load.sum() == 2 * 3 * 12
     # Control: as one segment they do see each other.
-    one = pack(seqs, 14)
-    one = one._replace(segment_ids=(one.segment_ids > 0).astype(jnp.int32))
+    one = batch._replace(segment_ids=(batch.segment_ids > 0).astype(jnp.int32))
     assert np.max(np.abs(forward(model, one).hidden - output.hidden)) > 1e-2
 
 
 def test_padding_changes_no_gradient():
-    model, seqs = random_model(MIXED), sequences([6, 6])
-    weights = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6)), jnp.float32)
-    weights = weights.at[:, -1].set(0)
-    expected = value_and_grads(model, pad(seqs, 6, "right"), weights)
-    padded = value_and_grads(
-        model, pad([*seqs, []], 10, "right", pad_id=3), jnp.pad(weights, ((0, 1), (0, 4)))
-    )
+    model, seqs = random_model(MIXED), sequences([9, 6])
+    weights = loss_weights(BATCH)
+    expected = value_and_grads(model, BATCH, weights)
+    moved = np.zeros((3, 11), np.float32)  # the same tokens, right-padded
+    moved[0, :9], moved[1, :6] = weights[0], weights[1, 3:]
+    padded = value_and_grads(model, pad([*seqs, []], 11, "right", pad_id=3), jnp.asarray(moved))
     assert_close(padded[:2], expected[:2], 2e-5)
 
 
 def test_token_ids_at_padding_do_not_matter():
-    model, seqs = random_model(MIXED), sequences([6, 4])
-    one, other = pad(seqs, 8, "left", pad_id=0), pad(seqs, 8, "left", pad_id=39)
+    model, seqs = random_model(MIXED), sequences([9, 6])
+    one, other = pad(seqs, 9, "left", pad_id=0), pad(seqs, 9, "left", pad_id=39)
     weights = loss_weights(one)
     value, grads, output = value_and_grads(model, one, weights)
     value2, grads2, output2 = value_and_grads(model, other, weights)
@@ -159,14 +161,14 @@ def test_token_ids_at_padding_do_not_matter():
 
 
 @pytest.mark.parametrize(
-    "config", [MIXED, small(decoder_sparse_step=2, num_layers=4)], ids=["leading", "alternating"]
+    ("config", "widths"),
+    [(MIXED, (4, 1, 1, 1, 1, 1)), (ARCHITECTURES["alternating"], (5, 2, 2))],
+    ids=["tokens", "chunks"],
 )
-@pytest.mark.parametrize("widths", [(4, 1, 1, 1, 1, 1), (5, 2, 2)], ids=["tokens", "chunks"])
 def test_decoding_with_the_cache_equals_the_full_pass(config, widths):
-    model = random_model(config)
-    batch = pad(sequences([9, 7]), 9, "left")
+    model, batch = random_model(config), BATCH
     full = forward(model, batch)
-    step = jax.jit(lambda model, part, cache: model(*part, cache=cache))
+    step = jax.jit(lambda model, part, cache: model(*part, cache=cache), compiler_options=QUICK)
     cache, hidden, experts, start = m.empty_cache(config, 2, 12), [], [], 0
     for width in widths:
         part = jax.tree.map(lambda a, c=slice(start, start + width): a[:, c], batch)
@@ -185,21 +187,20 @@ def test_decoding_with_the_cache_equals_the_full_pass(config, widths):
 
 
 def test_a_row_that_is_done_does_not_disturb_the_others():
-    model, seqs = random_model(MIXED), sequences([6, 6])
-    batch = pad(seqs, 6, "left")
-    done = batch._replace(segment_ids=batch.segment_ids.at[0, 4:].set(0))
-    np.testing.assert_allclose(
-        forward(model, batch).hidden[1], forward(model, done).hidden[1], atol=1e-6
-    )
+    model = random_model(MIXED)
+    done = BATCH._replace(segment_ids=BATCH.segment_ids.at[0, 5:].set(0))
+    expected, output = forward(model, BATCH).hidden, forward(model, done).hidden
+    np.testing.assert_allclose(output[1, 3:], expected[1, 3:], atol=1e-6)
+    np.testing.assert_allclose(output[0, :5], expected[0, :5], atol=1e-6)
+    assert np.max(np.abs(output[0, 5:] - expected[0, 5:])) > 1e-2
 
 
-@pytest.mark.fast
 def test_bfloat16_keeps_the_router_and_the_log_probabilities_in_float32():
     config = small(dtype="bfloat16")
     model = random_model(config)
     weights = loss_weights(BATCH)
     value, grads, output = value_and_grads(model, BATCH, weights)
-    scores = jax.jit(m.token_log_probs)(model, output.hidden, BATCH.tokens)
+    scores = score(model, output.hidden, BATCH.tokens, 1.0)
     assert output.hidden.dtype == jnp.bfloat16
     assert output.router.confidence.dtype == jnp.float32
     assert scores.logp.dtype == scores.entropy.dtype == value.dtype == jnp.float32

@@ -1,0 +1,162 @@
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import small
+
+from jaxrl_stable.model import dispatch
+from jaxrl_stable.model.dispatch import (
+    block_rows,
+    experts_implementation,
+    gather_rows,
+    group_by_expert,
+    grouped_matmul,
+    scatter_rows,
+)
+
+# Four tokens, two choices each; token 2 is padding; expert 1 is unused.
+EXPERTS = jnp.array([[2, 0], [3, 2], [0, 1], [0, 3]])
+REAL = jnp.array([True, True, False, True])
+
+
+@pytest.mark.fast
+def test_groups_by_hand():
+    groups = group_by_expert(EXPERTS, REAL, 4, 1)
+    np.testing.assert_array_equal(groups.sizes, [2, 0, 2, 2])
+    # Pairs by expert: 0 of tokens 0, 3; 2 of tokens 0, 1; 3 of tokens 1, 3; padding fills no row.
+    np.testing.assert_array_equal(groups.source, [1, 6, 0, 3, 2, 7, 8, 8])
+    np.testing.assert_array_equal(groups.slot[REAL], [[2, 0], [4, 3], [1, 5]])
+
+
+@pytest.mark.fast
+def test_groups_in_blocks_by_hand():
+    groups = group_by_expert(EXPERTS, REAL, 4, 3)
+    np.testing.assert_array_equal(groups.sizes, [3, 0, 3, 3])
+    assert groups.source.shape[0] % 3 == 0
+    np.testing.assert_array_equal(groups.source[:9], [1, 6, 8, 0, 3, 8, 2, 7, 8])
+    assert np.all(np.asarray(groups.source[9:]) == 8)
+    np.testing.assert_array_equal(groups.slot[REAL], [[3, 0], [6, 4], [1, 7]])
+
+
+@pytest.mark.parametrize("block", [1, 2, 8])
+def test_groups_of_random_choices(block):
+    rng = np.random.default_rng(0)
+    for n, k, e in [(1, 1, 1), (5, 2, 7), (40, 3, 4), (6, 4, 4)]:
+        for share in (0.0, 0.6, 1.0):
+            experts = np.argsort(rng.random((n, e)), axis=-1)[:, :k]
+            real = rng.random(n) < share
+            groups = group_by_expert(jnp.asarray(experts), jnp.asarray(real), e, block)
+            source, slot, sizes = map(np.asarray, groups[:3])
+            counts = np.bincount(experts[real].ravel(), minlength=e)
+            np.testing.assert_array_equal(sizes, -(-counts // block) * block)
+            # Every row belongs to at most one pair, and a pair of a real token to its expert.
+            pairs = np.flatnonzero(np.repeat(real, k))
+            assert sorted(source[source < n * k]) == list(pairs)
+            np.testing.assert_array_equal(source[slot.ravel()[pairs]], pairs)
+            owner = np.repeat(np.arange(e), sizes)
+            np.testing.assert_array_equal(owner[slot.ravel()[pairs]], experts.ravel()[pairs])
+            assert slot.max() < len(source)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "block"), [("ragged", 1), ("blocked", 2), ("blocked", 8)]
+)
+def test_grouped_product_equals_a_loop(implementation, block):
+    rng = np.random.default_rng(0)
+    tokens, w = rng.normal(size=(4, 5)), rng.normal(size=(4, 5, 6))
+    groups = group_by_expert(EXPERTS, REAL, 4, block)
+    rows = scatter_rows(jnp.asarray(tokens, jnp.float32), groups.source, groups.slot)
+    y = grouped_matmul(rows, jnp.asarray(w, jnp.float32), groups, implementation)
+    for n in np.flatnonzero(REAL):
+        for k in range(2):
+            expected = tokens[n] @ w[EXPERTS[n, k]]
+            np.testing.assert_allclose(y[groups.slot[n, k]], expected, rtol=1e-5, atol=1e-5)
+    used = np.asarray(groups.slot)[np.asarray(REAL)].ravel()
+    assert not np.any(np.delete(np.asarray(y), used, axis=0))  # rows outside every group
+
+
+def test_gradients_of_the_moves_are_those_of_plain_indexing():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
+    for block in (1, 4):
+        groups = group_by_expert(EXPERTS, REAL, 4, block)
+        source, slot, _, _ = groups
+        rows = jnp.asarray(rng.normal(size=(source.shape[0], 5)), jnp.float32)
+        pairs = jnp.asarray(rng.normal(size=(4, 2, 5)) * np.asarray(REAL)[:, None, None])
+        scatter = lambda x, source=source: jnp.where(  # noqa: E731
+            (source < 8)[:, None], x[jnp.minimum(source, 7) // 2], 0
+        )
+        np.testing.assert_array_equal(scatter_rows(x, source, slot), scatter(x))
+        # Rows of padding get no cotangent from the products, which stop at the last group.
+        cotangent = jnp.where((source < 8)[:, None], rows, 0)
+        actual = jax.vjp(lambda x, g=groups: scatter_rows(x, g.source, g.slot), x)[1](cotangent)
+        expected = jax.vjp(scatter, x)[1](cotangent)
+        np.testing.assert_allclose(actual[0][REAL], expected[0][REAL], rtol=1e-5, atol=1e-6)
+        actual = jax.vjp(lambda y, g=groups: gather_rows(y, g.source, g.slot), rows)[1](pairs)
+        expected = jax.vjp(lambda y, slot=slot: y[slot], rows)[1](pairs)
+        np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def _leave_garbage(product):
+    """A grouped product that leaves NaN in rows outside every group, forward and backward."""
+
+    def spoil(y, sizes):
+        return jnp.where((jnp.arange(y.shape[0]) < sizes.sum())[:, None], y, jnp.nan)
+
+    @jax.custom_vjp
+    def spoiled(x, w, sizes):
+        return spoil(product(x, w, sizes), sizes)
+
+    def backward(residuals, g):
+        x, w, sizes = residuals
+        _, pull = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
+        dx, dw = pull(g)
+        return spoil(dx, sizes), dw, np.zeros(sizes.shape, jax.dtypes.float0)
+
+    spoiled.defvjp(lambda x, w, s: (spoiled(x, w, s), (x, w, s)), backward)
+    return spoiled
+
+
+def test_what_a_kernel_leaves_outside_the_groups_reaches_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(4, 5)).astype(np.float32), rng.normal(size=(4, 5, 6))
+    groups = group_by_expert(EXPERTS, REAL, 4, 1)
+
+    def loss(x, w):
+        rows = scatter_rows(x, groups.source, groups.slot)
+        y = gather_rows(
+            grouped_matmul(rows, w, groups, "ragged"), groups.source, groups.slot
+        )
+        return jnp.sum(jnp.where(REAL[:, None, None], y, 0) ** 2)
+
+    run = partial(jax.value_and_grad(loss, argnums=(0, 1)), jnp.asarray(x), jnp.asarray(w, "f4"))
+    expected = run()
+    monkeypatch.setattr(jax.lax, "ragged_dot", _leave_garbage(jax.lax.ragged_dot))
+    for actual, clean in zip(jax.tree.leaves(run()), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, clean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.fast
+def test_rows_of_a_block():
+    assert block_rows(8, 128) == 8  # never below the vector width
+    assert block_rows(4 * 8 * 64, 8) == 64
+    assert block_rows(4 * 8 * 100, 8) == 64  # rounded down to a power of two
+    assert block_rows(10**9, 8) == 128
+
+
+@pytest.mark.fast
+def test_implementation_of_experts(monkeypatch):
+    def resolve(backend, installed, experts="auto"):
+        monkeypatch.setattr(dispatch.jax, "default_backend", lambda: backend)
+        monkeypatch.setitem(sys.modules, "tokamax", object() if installed else None)
+        return experts_implementation(small(experts=experts))
+
+    assert resolve("cpu", True) == resolve("cpu", False) == "blocked"
+    assert resolve("tpu", True) == resolve("gpu", True) == "tokamax"
+    assert resolve("tpu", False) == "ragged"
+    assert resolve("gpu", False, "ragged") == "ragged"  # the slow path only by explicit choice
+    with pytest.raises(RuntimeError, match="tokamax"):
+        resolve("gpu", False)
