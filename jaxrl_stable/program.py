@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import gin
+import jax
 from absl import app, flags, logging
 
 from jaxrl_stable import configs
@@ -22,6 +23,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of this run; resumed w
 DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 GIN_PREFIX = "--gin."
+
+# Bindings on the command line know these names, whatever the gin files import.
+PREAMBLE = (
+    "from __gin__ import dynamic_registration",
+    "from jaxrl_stable import configs",
+    "from jaxrl_stable import data",
+    "from jaxrl_stable.model import config as model",
+)
 
 
 def run(main: Callable[[configs.Experiment, str], None]) -> None:
@@ -38,6 +47,9 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
         try:
             if WORKDIR.value is None:
                 raise ValueError("--workdir is missing; say where this run keeps its files")
+            if jax.config.jax_compilation_cache_dir is None:  # a resumed run need not compile
+                cache = os.path.join(os.path.abspath(WORKDIR.value), "xla_cache")
+                jax.config.update("jax_compilation_cache_dir", cache)
             main(load_experiment(GIN_FILE.value, bindings), WORKDIR.value)
         except (ValueError, OSError, RuntimeError) as error:
             if DEBUG.value:
@@ -60,10 +72,12 @@ def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> confi
             raise FileNotFoundError(f"gin file {path} does not exist; check --gin_file")
     gin.clear_config()
     try:
-        gin.parse_config_files_and_bindings(list(files), list(bindings))
-        return _configured(configs.Experiment)()
+        gin.parse_config_files_and_bindings(list(files), [*PREAMBLE, *bindings])
+        experiment = _configured(configs.Experiment)()
     except (ValueError, TypeError, SyntaxError, NameError, ImportError, AttributeError) as error:
         raise ValueError(_one_line(error)) from error
+    _check_all_bindings_used()
+    return experiment
 
 
 def resolved_config() -> str:
@@ -77,6 +91,28 @@ def _configured(cls: type) -> Callable:
         return gin.get_configurable(cls)
     except ValueError:
         return cls
+
+
+def _check_all_bindings_used() -> None:
+    """A binding that nothing reads is a mistake that would otherwise pass in silence.
+
+    gin has no public view of single bindings; these two tables are what `gin.config_str` and
+    `gin.operative_config_str` print.
+    """
+    used = {
+        (selector, name)
+        for (_, selector), values in gin.config._OPERATIVE_CONFIG.items()
+        for name in values
+    }
+    for (scope, selector), values in gin.config._CONFIG.items():
+        for name in values:
+            if selector != "gin.macro" and (selector, name) not in used:
+                cls = selector.removeprefix("jaxrl_stable.")
+                where = f"{scope}/" if scope else ""
+                raise ValueError(
+                    f"{where}{cls}.{name} is bound but nothing uses it; bind @{where}{cls}() "
+                    "where it belongs, or remove the line"
+                )
 
 
 def _one_line(error: Exception) -> str:

@@ -142,7 +142,7 @@ def score(
     routing = batch.routing
     if replay == "R2":
         experts = jnp.moveaxis(experts, 0, 1).reshape(batch.routing.experts.shape)
-        routing = Routing(experts, batch.real)
+        routing = Routing(experts, _predicts(batch.real))
     shape = batch.tokens.shape
     return Scored(
         logp.reshape(shape), routing, differs.reshape(shape), diagnostics.collapse(metrics)
@@ -204,6 +204,11 @@ def mismatch(batch: TrainBatch, logp_old: Float[Array, "B T"], router: RouterOut
         **diagnostics.mismatch_metrics(logp_old, batch.logp_rollout, batch.response_mask),
         **diagnostics.routing_metrics(agreement(batch, router), batch.routing.valid),
     }
+
+
+def _predicts(real: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Real tokens that another one follows: the last of a row predicts nothing that is scored."""
+    return real & jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
 
 
 def agreement(batch: TrainBatch, router: RouterOutput) -> Float[Array, "L B T"]:

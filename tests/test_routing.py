@@ -22,7 +22,6 @@ def test_overlap_by_hand():
     np.testing.assert_array_equal(overlap(b, a), overlap(a, b))
 
 
-@pytest.mark.fast
 def test_dtype_of_experts():
     # 256 experts use every value of uint8: there is no room for a sentinel, and none is needed.
     assert expert_dtype(256) == jnp.uint8
@@ -32,7 +31,6 @@ def test_dtype_of_experts():
     validate(Routing(experts, jnp.ones((1, 1), bool)), 1, 256)
 
 
-@pytest.mark.fast
 def test_bytes_per_token():
     experts = jnp.zeros((48, 1, 2, 8), jnp.uint8)
     assert Routing(experts, jnp.ones((1, 2), bool)).bytes_per_token == 384  # Qwen3-30B-A3B
@@ -53,25 +51,21 @@ def test_routing_is_a_pytree_of_its_arrays():
     assert isinstance(halved, Routing) and len(jax.tree.leaves(one)) == 2
 
 
-@pytest.mark.fast
 def test_a_good_routing_passes():
     validate(routing(), 2, 8)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("shape", [(2, 2, 4, 2), (2, 3, 3, 2), (2, 2, 3)], ids=str)
 def test_wrong_shapes_are_refused(shape):
     with pytest.raises(ValueError, match=r"shape.*\[L, B, T, K\]"):
         validate(dataclasses.replace(routing(), experts=jnp.zeros(shape, jnp.uint8)), 2, 8)
 
 
-@pytest.mark.fast
 def test_rows_of_dense_layers_are_refused():
     with pytest.raises(ValueError, match="has 3 layers but the model has 2 MoE layers"):
         validate(routing(layers=3), 2, 8)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(("dtype", "num_experts"), [(jnp.int32, 8), (jnp.uint8, 300)])
 def test_wrong_dtypes_are_refused(dtype, num_experts):
     one = routing()
@@ -80,7 +74,6 @@ def test_wrong_dtypes_are_refused(dtype, num_experts):
         validate(one, 2, num_experts)
 
 
-@pytest.mark.fast
 def test_experts_out_of_range_are_refused():
     one = routing()
     bad = dataclasses.replace(one, experts=one.experts.at[1, 0, 2, 1].set(255))  # a stored −1
@@ -88,7 +81,6 @@ def test_experts_out_of_range_are_refused():
         validate(bad, 2, 8)
 
 
-@pytest.mark.fast
 def test_an_expert_twice_is_refused_with_its_place():
     one = routing()
     bad = dataclasses.replace(one, experts=one.experts.at[1, 0, 2].set(5))

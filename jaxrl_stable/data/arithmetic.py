@@ -65,8 +65,9 @@ _STORIES = (
 class ArithmeticSource:
     """Word problems such as "Ann has 17 pens. She buys 25 and gives away 8. How many ...?".
 
-    The answer has the form of GSM8K, a short worked solution and the result: `"17+25=42 42-8=34 ####
-    34"`. No intermediate result is negative. Item `i` is a pure function of the settings, the split and `i`.
+    The answer has the form of GSM8K, a short worked solution and then the result behind four
+    hashes: `"17+25=42 42-8=34 #### 34"`. No intermediate result is negative. Item `i` is a pure
+    function of the settings, the split and `i`.
 
     Train and held-out problems are disjoint in their arithmetic, not only in their wording: a
     problem is held out if and only if the CRC-32 of its numbers and operations (`"17+25-8"`) is
@@ -134,9 +135,7 @@ def _draw(rng: np.random.Generator, steps: int, largest: int) -> tuple[int, tupl
     return start, tuple(changes)
 
 
-def _tell(
-    rng: np.random.Generator, start: int, changes: tuple[int, ...], slips: float
-) -> Problem:
+def _tell(rng: np.random.Generator, start: int, changes: tuple[int, ...], slips: float) -> Problem:
     story = _STORIES[rng.integers(len(_STORIES))]
     name, pronoun = _PEOPLE[rng.integers(len(_PEOPLE))]
     objects = _OBJECTS[rng.integers(len(_OBJECTS))]

@@ -24,7 +24,7 @@ class Groups(NamedTuple):
 
     Attributes:
       source: pair that fills a row; N * K where none does.
-      slot: row of each pair.
+      slot: row of each pair; outside every group for padding.
       sizes: rows of each expert, block padding included.
       block: rows of a block; 1 when groups are not padded.
     """
@@ -48,7 +48,8 @@ def group_by_expert(
     sorted_ids = ids[order]
     rows = padded_start[sorted_ids] + jnp.arange(n * k) - start[sorted_ids]
     capacity = n * k if block == 1 else -(-(n * k + num_experts * (block - 1)) // block) * block
-    source = jnp.full((capacity,), n * k, order.dtype).at[rows].set(order, mode="drop")
+    pairs = jnp.where(sorted_ids < num_experts, order, n * k)  # rows of padding stay unfilled
+    source = jnp.full((capacity,), n * k, order.dtype).at[rows].set(pairs, mode="drop")
     slot = jnp.zeros((n * k,), rows.dtype).at[order].set(rows).reshape(n, k)
     return Groups(source, slot, padded[:num_experts], block)
 
@@ -72,6 +73,7 @@ def _scatter_rows_fwd(x, source, slot):
 
 def _scatter_rows_bwd(residuals, g):
     source, slot = residuals
+    g = jnp.where((source < slot.size)[:, None], g, 0)  # a kernel may leave anything elsewhere
     return gather_rows(g, source, slot).sum(1), _no_gradient(source), _no_gradient(slot)
 
 

@@ -114,6 +114,8 @@ def differentiate(model, batch, weights, replay=None):
 
 
 value_and_grads = jax.jit(differentiate, compiler_options=QUICK)
+# With all of the compiler's optimisations: fusion is what could break identities of bits.
+optimised = jax.jit(differentiate)
 
 
 def loss_weights(batch, seed=0):
@@ -121,7 +123,9 @@ def loss_weights(batch, seed=0):
     segments = np.asarray(batch.segment_ids)
     counts = (segments != 0) & (segments == np.roll(segments, -1, axis=1))
     counts[:, -1] = False
-    return jnp.asarray(np.random.default_rng(seed).normal(size=segments.shape) * counts, jnp.float32)
+    return jnp.asarray(
+        np.random.default_rng(seed).normal(size=segments.shape) * counts, jnp.float32
+    )
 
 
 def random_routing(config, batch, seed=0):

@@ -33,7 +33,12 @@ def unstack(model):
                 layers.append(layer)
     embedding = array(model.embedding)
     head = array(model.head) if hasattr(model, "head") else embedding.T
-    return {"embedding": embedding, "layers": layers, "norm": array(model.norm.weight), "head": head}
+    return {
+        "embedding": embedding,
+        "layers": layers,
+        "norm": array(model.norm.weight),
+        "head": head,
+    }
 
 
 def forward(config, weights, tokens, replay=None):
@@ -114,7 +119,9 @@ def attention(config, layer, x):
         values.append([vector @ layer["value"][:, g] for g in range(config.num_kv_heads)])
         output = np.zeros_like(vector)
         for h in range(config.num_heads):
-            query = rms_norm(vector @ layer["query"][:, h], layer["query_norm"], config.rms_norm_eps)
+            query = rms_norm(
+                vector @ layer["query"][:, h], layer["query_norm"], config.rms_norm_eps
+            )
             query = rotate(query, position, config.rope_theta)
             g = h // per_group
             weights = softmax(

@@ -1,11 +1,12 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from common import small
+from common import QUICK, small
 from flax import nnx
 
 from jaxrl_stable.model import attention, empty_cache
@@ -23,15 +24,10 @@ def frame(segments, positions=None, cache=None, config=CONFIG):
 @pytest.mark.fast
 def test_mask_of_left_padding_and_packing_by_hand():
     mask = np.asarray(frame([[0, 1, 1, 1], [1, 1, 2, 0]]).mask[:, 0]).astype(int)
-    np.testing.assert_array_equal(
-        mask[0], [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
-    )
-    np.testing.assert_array_equal(
-        mask[1], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    )
+    np.testing.assert_array_equal(mask[0], [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]])
+    np.testing.assert_array_equal(mask[1], [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
 
 
-@pytest.mark.fast
 def test_mask_of_a_decode_step_by_hand():
     cache = empty_cache(CONFIG, 2, 5).extend(jnp.array([[0, 1], [1, 1]])).advance(2)
     cache = cache.extend(jnp.array([[1, 1], [1, 0]]))  # row 1 ends after one more token
@@ -40,7 +36,6 @@ def test_mask_of_a_decode_step_by_hand():
     np.testing.assert_array_equal(mask[1], [[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
 
 
-@pytest.mark.fast
 def test_rotation_pairs_the_two_halves():
     x = np.random.default_rng(0).normal(size=(1, 4, 2, 6))
     positions = np.array([[0, 1, 5, 1000]])
@@ -52,7 +47,6 @@ def test_rotation_pairs_the_two_halves():
     np.testing.assert_allclose(turned[0, 0], x[0, 0], atol=1e-6)  # position 0 turns nothing
 
 
-@pytest.mark.fast
 def test_rotated_products_depend_on_the_distance_alone():
     q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 6)).astype(np.float32)
 
@@ -65,17 +59,19 @@ def test_rotated_products_depend_on_the_distance_alone():
     assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-2)
 
 
-@pytest.mark.fast
 def test_norm_by_hand_and_in_float32():
     norm = attention.Norm("embed", 2, dataclasses.replace(CONFIG, rms_norm_eps=0.5))
     norm.weight.set_value(jnp.array([2.0, 10.0]))
     # mean of squares 12.5, plus 0.5 gives 13.
-    np.testing.assert_allclose(
-        norm(jnp.array([3.0, 4.0])), [6 / 13**0.5, 40 / 13**0.5], rtol=1e-6
-    )
+    np.testing.assert_allclose(norm(jnp.array([3.0, 4.0])), [6 / 13**0.5, 40 / 13**0.5], rtol=1e-6)
     large = norm(jnp.array([300.0, 300.0], jnp.float16))  # squares overflow float16
     assert large.dtype == jnp.float16
     np.testing.assert_allclose(large, [2, 10], rtol=1e-2)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def apply(layer, x, frame):
+    return layer(x, frame, None, 0)[0]
 
 
 def test_query_heads_share_the_key_head_of_their_group():
@@ -88,11 +84,11 @@ def test_query_heads_share_the_key_head_of_their_group():
     for h in range(CONFIG.num_heads):
         layer.out.set_value(jnp.zeros_like(out).at[h].set(out[h]))
         layer.value.set_value(value)
-        before = layer(x, frame(np.ones((1, 5))), None, 0)[0]
+        before = apply(layer, x, frame(np.ones((1, 5))))
         changed = []
         for g in range(CONFIG.num_kv_heads):
             layer.value.set_value(value.at[:, g].add(1.0))
-            after = layer(x, frame(np.ones((1, 5))), None, 0)[0]
+            after = apply(layer, x, frame(np.ones((1, 5))))
             changed.append(bool(jnp.max(jnp.abs(after - before)) > 1e-3))
         assert changed == [g == h // 2 for g in range(CONFIG.num_kv_heads)]
 
@@ -105,11 +101,12 @@ def test_rows_that_see_nothing_stay_finite():
     def loss(layer, x):
         return jnp.sum(layer(x, padded, None, 0)[0] ** 2)
 
-    for leaf in jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(layer, x)):
+    for leaf in jax.tree.leaves(
+        jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)(layer, x)
+    ):
         assert np.all(np.isfinite(leaf))
 
 
-@pytest.mark.fast
 def test_implementation_of_attention(monkeypatch):
     def resolve(backend, **overrides):
         monkeypatch.setattr(jax, "default_backend", lambda: backend)

@@ -25,7 +25,6 @@ def test_parameter_count_by_hand():
     assert m.parameter_count(small(mlp_only_layers=(0,))) == layers + D + V * D
 
 
-@pytest.mark.fast
 def test_layers_with_experts():
     def moe(**overrides):
         config = small(num_layers=6, **overrides)
@@ -41,7 +40,6 @@ def test_layers_with_experts():
     assert moe(num_experts=0) == []
 
 
-@pytest.mark.fast
 def test_layer_plans():
     def plan(**overrides):
         config = small(**overrides)
@@ -60,7 +58,6 @@ def test_layer_plans():
     plan(num_layers=9, mlp_only_layers=(2, 3, 7))
 
 
-@pytest.mark.fast
 def test_the_layers_of_a_plan_stand_in_depth_order():
     config = small(num_layers=5, mlp_only_layers=(0, 3))
     stacks = jax.eval_shape(lambda: m.init_model(config, 0)).stacks
@@ -70,7 +67,6 @@ def test_the_layers_of_a_plan_stand_in_depth_order():
     assert kinds == [False, True, True, False, True]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -88,7 +84,6 @@ def test_wrong_configurations_are_refused(overrides, message):
         small(**overrides)
 
 
-@pytest.mark.fast
 def test_execution_fields_are_no_part_of_the_architecture():
     assert set(EXECUTION_FIELDS) < {field.name for field in dataclasses.fields(m.ModelConfig)}
     config = small()

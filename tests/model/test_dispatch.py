@@ -1,5 +1,4 @@
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ EXPERTS = jnp.array([[2, 0], [3, 2], [0, 1], [0, 3]])
 REAL = jnp.array([True, True, False, True])
 
 
-@pytest.mark.fast
 def test_groups_by_hand():
     groups = group_by_expert(EXPERTS, REAL, 4, 1)
     np.testing.assert_array_equal(groups.sizes, [2, 0, 2, 2])
@@ -31,7 +29,6 @@ def test_groups_by_hand():
     np.testing.assert_array_equal(groups.slot[REAL], [[2, 0], [4, 3], [1, 5]])
 
 
-@pytest.mark.fast
 def test_groups_in_blocks_by_hand():
     groups = group_by_expert(EXPERTS, REAL, 4, 3)
     np.testing.assert_array_equal(groups.sizes, [3, 0, 3, 3])
@@ -61,6 +58,7 @@ def test_groups_of_random_choices(block):
             assert slot.max() < len(source)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("implementation", "block"), [("ragged", 1), ("blocked", 2), ("blocked", 8)]
 )
@@ -100,46 +98,6 @@ def test_gradients_of_the_moves_are_those_of_plain_indexing():
         np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5, atol=1e-6)
 
 
-def _leave_garbage(product):
-    """A grouped product that leaves NaN in rows outside every group, forward and backward."""
-
-    def spoil(y, sizes):
-        return jnp.where((jnp.arange(y.shape[0]) < sizes.sum())[:, None], y, jnp.nan)
-
-    @jax.custom_vjp
-    def spoiled(x, w, sizes):
-        return spoil(product(x, w, sizes), sizes)
-
-    def backward(residuals, g):
-        x, w, sizes = residuals
-        _, pull = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
-        dx, dw = pull(g)
-        return spoil(dx, sizes), dw, np.zeros(sizes.shape, jax.dtypes.float0)
-
-    spoiled.defvjp(lambda x, w, s: (spoiled(x, w, s), (x, w, s)), backward)
-    return spoiled
-
-
-def test_what_a_kernel_leaves_outside_the_groups_reaches_nothing(monkeypatch):
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(4, 5)).astype(np.float32), rng.normal(size=(4, 5, 6))
-    groups = group_by_expert(EXPERTS, REAL, 4, 1)
-
-    def loss(x, w):
-        rows = scatter_rows(x, groups.source, groups.slot)
-        y = gather_rows(
-            grouped_matmul(rows, w, groups, "ragged"), groups.source, groups.slot
-        )
-        return jnp.sum(jnp.where(REAL[:, None, None], y, 0) ** 2)
-
-    run = partial(jax.value_and_grad(loss, argnums=(0, 1)), jnp.asarray(x), jnp.asarray(w, "f4"))
-    expected = run()
-    monkeypatch.setattr(jax.lax, "ragged_dot", _leave_garbage(jax.lax.ragged_dot))
-    for actual, clean in zip(jax.tree.leaves(run()), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(actual, clean, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.fast
 def test_rows_of_a_block():
     assert block_rows(8, 128) == 8  # never below the vector width
     assert block_rows(4 * 8 * 64, 8) == 64
@@ -147,7 +105,6 @@ def test_rows_of_a_block():
     assert block_rows(10**9, 8) == 128
 
 
-@pytest.mark.fast
 def test_implementation_of_experts(monkeypatch):
     def resolve(backend, installed, experts="auto"):
         monkeypatch.setattr(dispatch.jax, "default_backend", lambda: backend)

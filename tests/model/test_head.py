@@ -64,7 +64,6 @@ def test_extreme_logits_stay_finite():
     assert np.all(np.isfinite(output.logp)) and np.all(np.asarray(output.entropy) >= -1e-3)
 
 
-@pytest.mark.fast
 def test_logits_of_the_sampler_are_those_of_the_score(scored):
     hidden, targets, _ = scored
     model = model_with(4)

@@ -1,0 +1,134 @@
+"""Shared small models and batches; anything that compiles is made once a session."""
+
+import dataclasses
+import os
+from functools import partial
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compile times are most of the suite; the code that runs is the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_stable import configs
+from jaxrl_stable.model import init_model, tiny
+from jaxrl_stable.optimizer import init_state, make_optimizer
+from jaxrl_stable.quantize import quantize
+from jaxrl_stable.rollout import Sampling, rollout
+from jaxrl_stable.update import make_batch, score, update, with_old_policy
+
+OBJECTIVE = configs.Objective()
+ROWS, WIDTH, MAX_TOKENS, EOS = 16, 7, 9, 2
+
+
+@pytest.fixture(scope="session")
+def config():
+    """Two MoE layers behind a dense one: routing must be aligned by MoE layer, not by depth."""
+    return tiny(
+        vocab_size=32,
+        hidden_size=32,
+        num_layers=3,
+        mlp_only_layers=(0,),
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        head_chunk=4,
+    )
+
+
+@pytest.fixture(scope="session")
+def model(config):
+    return init_model(config, 0)
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Left-padded prompts of different lengths."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, WIDTH + 1, ROWS)
+    mask = np.arange(WIDTH)[None] >= WIDTH - lengths[:, None]
+    return np.where(mask, rng.integers(4, 32, (ROWS, WIDTH)), 0), mask
+
+
+@pytest.fixture(scope="session")
+def sample(prompts):
+    """The jitted rollout: `sample(model, key)`."""
+    sampling = Sampling(MAX_TOKENS, stop_ids=(EOS, 3, 4))
+    jitted = jax.jit(partial(rollout, sampling=sampling))
+    return lambda model, key: jitted(model, *prompts, key)
+
+
+@pytest.fixture(scope="session")
+def trajectory(model, sample):
+    """Sampled by the policy itself."""
+    return sample(model, jax.random.key(1))
+
+
+@pytest.fixture(scope="session")
+def quantized_trajectory(model, sample):
+    """Sampled by the int8 copy: a real gap between sampler and trainer."""
+    return sample(quantize(model, "int8"), jax.random.key(1))
+
+
+@pytest.fixture(scope="session")
+def advantages():
+    rewards = np.random.default_rng(3).integers(0, 2, ROWS).astype(np.float32)
+    return jnp.asarray(rewards - rewards.mean())
+
+
+@pytest.fixture(scope="session")
+def passes():
+    """Jitted `score` and `update` by their settings, compiled once each.
+
+    `scored_batch(model, trajectory, advantages, replay)` and
+    `step(state, batch, objective, micro_batch_size)`.
+    """
+    optimizer = make_optimizer(configs.Optimizer(learning_rate=1e-2, clip_norm=1e9))
+    jitted_score = jax.jit(score, static_argnames=("replay", "micro_batch_size", "temperature"))
+    jitted_update = jax.jit(
+        partial(update, optimizer=optimizer),
+        static_argnames=("objective", "micro_batch_size", "temperature"),
+    )
+
+    class Passes:
+        init = staticmethod(lambda model: init_state(model, optimizer))
+
+        @staticmethod
+        def scored(model, trajectory, advantages, replay="R3", micro_batch_size=4):
+            batch = make_batch(trajectory, advantages)
+            return jitted_score(
+                model, batch, replay=replay, micro_batch_size=micro_batch_size, temperature=1.0
+            )
+
+        @staticmethod
+        def scored_batch(model, trajectory, advantages, replay="R3", micro_batch_size=4):
+            scored = Passes.scored(model, trajectory, advantages, replay, micro_batch_size)
+            return with_old_policy(make_batch(trajectory, advantages), scored)
+
+        @staticmethod
+        def step(state, batch, objective=OBJECTIVE, micro_batch_size=4):
+            return jitted_update(
+                state,
+                batch,
+                objective=objective,
+                micro_batch_size=micro_batch_size,
+                temperature=1.0,
+            )
+
+    return Passes
+
+
+@pytest.fixture(scope="session")
+def perturbed(model):
+    """The policy after some updates: every weight moved by a few percent."""
+    leaves, treedef = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    moved = [w * (1 + 0.05 * jax.random.normal(k, w.shape)) for w, k in zip(leaves, keys)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def replace(tree, **fields):
+    return dataclasses.replace(tree, **fields)

@@ -1,0 +1,131 @@
+"""Bad input ends in one line that names file, line or field and what to do, with status 2."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+from absl import flags
+
+from jaxrl_stable import program, train
+
+GIN = str(pathlib.Path(__file__).with_name("experiment.gin"))
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """Runs the training program in this process and returns its one line of error."""
+
+    def fail(*arguments, gin_file=GIN):
+        argv = ["train", f"--gin_file={gin_file}", f"--workdir={tmp_path / 'run'}", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as error:
+            program.run(train.main)
+        assert error.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    yield fail
+    flags.FLAGS.unparse_flags()
+
+
+def jsonl(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines))
+    return f"--gin.configs.Data.train='{path}'"
+
+
+GOOD = json.dumps({"prompt": "1+1?", "answer": "2"})
+
+
+@pytest.mark.fast
+def test_missing_file(fails, tmp_path):
+    line = fails(f"--gin.configs.Data.train='{tmp_path}/absent.jsonl'")
+    assert "absent.jsonl" in line and "check the path" in line
+
+
+@pytest.mark.fast
+def test_malformed_row(fails, tmp_path):
+    line = fails(jsonl(tmp_path / "bad.jsonl", GOOD, "{not json"))
+    assert "bad.jsonl" in line and "2" in line
+
+
+def test_missing_field(fails, tmp_path):
+    line = fails(jsonl(tmp_path / "bad.jsonl", GOOD, GOOD, '{"prompt": "x"}'))
+    assert "bad.jsonl" in line and "3" in line and "answer" in line
+
+
+def test_answer_of_wrong_type(fails, tmp_path):
+    line = fails(jsonl(tmp_path / "bad.jsonl", '{"prompt": "1+1?", "answer": 2}'))
+    assert "bad.jsonl" in line and "answer" in line and "quot" in line
+
+
+def test_unreadable_reference(fails, tmp_path):
+    line = fails(
+        jsonl(tmp_path / "bad.jsonl", *[GOOD] * 60, '{"prompt": "x", "answer": "two"}'),
+        "--gin.configs.Data.vocab_size=16",
+    )
+    assert "bad.jsonl" in line and "two" in line
+
+
+def test_empty_data_set(fails, tmp_path):
+    assert "empty" in fails(jsonl(tmp_path / "empty.jsonl"))
+
+
+def test_prompt_longer_than_the_limit(fails):
+    line = fails("--gin.configs.Data.prompt_width=5")
+    assert "prompt width of 5" in line and "tokens" in line
+
+
+def test_unknown_gin_name(fails):
+    line = fails("--gin.configs.Reinforcement.stepz=3")
+    assert "stepz" in line and "configs.Reinforcement" in line
+    line = fails("--gin.configs.Nothing.steps=3")
+    assert "configs.Nothing" in line
+
+
+def test_missing_gin_file(fails):
+    assert "gin file nowhere.gin does not exist" in fails(gin_file="nowhere.gin")
+
+
+def test_unknown_switch(fails):
+    line = fails("--gin.configs.Objective.replay='R4'")
+    assert "Objective.replay is 'R4'; use one of 'none', 'R2', 'R3'" in line
+
+
+def test_sizes_that_do_not_fit(fails):
+    line = fails("--gin.configs.Reinforcement.micro_batch_size=3")
+    assert "micro_batch_size (3) must divide it" in line
+
+
+def test_tokenizer_larger_than_the_model(fails):
+    line = fails("--gin.model.tiny.vocab_size=64")
+    assert "has 96 entries but ModelConfig.vocab_size is 64" in line
+
+
+def test_unknown_reward(fails):
+    assert "'guess'" in fails("--gin.configs.Data.reward='guess'")
+
+
+def test_mesh_that_does_not_fit(fails):
+    line = fails(
+        "--gin.configs.Experiment.mesh=@configs.MeshShape()", "--gin.configs.MeshShape.data=3"
+    )
+    assert "does not fit" in line and "devices" in line
+
+
+def test_missing_workdir(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", f"--gin_file={GIN}"])
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS["workdir"].value = None
+    with pytest.raises(SystemExit):
+        program.run(train.main)
+    assert "--workdir is missing" in capsys.readouterr().err
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.fast
+def test_binding_without_effect(fails):
+    """A section that is configured but not wired in would be ignored in silence."""
+    line = fails("--gin.configs.MeshShape.data=1")
+    assert "configs.MeshShape.data is bound but nothing uses it" in line

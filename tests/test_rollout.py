@@ -1,0 +1,158 @@
+"""The sampler: what it records is what the training program would compute."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_stable.model import token_log_probs
+from jaxrl_stable.rollout import Sampling, _draw, rollout
+from jaxrl_stable.update import make_batch, policy_log_probs
+
+
+@pytest.fixture(scope="module")
+def rescored(model, trajectory):
+    batch = make_batch(trajectory, jnp.zeros(len(trajectory.tokens)))
+    return jax.jit(partial(policy_log_probs, replay=None, temperature=1.0))(model, batch)
+
+
+def test_layout(trajectory, prompts):
+    """Prompts left-padded, responses from column P on, contiguous, EOS included, then padding."""
+    tokens, mask = prompts
+    P = trajectory.prompt_width
+    np.testing.assert_array_equal(trajectory.tokens[:, :P], tokens)
+    np.testing.assert_array_equal(trajectory.real[:, :P], mask)
+    assert not trajectory.response_mask[:, :P].any()
+    response = np.asarray(trajectory.response_mask[:, P:])
+    lengths = response.sum(-1)
+    np.testing.assert_array_equal(response, np.arange(response.shape[1])[None] < lengths[:, None])
+    sampled = np.asarray(trajectory.tokens[:, P:])
+    stops = np.isin(sampled, (2, 3, 4)) & response
+    last = response & ~np.roll(np.pad(response, ((0, 0), (0, 1))), -1, 1)[:, :-1]
+    assert not (stops & ~last).any()  # a stop token is always the last one
+    np.testing.assert_array_equal(trajectory.finished, stops.any(-1))
+    assert 0 < np.asarray(trajectory.finished).sum() < len(lengths)  # both kinds are in the test
+    assert (lengths[~np.asarray(trajectory.finished)] == response.shape[1]).all()
+    assert (sampled[~response] == 0).all()
+    assert (np.asarray(trajectory.logp_rollout)[~np.asarray(trajectory.response_mask)] == 0).all()
+
+
+def test_routing_covers_every_fed_token(trajectory):
+    """All prompt and response tokens have a row but the last sampled one, which was never fed."""
+    last = np.asarray(trajectory.real).cumsum(-1) == np.asarray(trajectory.real).sum(-1)[:, None]
+    expected = np.asarray(trajectory.real) & ~(last & np.asarray(trajectory.response_mask))
+    np.testing.assert_array_equal(trajectory.routing.valid, expected)
+
+
+@pytest.mark.fast
+def test_log_probs_equal_a_teacher_forced_rescore(model, sample):
+    """64 sampled sequences, every token, float32."""
+    worst, count = 0.0, 0
+    score = jax.jit(partial(policy_log_probs, replay=None, temperature=1.0))
+    for seed in range(4):
+        trajectory = sample(model, jax.random.key(100 + seed))
+        scored, _ = score(model, make_batch(trajectory, jnp.zeros(len(trajectory.tokens))))
+        worst = max(worst, float(jnp.abs(scored.logp - trajectory.logp_rollout).max()))
+        count += len(trajectory.tokens)
+    assert count == 64
+    assert worst <= 1e-4
+
+
+def test_routing_equals_that_of_the_training_forward(trajectory, rescored):
+    """Same program family, same weights: decode with a cache chooses the same experts."""
+    _, router = rescored
+    valid = np.asarray(trajectory.routing.valid)
+    ours = np.asarray(trajectory.routing.experts)[:, valid]
+    theirs = np.asarray(router.experts)[:, valid]
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_rows_do_not_depend_on_each_other(model, prompts, trajectory):
+    """Padding rows added, other rows changed: row b samples the same tokens."""
+    tokens, mask = prompts
+    sampling = Sampling(9, stop_ids=(2, 3, 4))
+    more = (np.pad(tokens, ((0, 3), (0, 0))), np.pad(mask, ((0, 3), (0, 0))))
+    more[0][0] = 7
+    wider = jax.jit(partial(rollout, sampling=sampling))(model, *more, jax.random.key(1))
+    rows = slice(1, len(tokens))
+    np.testing.assert_array_equal(wider.tokens[rows], trajectory.tokens[rows])
+    np.testing.assert_allclose(wider.logp_rollout[rows], trajectory.logp_rollout[rows], atol=2e-6)
+    assert not wider.real[len(tokens) :].any()
+    assert not wider.routing.valid[len(tokens) :].any()
+
+
+def test_left_padding_does_not_matter(model, prompts, trajectory):
+    """More padding columns, same samples: positions and mask count real tokens only."""
+    tokens, mask = prompts
+    wide = (np.pad(tokens, ((0, 0), (4, 0))), np.pad(mask, ((0, 0), (4, 0))))
+    # The key of a token depends on its column: compare greedy samples, which need none.
+    greedy = Sampling(5, temperature=0.0, stop_ids=(2, 3, 4))
+    run = jax.jit(partial(rollout, sampling=greedy))
+    narrow_run, wide_run = (run(model, *p, jax.random.key(0)) for p in (prompts, wide))
+    P = tokens.shape[1]
+    np.testing.assert_array_equal(narrow_run.tokens[:, P:], wide_run.tokens[:, P + 4 :])
+    np.testing.assert_allclose(
+        narrow_run.logp_rollout[:, P:], wide_run.logp_rollout[:, P + 4 :], atol=1e-5
+    )
+
+
+def test_samples_follow_the_distribution(model, prompts):
+    """First tokens of many identical prompts: chi-squared distance to the exact distribution."""
+    n = 4096
+    tokens, mask = (np.repeat(x[:1], n, axis=0) for x in prompts)
+    sampling = Sampling(1, temperature=0.7)
+    run = jax.jit(partial(rollout, sampling=sampling))(model, tokens, mask, jax.random.key(3))
+    P = tokens.shape[1]
+    counts = np.bincount(np.asarray(run.tokens[:, P]), minlength=32)
+    positions = np.maximum(mask[:1].cumsum(-1) - 1, 0)
+    hidden = model(tokens[:1], positions, mask[:1].astype(np.int32)).hidden[:, -1:]
+    hidden = jnp.broadcast_to(hidden, (1, 32, hidden.shape[-1]))
+    logp = token_log_probs(model, hidden, jnp.arange(32)[None], 0.7).logp[0]
+    expected = n * np.exp(np.asarray(logp, np.float64))
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    assert chi_squared < 61.1  # 99.9 % quantile with 31 degrees of freedom
+    np.testing.assert_allclose(
+        run.logp_rollout[:, P], np.asarray(logp)[np.asarray(run.tokens[:, P])], atol=1e-5
+    )
+
+
+@pytest.mark.fast
+def test_truncated_sampling_keeps_the_likeliest_tokens():
+    logits = jnp.log(jnp.array([0.1, 0.4, 0.2, 0.25, 0.05]))
+    keys = jax.random.split(jax.random.key(0), 500)
+
+    def drawn(**options):
+        draw = partial(_draw, sampling=Sampling(1, **options))
+        return set(np.asarray(jax.vmap(draw, (0, None))(keys, logits)).tolist())
+
+    assert drawn() == {0, 1, 2, 3, 4}
+    assert drawn(top_k=2) == {1, 3}
+    assert drawn(top_k=99) == {0, 1, 2, 3, 4}
+    assert drawn(top_p=0.6) == {1, 3}  # 0.4 alone does not reach it
+    assert drawn(top_p=0.3) == {1}
+    assert drawn(temperature=0.0) == {1}
+
+
+def test_truncated_sampling_records_untruncated_log_probs(model, prompts):
+    sampling = Sampling(4, top_k=3, stop_ids=(2,))
+    run = jax.jit(partial(rollout, sampling=sampling))(model, *prompts, jax.random.key(0))
+    scored, _ = policy_log_probs(model, make_batch(run, jnp.zeros(len(run.tokens))), None, 1.0)
+    np.testing.assert_allclose(run.logp_rollout, scored.logp, atol=1e-4)
+
+
+def test_loop_stops_when_every_row_is_done(model, prompts):
+    """With every token a stop token the responses have length one, whatever the limit."""
+    sampling = Sampling(6, stop_ids=tuple(range(32)))
+    run = jax.jit(partial(rollout, sampling=sampling))(model, *prompts, jax.random.key(0))
+    assert (run.response_mask.sum(-1) == 1).all()
+    assert run.finished.all()
+    P = run.prompt_width
+    assert not run.routing.valid[:, P:].any()  # nothing was fed after the prompt
+
+
+@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])
+def test_bad_sampling_is_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**({"max_tokens": 4} | bad))

@@ -1,0 +1,242 @@
+"""Whole runs in their own processes: what a user starts, kills and starts again."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxrl_stable.metrics import read_jsonl
+
+GIN = pathlib.Path(__file__).with_name("experiment.gin")
+
+
+def command(workdir, *flags, program="train"):
+    return [
+        sys.executable,
+        "-m",
+        f"jaxrl_stable.{program}",
+        f"--gin_file={GIN}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """One compilation cache for all runs."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+    }
+
+
+def run(workdir, environment, *flags, program="train"):
+    return subprocess.run(
+        command(workdir, *flags, program=program),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def interrupt(workdir, environment, ready, sig):
+    """Starts a run and sends a signal as soon as `ready()`."""
+    process = subprocess.Popen(
+        command(workdir),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while not ready():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(sig)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def arrays(workdir):
+    """Every array of the newest checkpoint, by name."""
+    from orbax.checkpoint import v1 as ocp
+
+    with ocp.training.Checkpointer(pathlib.Path(workdir, "checkpoints").resolve()) as orbax:
+        loaded = orbax.load_checkpointables(orbax.latest.step, {"model": None, "optimizer": None})
+    leaves = {}
+    for part in ("model", "optimizer"):
+        for name, leaf in loaded[part].items():
+            leaves[part + name] = np.asarray(leaf)
+    return orbax.latest.step, leaves
+
+
+def steps(path):
+    return [row["step"] for row in read_jsonl(path)] if path.exists() else []
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, environment):
+    """A run that was never interrupted."""
+    workdir = tmp_path_factory.mktemp("finished")
+    result = run(workdir, environment)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+def test_run_leaves_everything_behind(finished):
+    for name in (
+        "report.html",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "config.gin",
+        "summary.json",
+        "tokenizer.model",
+        "plots/score.png",
+        "cold_start/metrics.jsonl",
+    ):
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").iterdir())
+    rows = read_jsonl(finished / "metrics.jsonl")
+    trained = [row for row in rows if "reward/mean" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval/avg_at_k" in row] == [0, 3, 6]
+    expected = {
+        "reward/mean",
+        "reward/accuracy",
+        "reward/failed_share",
+        "reward/zero_variance_share",
+        "response/length",
+        "response/truncated_share",
+        "entropy",
+        "mismatch/kl_k1",
+        "mismatch/kl_k3",
+        "mismatch/abs_mean",
+        "mismatch/abs_max",
+        "weight/raw_mean",
+        "weight/raw_max",
+        "weight/truncated_mean",
+        "weight/truncated_max",
+        "weight/over_cap_share",
+        "weight/ess",
+        "clip/high_share",
+        "clip/low_share",
+        "staleness/kl_k3",
+        "staleness/ratio_deviation_max",
+        "gradient/norm",
+        "gradient/skipped",
+        "routing/agreement",
+        "routing/agreement_layer_00",
+        "routing/differing_tokens_share",
+        "experts/max_violation",
+        "throughput/tokens_per_s",
+        "time/rollout",
+        "time/reward",
+        "time/score",
+        "time/update",
+        "time/step",
+    }
+    assert expected <= trained[0].keys()
+    assert all(row[name] is not None for row in trained for name in expected)
+    assert trained[0]["mismatch/kl_k3"] > 0  # the int8 sampler is not the trainer
+
+
+def test_sampled_tokens_are_explained(finished):
+    rows = read_jsonl(finished / "samples.jsonl")
+    assert rows
+    for row in rows:
+        assert len(row["tokens"]) == len(row["log_weight"]) == len(row["differs"])
+        assert {"prompt", "answer", "response", "score", "status", "advantage"} <= row.keys()
+
+
+@pytest.mark.parametrize("phase", ["cold start", "reinforcement"])
+def test_sigkill_and_restart_ends_with_the_same_bits(phase, finished, tmp_path, environment):
+    if phase == "cold start":  # after its first checkpoint, before its second
+        ready = (tmp_path / "cold_start" / "checkpoints" / "4").exists
+    else:  # in step 4 or later: past the checkpoint of step 2, with work to repeat
+        ready = lambda: max(steps(tmp_path / "metrics.jsonl"), default=0) >= 3  # noqa: E731
+    code, _ = interrupt(tmp_path, environment, ready, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    result = run(tmp_path, environment)
+    assert result.returncode == 0, result.stderr
+    (step, ours), (final, theirs) = arrays(tmp_path), arrays(finished)
+    assert step == final == 6 and ours.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    again, once = (read_jsonl(path / "metrics.jsonl") for path in (tmp_path, finished))
+    timing = ("time", "throughput")
+    keep = lambda row: {k: v for k, v in row.items() if not k.startswith(timing)}  # noqa: E731
+    assert [keep(row) for row in again] == [keep(row) for row in once]
+
+
+def test_sigterm_saves_and_ends_cleanly(finished, tmp_path, environment):
+    ready = lambda: max(steps(tmp_path / "metrics.jsonl"), default=0) >= 1  # noqa: E731
+    code, output = interrupt(tmp_path, environment, ready, signal.SIGTERM)
+    assert code == 0, output
+    assert "stopped by SIGTERM after step" in output
+    stopped, _ = arrays(tmp_path)
+    assert stopped == max(steps(tmp_path / "metrics.jsonl"))
+    assert run(tmp_path, environment).returncode == 0
+    for name, leaf in arrays(tmp_path)[1].items():
+        np.testing.assert_array_equal(leaf, arrays(finished)[1][name], err_msg=name)
+
+
+def test_finished_run_only_writes_its_report(finished, environment):
+    before = (finished / "metrics.jsonl").read_text()
+    result = run(finished, environment)
+    assert result.returncode == 0, result.stderr
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_checkpoint_of_another_model(finished, environment):
+    result = run(finished, environment, "--gin.model.tiny.num_heads=2")
+    assert result.returncode == 2
+    assert "is of another model: num_heads is 4 there and 2 here" in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+
+
+def test_evaluate(finished, environment):
+    result = run(finished, environment, "--checkpoint=best", program="evaluate")
+    assert result.returncode == 0, result.stderr
+    assert "avg@2: " in result.stdout and "pass@2: " in result.stdout
+    metrics = json.loads((finished / "evaluation.json").read_text())
+    scored = [r for r in read_jsonl(finished / "metrics.jsonl") if "eval/avg_at_k" in r]
+    assert metrics["eval/avg_at_k"] == max(row["eval/avg_at_k"] for row in scored)
+
+
+def test_start_from_another_run(finished, tmp_path, environment):
+    flags = (
+        f"--gin.configs.Experiment.init_from='{finished}'",
+        f"--gin.configs.Data.tokenizer='{finished}/tokenizer.model'",
+        "--gin.configs.Reinforcement.steps=1",
+        "--gin.configs.Objective.mini_batches=1",
+        "--gin.configs.Objective.replay='none'",
+        "--gin.configs.Reinforcement.rollout_format='none'",
+    )
+    result = run(tmp_path, environment, *flags)
+    assert result.returncode == 0, result.stderr
+    first = read_jsonl(tmp_path / "metrics.jsonl")[0]
+    last = read_jsonl(finished / "metrics.jsonl")[-1]
+    assert first["eval/avg_at_k"] == last["eval/avg_at_k"]  # same weights, same key
+    trained = read_jsonl(tmp_path / "metrics.jsonl")[1]
+    assert trained["mismatch/abs_max"] < 1e-4  # measured in the update: there was no score pass
+    assert "staleness/kl_k3" not in trained
+
+
+def test_dry_run_says_what_would_run(tmp_path, environment):
+    result = run(tmp_path / "none", environment, "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert "configs.Objective.replay = 'R3'" in result.stdout
+    assert "4 prompts × 4 = 16 rows × 56 tokens" in result.stdout
+    assert "parameters" in result.stdout and "KiB" in result.stdout
+    assert not (tmp_path / "none").exists()
