@@ -25,16 +25,23 @@ class Checkpointer:
       directory: where the checkpoints of this run live.
       architecture: `ModelConfig.architecture()`; stored, and compared before anything is restored.
       keep: newest checkpoints that are kept, besides the one with the best score.
+      data: what the stored data position refers to; compared when a position is restored.
     """
 
-    def __init__(self, directory: str | pathlib.Path, architecture: dict[str, Any], keep: int = 2):
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        architecture: dict[str, Any],
+        keep: int = 2,
+        data: str = "",
+    ):
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[SCORE],
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        self._architecture = _jsonable(architecture)
+        self._architecture, self._data = _jsonable(architecture), data
         self._orbax = ocp.training.Checkpointer(
             pathlib.Path(directory).resolve(),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -75,7 +82,7 @@ class Checkpointer:
             return
         items = {name: _flat(tree) for name, tree in parts.items()}
         names = {name: list(leaves) for name, leaves in items.items()}
-        about = {"architecture": self._architecture, "parts": names}
+        about = {"architecture": self._architecture, "parts": names, "data": self._data}
         items |= {"dataset": dataset, ABOUT: about}
         metrics = None if score is None else {SCORE: score}
         self._orbax.save_checkpointables(step, items, metrics=metrics)
@@ -94,13 +101,13 @@ class Checkpointer:
           The trees, or None when there is no checkpoint.
 
         Raises:
-          ValueError: the checkpoint belongs to another architecture or another program.
+          ValueError: the checkpoint belongs to another architecture, data set or program.
         """
         if not self.steps:
             return None
         step = self.steps[-1] if step is None else step
         flat = {name: _flat(tree) for name, tree in templates.items()}
-        self._check(step, flat)
+        self._check(step, flat, compare_data=dataset is not None)
         iterator = {} if dataset is None else {"dataset": dataset}
         loaded = self._orbax.load_checkpointables(step, flat | iterator)
         return {
@@ -110,7 +117,7 @@ class Checkpointer:
             for name, tree in templates.items()
         }
 
-    def _check(self, step: int, flat: dict[str, dict[str, Any]]) -> None:
+    def _check(self, step: int, flat: dict[str, dict[str, Any]], compare_data: bool) -> None:
         about = self._orbax.load_checkpointables(step, {ABOUT: None})[ABOUT]
         where, stored = f"checkpoint {self._orbax.directory}/{step}", about["architecture"]
         differing = [
@@ -122,6 +129,12 @@ class Checkpointer:
             raise ValueError(
                 f"{where} is of another model: {'; '.join(differing)}. Use its configuration, or "
                 "another --workdir"
+            )
+        if compare_data and about["data"] != self._data:
+            raise ValueError(
+                f"{where} was trained on {about['data']} but the data is now {self._data}; give it "
+                "back its data, or start anew with --gin.configs.Experiment.init_from and another "
+                "--workdir"
             )
         for name, leaves in flat.items():
             differing = sorted(leaves.keys() ^ set(about["parts"].get(name, ())))

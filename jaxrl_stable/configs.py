@@ -176,6 +176,8 @@ class Reinforcement:
       ratio_tolerance: bound of max |π_θ/π_old − 1| in the first mini-batch after a start; None is
         1e-5 in float32 and 0.1 in half precision.
       max_skipped: non-finite gradients in a row after which the run stops.
+      max_failed_rewards: share of a rollout's responses whose reward may time out or break before
+        the run stops.
       checkpoint_every: steps between checkpoints.
       keep_checkpoints: newest checkpoints that are kept, besides the best.
       show_every: steps between samples shown and stored.
@@ -194,6 +196,7 @@ class Reinforcement:
     micro_batch_size: int = 64
     ratio_tolerance: float | None = None
     max_skipped: int = 10
+    max_failed_rewards: float = 0.1
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     show_every: int = 10

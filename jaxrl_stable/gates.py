@@ -36,3 +36,18 @@ def check_finite(state: TrainState, limit: int) -> None:
             f"the last {in_a_row} gradients were not finite and were skipped; the weights are as "
             "before them. Lower the learning rate or look at weight/raw_max and mismatch/abs_max"
         )
+
+
+def check_failed_rewards(share: float, limit: float, step: int) -> None:
+    """Stops a run whose reward breaks or times out too often.
+
+    Such responses are left out of the baseline, which a policy could learn to exploit.
+
+    Raises:
+      RuntimeError: the share of failed verdicts of one rollout is above `limit`.
+    """
+    if share > limit:
+        raise RuntimeError(
+            f"step {step}: the reward failed on {share:.0%} of the responses, above {limit:.0%}; "
+            "see their status in samples.jsonl, raise Data.reward_timeout, or mend the reward"
+        )

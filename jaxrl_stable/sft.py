@@ -77,8 +77,9 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
     if config is None:
         raise ValueError("Experiment.cold_start is missing; bind it to @configs.Supervised()")
     mesh, optimizer = make_mesh(experiment.mesh), make_optimizer(config.optimizer)
+    source = task.train if config.demonstrations is None else open_source(config.demonstrations)
     batches = packed_iterator(
-        task.train if config.demonstrations is None else open_source(config.demonstrations),
+        source,
         task.tokenizer,
         batch_size=config.batch_size,
         length=config.length,
@@ -93,7 +94,9 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
     architecture = experiment.model.architecture()
     with (
         jax.set_mesh(mesh),
-        Checkpointer(pathlib.Path(workdir, "checkpoints"), architecture, keep=1) as checkpoints,
+        Checkpointer(
+            pathlib.Path(workdir, "checkpoints"), architecture, keep=1, data=repr(source)
+        ) as checkpoints,
         StopRequest() as stop,
     ):
         template = abstract_state(mesh, init)

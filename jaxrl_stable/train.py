@@ -27,7 +27,7 @@ from jaxrl_stable.data import prompt_iterator
 from jaxrl_stable.describe import describe
 from jaxrl_stable.diagnostics import Metrics
 from jaxrl_stable.evaluate import evaluate, make_sampler
-from jaxrl_stable.gates import check_finite, check_first_mini_batch
+from jaxrl_stable.gates import check_failed_rewards, check_finite, check_first_mini_batch
 from jaxrl_stable.judge import judge, reward_metrics
 from jaxrl_stable.metrics import Clock, MetricsWriter
 from jaxrl_stable.model.transformer import Transformer, init_model, parameter_count
@@ -103,7 +103,10 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
         task = stack.enter_context(load_task(experiment, workdir))
         checkpoints = stack.enter_context(
             Checkpointer(
-                workdir / "checkpoints", experiment.model.architecture(), rl.keep_checkpoints
+                workdir / "checkpoints",
+                experiment.model.architecture(),
+                rl.keep_checkpoints,
+                data=repr(task.train),
             )
         )
         prompts = prompt_iterator(
@@ -183,6 +186,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 )
                 writer.samples(step, rows)
                 writer.show_sample(rows[0]["prompt"], rows[0]["response"], rows[0]["score"])
+            check_failed_rewards(values["reward/failed_share"], rl.max_failed_rewards, step)
 
             last, accuracy = step == rl.steps, None
             if step % experiment.evaluation.every == 0 or last:

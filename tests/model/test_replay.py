@@ -73,8 +73,13 @@ def test_padding_rows_of_the_routing_do_not_matter(model, live, recorded):
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "config",
-    [MIXED, small(mlp_only_layers=(1,)), small(decoder_sparse_step=2, num_layers=5)],
-    ids=["leading_dense", "dense_between", "alternating"],
+    [
+        MIXED,
+        small(mlp_only_layers=(1,)),
+        small(decoder_sparse_step=2, num_layers=5),
+        small(mlp_only_layers=(2, 5), num_layers=6),
+    ],
+    ids=["leading_dense", "dense_between", "alternating", "two_of_three"],
 )
 def test_replayed_experts_equal_the_reference(config):
     model, routing = random_model(config), random_routing(config, BATCH)

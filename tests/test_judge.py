@@ -1,0 +1,73 @@
+"""From tokens to rewards: decoding, verdicts, missing verdicts, and evaluation."""
+
+import numpy as np
+import pytest
+
+from jaxrl_stable.evaluate import Result
+from jaxrl_stable.judge import Judged, judge, reward_metrics
+from jaxrl_stable.rewards import Verdict
+from jaxrl_stable.task import Task
+
+
+class Words:
+    """A tokenizer whose token i is the text "<i>"."""
+
+    eos_ids, pad_id = (2, 3, 4), 0
+
+    def decode(self, ids):
+        return "".join(f"<{i}>" for i in ids)
+
+
+@pytest.mark.fast
+def test_responses_are_decoded_without_prompt_stop_token_and_padding(trajectory):
+    seen = []
+
+    def reward(problems, responses):
+        seen.extend(responses)
+        return [Verdict(1.0, "ok")] * len(responses)
+
+    rows = 10  # the others are padding rows
+    judged = judge(Task(None, None, Words(), reward), [{}] * rows, trajectory)
+    P = trajectory.prompt_width
+    for i in range(rows):
+        sampled = [int(t) for t in trajectory.tokens[i, P:]]
+        length = int(trajectory.response_mask[i].sum())
+        expected = sampled[: length - int(trajectory.finished[i])]
+        assert seen[i] == "".join(f"<{t}>" for t in expected)
+        assert judged.lengths[i] == length
+    assert len(seen) == len(judged.rewards) == rows
+
+
+def judged_of(scores, statuses):
+    n = len(scores)
+    return Judged(
+        [""] * n,
+        [Verdict(s, status) for s, status in zip(scores, statuses, strict=True)],
+        np.array(scores, np.float32),
+        np.array([status in ("ok", "invalid") for status in statuses]),
+        np.arange(1.0, n + 1),
+        np.array([True] * (n - 1) + [False]),
+    )
+
+
+@pytest.mark.fast
+def test_reward_metrics_by_hand():
+    scores = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+    statuses = ["ok", "invalid", "ok", "timeout", "ok", "ok"]
+    got = reward_metrics(judged_of(scores, statuses), group_size=2)
+    assert got["reward/mean"] == pytest.approx(3 / 5)  # the timeout is left out
+    assert got["reward/accuracy"] == pytest.approx(3 / 5)
+    assert got["reward/failed_share"] == pytest.approx(1 / 6)
+    assert got["reward/zero_variance_share"] == pytest.approx(1 / 3)  # (1, –) has one score only
+    assert got["response/length"] == pytest.approx(3.5)
+    assert got["response/tokens"] == 21
+    assert got["response/truncated_share"] == pytest.approx(1 / 6)
+
+
+def test_evaluation_counts_a_failed_checker_as_wrong_and_says_so():
+    scores = np.array([[1.0, 0.0], [np.nan, 1.0], [0.0, 0.0]])
+    metrics = Result(scores, np.ones((3, 2)), np.ones((3, 2), bool), []).metrics()
+    assert metrics["eval/avg_at_k"] == pytest.approx(2 / 6)
+    assert metrics["eval/pass_at_k"] == pytest.approx(2 / 3)
+    assert metrics["eval/failed_share"] == pytest.approx(1 / 6)
+    assert metrics["eval/avg_at_k_low"] <= metrics["eval/avg_at_k"] <= metrics["eval/avg_at_k_high"]

@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_stable.configs import Optimizer
+from jaxrl_stable.optimizer import apply_gradients, init_state, make_optimizer
+
+
+def step(model, gradients, config, steps=1):
+    optimizer = make_optimizer(config)
+    state = init_state(model, optimizer)
+    norms = []
+    for _ in range(steps):
+        state, norm = apply_gradients(state, gradients, optimizer)
+        norms.append(float(norm))
+    return state, norms
+
+
+@pytest.fixture(scope="module")
+def ones(model):
+    return jax.tree.map(jnp.ones_like, model)
+
+
+@pytest.mark.fast
+def test_warm_up_reaches_the_rate_in_the_stated_steps(model, ones):
+    """With a constant gradient an Adam step has the size of the rate: 1/4, 2/4, 3/4, 1, 1 of it."""
+    config = Optimizer(learning_rate=1e-3, warmup_steps=4, clip_norm=1e9)
+    positions = [np.asarray(model.norm.weight[...])[0]]
+    for steps in range(1, 6):
+        state, _ = step(model, ones, config, steps)
+        positions.append(np.asarray(state.model.norm.weight[...])[0])
+    np.testing.assert_allclose(-np.diff(positions) / 1e-3, [0.25, 0.5, 0.75, 1, 1], rtol=2e-3)
+
+
+def test_without_warm_up_the_first_step_has_the_full_rate(model, ones):
+    state, _ = step(model, ones, Optimizer(learning_rate=1e-3, clip_norm=1e9))
+    moved = np.asarray(model.norm.weight[...] - state.model.norm.weight[...])
+    np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
+
+
+def test_decay_ends_at_a_tenth(model, ones):
+    config = Optimizer(learning_rate=1e-3, warmup_steps=1, decay_steps=4, clip_norm=1e9)
+    before, _ = step(model, ones, config, 8)
+    after, _ = step(model, ones, config, 9)
+    moved = np.asarray(before.model.norm.weight[...] - after.model.norm.weight[...])
+    np.testing.assert_allclose(moved, 1e-4, rtol=1e-2)
+
+
+def test_norm_is_reported_before_clipping(model, ones):
+    size = sum(leaf.size for leaf in jax.tree.leaves(model))
+    _, norms = step(model, ones, Optimizer(clip_norm=1e-3))
+    np.testing.assert_allclose(norms[0], size**0.5, rtol=1e-5)
+
+
+def test_weight_decay_spares_the_norms(model):
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    state, _ = step(model, zeros, Optimizer(learning_rate=0.1, weight_decay=0.5))
+    np.testing.assert_array_equal(state.model.norm.weight[...], model.norm.weight[...])
+    shrunk = state.model.embedding[...] / model.embedding[...]
+    np.testing.assert_allclose(shrunk, 0.95, rtol=1e-5)
