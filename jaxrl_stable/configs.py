@@ -178,7 +178,7 @@ class Reinforcement:
       max_skipped: non-finite gradients in a row after which the run stops.
       max_failed_rewards: share of a rollout's responses whose reward may time out or break before
         the run stops.
-      checkpoint_every: steps between checkpoints.
+      checkpoint_every: steps between checkpoints; every evaluated state gets one besides.
       keep_checkpoints: newest checkpoints that are kept, besides the best.
       show_every: steps between samples shown and stored.
     """

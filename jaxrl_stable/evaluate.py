@@ -10,7 +10,6 @@ import json
 import pathlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -43,13 +42,11 @@ class Result:
       scores: reward of each sample; NaN where the checker failed.
       lengths: tokens of each response, EOS included.
       finished: the response ended by itself.
-      examples: the first response to each of the first problems, for reading.
     """
 
     scores: Float[np.ndarray, "problems k"]
     lengths: Float[np.ndarray, "problems k"]
     finished: Bool[np.ndarray, "problems k"]
-    examples: list[dict[str, Any]]
 
     def metrics(self) -> dict[str, float]:
         """`eval/…` figures: accuracy is the share of samples with score 1 or more.
@@ -118,25 +115,11 @@ def evaluate(
         trajectory = sampler(model, *shard_rows(mesh, (prompts, prompt_mask)), batch_key)
         batches.append(judge(task, repeated[start : start + rows], trajectory))
 
-    responses = [text for batch in batches for text in batch.responses]
-    verdicts = [verdict for batch in batches for verdict in batch.verdicts]
-    scores = np.array([np.nan if v.failed else v.score for v in verdicts])
-    examples = [
-        {
-            "prompt": repeated[i]["prompt"],
-            "response": responses[i],
-            "answer": repeated[i]["answer"],
-            "score": verdicts[i].score,
-            "status": verdicts[i].status,
-        }
-        for i in range(0, min(8, count) * k, k)
-    ]
-    return Result(
-        scores.reshape(count, k),
-        np.concatenate([batch.lengths for batch in batches]).reshape(count, k),
-        np.concatenate([batch.finished for batch in batches]).reshape(count, k),
-        examples,
-    )
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(batch, name) for batch in batches]).reshape(count, k)
+
+    scores = np.where(joined("valid"), joined("rewards"), np.nan)
+    return Result(scores, joined("lengths"), joined("finished"))
 
 
 def main(experiment: Experiment, workdir: str) -> None:

@@ -191,7 +191,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             last, accuracy = step == rl.steps, None
             if step % experiment.evaluation.every == 0 or last:
                 accuracy = run_evaluation(step)
-            if step % rl.checkpoint_every == 0 or last or stop.requested:
+            if step % rl.checkpoint_every == 0 or accuracy is not None or stop.requested:
                 checkpoints.save(step, to_parts(state) | {"key": key}, prompts, accuracy)
             if stop.requested:
                 raise Stopped(step, str(workdir))

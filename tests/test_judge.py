@@ -66,7 +66,7 @@ def test_reward_metrics_by_hand():
 
 def test_evaluation_counts_a_failed_checker_as_wrong_and_says_so():
     scores = np.array([[1.0, 0.0], [np.nan, 1.0], [0.0, 0.0]])
-    metrics = Result(scores, np.ones((3, 2)), np.ones((3, 2), bool), []).metrics()
+    metrics = Result(scores, np.ones((3, 2)), np.ones((3, 2), bool)).metrics()
     assert metrics["eval/avg_at_k"] == pytest.approx(2 / 6)
     assert metrics["eval/pass_at_k"] == pytest.approx(2 / 3)
     assert metrics["eval/failed_share"] == pytest.approx(1 / 6)

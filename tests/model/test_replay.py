@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import reference
 from common import (
     BATCH,
     MIXED,
-    QUICK,
     assert_close,
     assert_identical,
     forward,
@@ -24,7 +22,6 @@ from common import (
     value_and_grads,
 )
 
-from jaxrl_stable import model as m
 from jaxrl_stable.routing import Routing, shift, validate
 
 REAL = np.asarray(BATCH.segment_ids != 0)
@@ -184,19 +181,6 @@ def test_no_gradient_reaches_experts_that_were_not_replayed(model):
     # Gates normalised over the chosen three depend on no other score.
     router = np.any(np.asarray(mlp.router.get_value()), axis=1)
     np.testing.assert_array_equal(router, used)
-
-
-def test_routing_of_a_decode_is_the_routing_of_the_score(model, recorded):
-    """R3 in small: experts recorded token by token, replayed in one pass, are its own choice."""
-    step = jax.jit(lambda model, part, cache: model(*part, cache=cache), compiler_options=QUICK)
-    cache, experts = m.empty_cache(MIXED, 2, 9), []
-    for column in range(9):
-        part = jax.tree.map(lambda a, c=column: a[:, c : c + 1], BATCH)
-        output = step(model, part, cache)
-        cache = output.cache
-        experts.append(output.router.experts)
-    experts = np.concatenate(experts, axis=2)
-    np.testing.assert_array_equal(experts[:, REAL], np.asarray(recorded.experts)[:, REAL])
 
 
 def test_live_choice_under_replay_is_that_of_the_replayed_states(model, live, recorded):

@@ -88,7 +88,7 @@ def partly_replayed():
     return replay, value_and_grads(random_model(MIXED), BATCH, loss_weights(BATCH), replay)
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS, ids=str)
+@pytest.mark.parametrize("execution", EXECUTIONS[:3], ids=str)
 def test_execution_changes_nothing(partly_replayed, execution):
     # Were the backward pass of remat to route again, it would use other experts than the forward.
     replay, (value, grads, output) = partly_replayed
