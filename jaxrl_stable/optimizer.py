@@ -83,7 +83,7 @@ def apply_gradients(
     Returns:
       The new state, and the global norm of the gradient before clipping.
     """
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,9 @@ from jaxrl_stable.optimizer import apply_gradients, init_state, make_optimizer
 def step(model, gradients, config, steps=1):
     optimizer = make_optimizer(config)
     state = init_state(model, optimizer)
-    norms = []
+    norms, apply = [], jax.jit(partial(apply_gradients, optimizer=optimizer))
     for _ in range(steps):
-        state, norm = apply_gradients(state, gradients, optimizer)
+        state, norm = apply(state, gradients)
         norms.append(float(norm))
     return state, norms
 

@@ -89,6 +89,17 @@ class ModelConfig:
                 f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
+        positive = ("vocab_size", "hidden_size", "num_layers", "decoder_sparse_step", "head_chunk")
+        for field in positive:
+            if getattr(self, field) < 1:
+                raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")
+        if self.head_dim % 2:
+            raise ValueError(f"ModelConfig.head_dim is {self.head_dim}; rotary pairs need it even")
+        if any(not 0 <= layer < self.num_layers for layer in self.mlp_only_layers):
+            raise ValueError(
+                f"ModelConfig.mlp_only_layers is {self.mlp_only_layers}; layers are numbered from "
+                f"0 to {self.num_layers - 1}"
+            )
         if self.num_experts and not 0 < self.num_experts_per_token <= self.num_experts:
             raise ValueError(
                 f"ModelConfig.num_experts_per_token is {self.num_experts_per_token}; "

@@ -26,10 +26,7 @@ def logits(
     model: Transformer, hidden: Float[Array, "... D"], temperature: float
 ) -> Float[Array, "... V"]:
     """Float32 logits of the distribution that is sampled: divided by the temperature."""
-    product = jnp.einsum(
-        "...d,dv->...v", hidden, model.head_weight(), preferred_element_type=jnp.float32
-    )
-    return product / temperature
+    return _logits(hidden, model.head_weight(), temperature)
 
 
 def token_log_probs(
@@ -58,7 +55,7 @@ def token_log_probs(
     @jax.checkpoint
     def score(_, columns):
         h, y = columns
-        z = jnp.einsum("btd,dv->btv", h, weight, preferred_element_type=jnp.float32) / temperature
+        z = _logits(h, weight, temperature)
         normaliser = jax.nn.logsumexp(z, axis=-1)
         logp = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - normaliser
         entropy = normaliser - jnp.sum(jnp.exp(z - normaliser[..., None]) * z, axis=-1)
@@ -70,3 +67,12 @@ def token_log_probs(
     )
     _, output = jax.lax.scan(score, None, columns)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :T], output)
+
+
+def _logits(
+    hidden: Float[Array, "... D"], weight: Float[Array, "D V"], temperature: float
+) -> Float[Array, "... V"]:
+    # Cast here, inside a chunk: the weight's gradient then adds up over chunks as it is stored.
+    weight = weight.astype(hidden.dtype)
+    product = jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
+    return product / temperature

@@ -13,7 +13,7 @@ from jaxrl_stable.model.attention import Attention, Frame, Norm, make_frame
 from jaxrl_stable.model.cache import Cache
 from jaxrl_stable.model.config import ModelConfig, layer_plan
 from jaxrl_stable.model.experts import Experts, FeedForward, RouterOutput
-from jaxrl_stable.model.parameters import matrix, read
+from jaxrl_stable.model.parameters import matrix
 from jaxrl_stable.routing import Routing, expert_dtype
 
 
@@ -102,12 +102,21 @@ class Transformer(nnx.Module):
 
         Returns:
           Hidden states, router outputs, and the extended cache.
+
+        Raises:
+          ValueError: `replay` has another number of layers than the model has routers.
         """
         config = self.config
+        if replay is not None and replay.experts.shape[0] != config.num_moe_layers:
+            raise ValueError(
+                f"replay has {replay.experts.shape[0]} layers but the model has "
+                f"{config.num_moe_layers} MoE layers; dense layers carry no routing"
+            )
         if cache is not None:
             cache = cache.extend(segment_ids)
         frame = make_frame(config, positions, segment_ids, cache)
-        x = read(self.embedding, config.dtype)[tokens]
+        # Gathered before the cast, so that the gradient's scatter-add runs in the stored type.
+        x = self.embedding[...][tokens].astype(config.dtype)
         outputs, layer, moe_layer = [_no_router(config, tokens)], 0, 0
         for blocks, (pattern, repeats) in zip(self.stacks, layer_plan(config), strict=True):
             count = repeats * sum(pattern)
@@ -132,7 +141,7 @@ class Transformer(nnx.Module):
                 return (x, cache), stacked
 
             (x, cache), router = _repeat(
-                _rematerialised(body, config.remat),
+                _rematerialised(body, config),
                 (x, cache),
                 (blocks, slices, first),
                 repeats,
@@ -147,10 +156,8 @@ class Transformer(nnx.Module):
         return ModelOutput(self.norm(x), router, cache)
 
     def head_weight(self) -> Float[Array, "D V"]:
-        """Output projection in the compute type; the transposed embedding when they are tied."""
-        if self.config.tie_embeddings:
-            return read(self.embedding, self.config.dtype).T
-        return read(self.head, self.config.dtype)
+        """Output projection as stored; the transposed embedding when they are tied."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
 
 def init_model(config: ModelConfig, seed: int) -> Transformer:
@@ -175,11 +182,13 @@ def _repeat(body, carry, xs, repeats: int, *, scan: bool):
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
-def _rematerialised(body, remat: str):
-    if remat == "none":
+def _rematerialised(body, config: ModelConfig):
+    if config.remat == "none":
         return body
-    policy = None if remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(body, policy=policy)
+    policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    # A scan already keeps the compiler from merging the two forwards; unrolled code does not.
+    prevent_cse = not config.scan_layers
+    return jax.checkpoint(body, policy=policies[config.remat], prevent_cse=prevent_cse)
 
 
 def _no_router(config: ModelConfig, tokens: Int[Array, "B T"]) -> RouterOutput:
