@@ -59,8 +59,8 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """State before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(model, optimizer.init(model), zero, zero, zero)
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each can be donated
+    return TrainState(model, optimizer.init(model), *counters)
 
 
 def to_parts(state: TrainState) -> dict[str, Any]:
