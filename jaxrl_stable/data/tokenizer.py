@@ -72,10 +72,9 @@ class HFTokenizer:
     """A Hugging Face `tokenizer.json`, or the directory of a model that has one.
 
     Special tokens come from the files beside it: BOS, EOS and pad from `tokenizer_config.json`,
-      further EOS ids from
-    `generation_config.json`; with neither, from the usual names. BOS is never taken from
-    `generation_config.json`: Qwen names one there that its prompts must not start with. Without a
-    pad token, padding uses the id of EOS.
+    further EOS ids from `generation_config.json`; with neither, from the usual names. BOS is never
+    taken from `generation_config.json`: Qwen names one there that its prompts must not start with.
+    Without a pad token, padding uses the id of EOS.
 
     The text of a special token (`<|im_end|>`) encodes to that token, so that templates can contain
     it.
