@@ -124,10 +124,12 @@ class ReasoningGymSource:
       size: number of problems.
       seed: reasoning-gym's seed.
       options: the task's own settings, as a mapping or as pairs.
+      solution: name of the metadata that holds a worked solution, to be given as the answer in
+        place of the bare result: `"answer_cot"` for `"gsm_symbolic"`, which ends in `#### result`.
 
     Raises:
-      ValueError: the task or an option is unknown, reasoning-gym is not installed, or an item (also
-        later, at access) has no reference answer.
+      ValueError: the task, an option or the solution is unknown, reasoning-gym is not installed, or
+        an item (also later, at access) has no reference answer.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class ReasoningGymSource:
         size: int,
         seed: int = 0,
         options: Mapping[str, Any] | Sequence[tuple[str, Any]] = (),
+        solution: str = "",
     ):
         try:
             import reasoning_gym
@@ -151,6 +154,7 @@ class ReasoningGymSource:
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see its gallery"
             raise ValueError(f"reasoning-gym has no task {task!r}; {hint}")
         self._task, self._size, self._seed, self._options = task, size, seed, dict(options)
+        self._solution = solution
         try:
             self._data = reasoning_gym.create_dataset(task, size=size, seed=seed, **self._options)
         except (TypeError, AssertionError, ValueError) as error:  # it validates with asserts
@@ -164,13 +168,21 @@ class ReasoningGymSource:
         item = self._data[_check_index(index, self._size, self)]
         if item["answer"] is None:
             raise ValueError(f"{self!r}[{index}] has no reference answer; choose another task")
-        return Problem(prompt=item["question"], answer=str(item["answer"]))
+        answer = item["answer"]
+        if self._solution:
+            answer = item["metadata"].get(self._solution)
+            if answer is None:
+                raise ValueError(
+                    f"{self!r}[{index}] has no {self._solution!r}; its metadata has "
+                    f"{', '.join(sorted(item['metadata']))}"
+                )
+        return Problem(prompt=item["question"], answer=str(answer))
 
     def __repr__(self) -> str:
         options = dict(sorted(self._options.items()))
         return (
             f"ReasoningGymSource({self._task!r}, size={self._size}, seed={self._seed}, "
-            f"options={options})"
+            f"options={options}, solution={self._solution!r})"
         )
 
 

@@ -129,3 +129,17 @@ def test_reasoning_gym_absent(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match=r"pip install 'jaxrl_stable\[tasks\]'"):
         data.ReasoningGymSource("gcd", 5)
+
+
+def test_worked_solutions_can_be_the_answer():
+    pytest.importorskip("reasoning_gym")
+    bare = data.ReasoningGymSource("gsm_symbolic", 8)
+    worked = data.ReasoningGymSource("gsm_symbolic", 8, solution="answer_cot")
+    for i in range(8):
+        assert worked[i]["prompt"] == bare[i]["prompt"]
+        result = worked[i]["answer"].split("####")[-1].strip()
+        assert float(result) == float(bare[i]["answer"])
+        assert len(worked[i]["answer"]) > len(bare[i]["answer"]) + 10
+    assert repr(worked) != repr(bare)
+    with pytest.raises(ValueError, match=r"has no 'steps'; its metadata has .*answer_cot"):
+        data.ReasoningGymSource("gsm_symbolic", 8, solution="steps")
