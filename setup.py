@@ -28,7 +28,7 @@ CORE = [
 EXTRAS = {
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
-    "kernels": ["tokamax; python_version >= '3.12'"],
+    "kernels": ["tokamax"],
     "quant": ["qwix"],
     "tasks": ["reasoning-gym>=0.1.25", "math-verify>=0.9"],
     "wandb": ["wandb"],

@@ -16,6 +16,13 @@ REPLAYS = ("none", "R2", "R3")
 FORMATS = ("none", "int8")  # of the sampler's weights
 
 
+def _positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        if getattr(config, field) < 1:
+            name = f"{type(config).__name__}.{field}"
+            raise ValueError(f"{name} is {getattr(config, field)}; use at least 1")
+
+
 def _one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
     value = getattr(config, field)
     if value not in allowed:
@@ -94,13 +101,15 @@ class Data:
     Attributes:
       train: source of training problems (`data.JsonlSource`, `data.ReasoningGymSource`, …).
       heldout: source of held-out problems.
-      tokenizer: path of a SentencePiece model or of a Hugging Face `tokenizer.json`. Empty: a
-        SentencePiece model is trained on the training problems and kept in the working directory.
+      tokenizer: path of a SentencePiece model or of a Hugging Face `tokenizer.json`. Empty: that of
+        `Experiment.init_from`, or a SentencePiece model that is trained on the problems and kept in
+        the working directory.
       vocab_size: size of the tokenizer trained here.
       template: text around a problem; "{prompt}" stands for it.
       prompt_width: P, longest prompt in tokens.
       reward: "numeric", "exact", "math", or "package.module:function".
       reward_timeout: seconds that a reward in a worker process may take for one response.
+      reward_workers: such processes.
     """
 
     train: Any = None
@@ -111,6 +120,7 @@ class Data:
     prompt_width: int = 64
     reward: str = "numeric"
     reward_timeout: float = 5.0
+    reward_workers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +166,9 @@ class Supervised:
     length: int = 256
     optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=50)
     checkpoint_every: int = 200
+
+    def __post_init__(self):
+        _positive(self, "batch_size", "length", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +216,8 @@ class Reinforcement:
 
     def __post_init__(self):
         _one_of(self, "rollout_format", FORMATS)
+        _positive(self, "prompts", "group_size", "max_tokens", "micro_batch_size", "max_skipped")
+        _positive(self, "checkpoint_every", "keep_checkpoints", "show_every")
         rows, parts = self.prompts * self.group_size, self.objective.mini_batches
         if self.prompts % parts:
             raise ValueError(
@@ -244,6 +259,9 @@ class Evaluation:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 400
+
+    def __post_init__(self):
+        _positive(self, "every", "problems", "samples", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,10 @@ import jax
 import numpy as np
 
 from jaxrl_stable.configs import Experiment
+from jaxrl_stable.model.attention import attention_implementation
 from jaxrl_stable.model.cache import empty_cache
+from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.model.dispatch import experts_implementation
 from jaxrl_stable.model.transformer import init_model
 from jaxrl_stable.optimizer import init_state, make_optimizer
 from jaxrl_stable.quantize import quantize
@@ -29,8 +32,13 @@ def describe(experiment: Experiment) -> str:
     layers, k = model_config.num_moe_layers, model_config.num_experts_per_token
     routing = (layers, rows, width, k)
     routing_bytes = math.prod(routing) * expert_dtype(model_config.num_experts).itemsize
-    columns = min(model_config.head_chunk, rl.max_tokens)
+    columns = min(max(model_config.head_chunk // rl.micro_batch_size, 1), rl.max_tokens)
     logits = (rl.micro_batch_size, columns, model_config.vocab_size)
+    state_bytes = (
+        _size(model)
+        + _size(state.opt_state)
+        + 4 * sum(leaf.size for leaf in jax.tree.leaves(model))
+    )
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
     experts = model_config.num_experts
     active = parameters
@@ -46,13 +54,23 @@ def describe(experiment: Experiment) -> str:
         ("weights", _bytes(_size(model))),
         ("optimiser state", _bytes(_size(state.opt_state))),
         ("gradient sum (float32)", _bytes(4 * parameters)),
+        ("state while updating", f"{_bytes(state_bytes)}  (the three above, without activations)"),
         (f"sampling copy ({rl.rollout_format})", _bytes(_size(sampler))),
         ("key/value cache", f"{_bytes(_size(cache))}  {cache.keys.shape} twice"),
         ("routing of a rollout", f"{_bytes(routing_bytes)}  {routing}"),
         ("logits of a head chunk", f"{_bytes(4 * math.prod(logits))}  {logits}"),
     ]
+    lines.append(("computed by", implementations(model_config)))
     name_width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{name_width}}  {value}" for name, value in lines)
+
+
+def implementations(config: ModelConfig) -> str:
+    """Which implementations run on this machine: what "auto" resolves to."""
+    return (
+        f"attention {attention_implementation(config)}, experts {experts_implementation(config)}, "
+        f"{config.dtype} on {jax.device_count()} × {jax.devices()[0].device_kind}"
+    )
 
 
 def _size(tree: object) -> int:

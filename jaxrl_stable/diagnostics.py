@@ -1,8 +1,9 @@
 """Metrics of the three policies, each with its formula, as parts that combine exactly.
 
-A metric is a `Mean` (total, count) or a `Max`; micro-batches, mini-batches and devices combine them
-without approximation, and `finalize` divides once at the end. Δ = log π_old − log μ_old is the
-mismatch, s = log π_θ − log π_old the staleness, m the response mask; a token mean is Σ m x / Σ m.
+A metric is a `Mean` (total, count), a `Max` or a `Sum`; micro-batches, mini-batches and devices
+combine them without approximation, and `finalize` divides once at the end. Δ = log π_old − log
+μ_old is the mismatch, s = log π_θ − log π_old the staleness, m the response mask; a token mean is
+Σ m x / Σ m.
 """
 
 from __future__ import annotations
@@ -54,11 +55,25 @@ class Max:
         return self.maximum
 
 
-Metrics = dict[str, Mean | Max]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """Total; combines by addition."""
+
+    total: Float[Array, "*n"]
+
+    def collapse(self) -> Sum:
+        return Sum(self.total.sum(0))
+
+    def value(self) -> Float[Array, "*n"]:
+        return self.total
+
+
+Metrics = dict[str, Mean | Max | Sum]
 
 
 def is_metric(x: object) -> bool:
-    return isinstance(x, Mean | Max)
+    return isinstance(x, Mean | Max | Sum)
 
 
 def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Mean:
@@ -82,15 +97,23 @@ def merge(parts: list[Metrics]) -> Metrics:
 
 
 def finalize(metrics: Metrics) -> dict[str, Float[Array, ""]]:
-    """Divides, and derives what is a function of means: the effective sample size.
+    """Divides, and derives what is a function of combined parts.
 
-    `weight/ess` = (mean w)² / mean w², the share of the tokens that an unweighted batch of equal
-    variance would need (Kish 1965); 1 when all weights are equal.
+    - `weight/ess`: (mean w)² / mean w², the share of the tokens that an unweighted batch of equal
+      variance would need (Kish 1965); 1 when all weights are equal
+    - `experts/max_violation`: max over layers and experts of E · (share of the load) − 1; 0 when
+      all experts get the same
+    - `experts/idle_share`: share of experts that got no token
     """
     values = {name: metric.value() for name, metric in metrics.items()}
     if "weight/square_mean" in values:
         square = values.pop("weight/square_mean")
         values["weight/ess"] = values["weight/truncated_mean"] ** 2 / jnp.maximum(square, 1e-30)
+    if "experts/load" in values:
+        load = values.pop("experts/load")
+        share = load / jnp.maximum(load.sum(-1, keepdims=True), 1.0)
+        values["experts/max_violation"] = (share * load.shape[-1] - 1.0).max()
+        values["experts/idle_share"] = (load == 0).mean()
     return values
 
 
@@ -138,9 +161,11 @@ def staleness_metrics(
 def weight_metrics(loss: TokenLoss, mask: Bool[Array, "B T"], cap: float | None) -> Metrics:
     """Importance weights before and after truncation, and the clip's decisions, as token means.
 
-    - `weight/raw_mean`, `weight/raw_max`: mean and max of π_θ/μ_old
-    - `weight/truncated_mean`, `weight/truncated_max`: the same of min(π_θ/μ_old, C)
-    - `weight/over_cap_share`: mean 1[π_θ/μ_old > C]
+    Here w is the weight that the objective uses: π_θ/μ_old, or what an ablation puts in its place.
+
+    - `weight/raw_mean`, `weight/raw_max`: mean and max of w
+    - `weight/truncated_mean`, `weight/truncated_max`: the same of min(w, C)
+    - `weight/over_cap_share`: mean 1[w > C]
     - `weight/ess`: see `finalize`
     - `clip/high_share`, `clip/low_share`: share of tokens that M_t silences above and below
     """
@@ -186,20 +211,15 @@ def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"])
 def load_metrics(
     load: Float[Array, "L E"], confidence: Float[Array, "L B T"], real: Bool[Array, "B T"]
 ) -> Metrics:
-    """Balance of the experts and decidedness of the routers.
+    """Balance of the experts (see `finalize`) and decidedness of the routers.
 
-    - `experts/max_violation`: max over layers and experts of E · (share of the load) − 1; 0 when
-      all experts get the same
-    - `experts/idle_share`: share of experts that got no token
     - `experts/confidence`: mean probability mass of the experts used
     """
     if load.shape[0] == 0:
         return {}
-    share = load / jnp.maximum(load.sum(-1, keepdims=True), 1.0)
     everywhere = jnp.broadcast_to(real, confidence.shape)
     return {
-        "experts/max_violation": Max((share * load.shape[-1] - 1.0).max()),
-        "experts/idle_share": masked_mean(load == 0, jnp.ones_like(load, bool)),
+        "experts/load": Sum(load),
         "experts/confidence": masked_mean(confidence, everywhere),
     }
 

@@ -71,6 +71,11 @@ class Result:
         }
 
 
+def evaluation_key(seed: int) -> Key[jax.Array, ""]:
+    """The key of every evaluation of an experiment."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
 def make_sampler(task: Task, evaluation: Evaluation, max_tokens: int) -> Sampler:
     """The rollout with the evaluation's sampling, compiled once for the run."""
     sampling = task.sampling(max_tokens, evaluation.temperature, top_p=evaluation.top_p)
@@ -88,17 +93,9 @@ def evaluate(
 
     The same key gives the same random numbers at every evaluation, so that two states of a policy
     are compared on equal terms.
-
-    Raises:
-      ValueError: the held-out source has fewer problems than asked for.
     """
     evaluation, data = experiment.evaluation, experiment.data
     count, k, size = evaluation.problems, evaluation.samples, evaluation.batch_size
-    if count > len(task.heldout):
-        raise ValueError(
-            f"Evaluation.problems is {count} but {task.heldout!r} has {len(task.heldout)}; "
-            "lower it, or give a larger held-out set"
-        )
     problems = [task.heldout[i] for i in range(count)]
     tokens, mask = encode_prompts(problems, task.tokenizer, data.prompt_width, data.template)
     tokens, mask = np.repeat(tokens, k, axis=0), np.repeat(mask, k, axis=0)
@@ -134,7 +131,7 @@ def main(experiment: Experiment, workdir: str) -> None:
             best=CHECKPOINT.value == "best",
         )
         sampler = make_sampler(task, experiment.evaluation, experiment.reinforcement.max_tokens)
-        key = jax.random.key(experiment.seed)
+        key = evaluation_key(experiment.seed)
         metrics = evaluate(model, task, experiment, sampler, key).metrics()
     pathlib.Path(workdir, "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
     k = int(metrics["eval/k"])

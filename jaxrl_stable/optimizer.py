@@ -58,9 +58,10 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
 
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step."""
+    """State before the first step. Moments are float32 whatever the parameters are stored in."""
+    float32 = jax.tree.map(lambda w: w.astype(jnp.float32), model)
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each can be donated
-    return TrainState(model, optimizer.init(model), *counters)
+    return TrainState(model, optimizer.init(float32), *counters)
 
 
 def to_parts(state: TrainState) -> dict[str, Any]:

@@ -15,11 +15,13 @@ import jax
 from absl import app, flags, logging
 
 from jaxrl_stable import configs
+from jaxrl_stable.describe import describe
 
 GIN_FILE = flags.DEFINE_multi_string(
     "gin_file", [], "gin files of the experiment; later ones override earlier ones"
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of this run; resumed when it has one")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run, and stop")
 DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of an error")
 
 GIN_PREFIX = "--gin."
@@ -31,6 +33,9 @@ PREAMBLE = (
     "from jaxrl_stable import data",
     "from jaxrl_stable.model import config as model",
 )
+
+
+GIN_ERRORS = (ValueError, TypeError, SyntaxError, NameError, ImportError, AttributeError)
 
 
 def run(main: Callable[[configs.Experiment, str], None]) -> None:
@@ -50,11 +55,15 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
             if jax.config.jax_compilation_cache_dir is None:  # a resumed run need not compile
                 cache = os.path.join(os.path.abspath(WORKDIR.value), "xla_cache")
                 jax.config.update("jax_compilation_cache_dir", cache)
-            main(load_experiment(GIN_FILE.value, bindings), WORKDIR.value)
-        except (ValueError, OSError, RuntimeError) as error:
+            experiment = load_experiment(GIN_FILE.value, bindings)
+            if DRY_RUN.value:
+                print(resolved_config(), describe(experiment), sep="\n")
+                return
+            main(experiment, WORKDIR.value)
+        except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
             if DEBUG.value:
                 raise
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {_one_line(error)} (--debug shows where)", file=sys.stderr)
             sys.exit(2)
 
     app.run(start, argv)
@@ -70,13 +79,23 @@ def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> confi
     for path in files:
         if not os.path.exists(path):
             raise FileNotFoundError(f"gin file {path} does not exist; check --gin_file")
+    try:
+        unused_in_files, in_files = _unused(files, ())
+    except ValueError:  # files that need the command line to be complete
+        unused_in_files, in_files = set(), set()
     gin.clear_config()
     try:
         gin.parse_config_files_and_bindings(list(files), [*PREAMBLE, *bindings])
         experiment = _configured(configs.Experiment)()
-    except (ValueError, TypeError, SyntaxError, NameError, ImportError, AttributeError) as error:
+    except GIN_ERRORS as error:
         raise ValueError(_one_line(error)) from error
-    _check_all_bindings_used()
+    # What a file configures may be orphaned by the command line: that is its purpose.
+    for scope, selector, name in sorted(unused_in_files | (_unused_now() - in_files)):
+        cls = f"{scope}/" * bool(scope) + selector.removeprefix("jaxrl_stable.")
+        raise ValueError(
+            f"{cls}.{name} is bound but nothing uses it; bind @{cls}() where it belongs, name the "
+            "scope that is used, or remove the line"
+        )
     return experiment
 
 
@@ -93,26 +112,47 @@ def _configured(cls: type) -> Callable:
         return cls
 
 
-def _check_all_bindings_used() -> None:
-    """A binding that nothing reads is a mistake that would otherwise pass in silence.
+Binding = tuple[str, str, str]  # scope, selector, name
+
+
+def _unused(files: Sequence[str], bindings: Sequence[str]) -> tuple[set[Binding], set[Binding]]:
+    """Bindings without effect, and all bindings, of an experiment."""
+    gin.clear_config()
+    try:
+        gin.parse_config_files_and_bindings(list(files), [*PREAMBLE, *bindings])
+        _configured(configs.Experiment)()
+    except GIN_ERRORS as error:
+        raise ValueError(_one_line(error)) from error
+    return _unused_now(), set(_bindings())
+
+
+def _bindings() -> list[Binding]:
+    return [
+        (scope, selector, name)
+        for (scope, selector), values in gin.config._CONFIG.items()
+        for name in values
+        if selector != "gin.macro"
+    ]
+
+
+def _unused_now() -> set[Binding]:
+    """Bindings that nothing reads: mistakes that would otherwise pass in silence.
 
     gin has no public view of single bindings; these two tables are what `gin.config_str` and
-    `gin.operative_config_str` print.
+    `gin.operative_config_str` print. A use in scope "a/b" takes the value of the longest of "a/b",
+    "a" and "" that binds the name.
     """
-    used = {
-        (selector, name)
-        for (_, selector), values in gin.config._OPERATIVE_CONFIG.items()
-        for name in values
-    }
-    for (scope, selector), values in gin.config._CONFIG.items():
+    bound = set(_bindings())
+    read = set()
+    for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
+        parts = scope.split("/") if scope else []
         for name in values:
-            if selector != "gin.macro" and (selector, name) not in used:
-                cls = selector.removeprefix("jaxrl_stable.")
-                where = f"{scope}/" if scope else ""
-                raise ValueError(
-                    f"{where}{cls}.{name} is bound but nothing uses it; bind @{where}{cls}() "
-                    "where it belongs, or remove the line"
-                )
+            for length in range(len(parts), -1, -1):
+                candidate = ("/".join(parts[:length]), selector, name)
+                if candidate in bound:
+                    read.add(candidate)
+                    break
+    return bound - read
 
 
 def _one_line(error: Exception) -> str:

@@ -26,7 +26,8 @@ def sample_rows(
 
     Per token: its text; `log_weight`, log π_old − log μ_old (nats), the mismatch part of its
     importance weight; `differs`, the number of MoE layers in which the training router would have
-    chosen other experts. The last two need a `score` pass.
+    chosen other experts for the token before it, whose output it was drawn from. The last two need
+    a `score` pass.
     """
     tokens, mask, rollout, advantages = jax.device_get(
         jax.tree.map(
@@ -35,7 +36,7 @@ def sample_rows(
         )
     )
     rows = []
-    for i in range(count):
+    for i in range(len(tokens)):
         rows.append(
             {
                 **problems[i],
@@ -50,5 +51,6 @@ def sample_rows(
         old, differs = jax.device_get((scored.logp_old[:count], scored.differing_layers[:count]))
         for i, row in enumerate(rows):
             row["log_weight"] = (old[i] - rollout[i])[mask[i]].tolist()
-            row["differs"] = differs[i][mask[i]].tolist()
+            # The experts that shaped token t are those of the token before it.
+            row["differs"] = differs[i][:-1][mask[i][1:]].tolist()
     return rows

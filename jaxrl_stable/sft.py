@@ -18,6 +18,7 @@ from jaxrl_stable.checkpoint import Checkpointer
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.data import packed_iterator
 from jaxrl_stable.diagnostics import Mean, Metrics
+from jaxrl_stable.gates import check_finite
 from jaxrl_stable.metrics import MetricsWriter
 from jaxrl_stable.model.head import token_log_probs
 from jaxrl_stable.model.transformer import Transformer, init_model
@@ -78,6 +79,7 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
         raise ValueError("Experiment.cold_start is missing; bind it to @configs.Supervised()")
     mesh, optimizer = make_mesh(experiment.mesh), make_optimizer(config.optimizer)
     source = task.train if config.demonstrations is None else open_source(config.demonstrations)
+    identity = f"{source!r} with {task.identity}, seed {experiment.seed}"
     batches = packed_iterator(
         source,
         task.tokenizer,
@@ -95,7 +97,7 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
     with (
         jax.set_mesh(mesh),
         Checkpointer(
-            pathlib.Path(workdir, "checkpoints"), architecture, keep=1, data=repr(source)
+            pathlib.Path(workdir, "checkpoints"), architecture, keep=1, data=identity
         ) as checkpoints,
         StopRequest() as stop,
     ):
@@ -113,6 +115,7 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
                     values["gradient/skipped"] = float(state.skipped)
                     values["time/step"] = (time.perf_counter() - clock) / 10
                     clock = time.perf_counter()
+                    check_finite(state, limit=10)
                     writer.write(step, values)
                     writer.progress(step, values | {"entropy": values["sft/entropy"]})
                 if step % config.checkpoint_every == 0 or last or stop.requested:

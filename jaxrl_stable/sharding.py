@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from jaxrl_stable.configs import MeshShape
 
@@ -89,6 +90,18 @@ def abstract_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
 def sharded_init(mesh: Mesh, init: Callable[[], Any]) -> Any:
     """Makes a state in place: every device makes its own part."""
     return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init)))()
+
+
+def constrain_rows(x: Array, axis: int) -> Array:
+    """Keeps the batch axis of an array spread over the devices; nothing without a mesh.
+
+    Cutting rows into parts would otherwise spread the parts: every device would then compute every
+    part in full.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[axis] % np.prod([mesh.shape[name] for name in BATCH]):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, BATCH))
 
 
 def shard_rows(mesh: Mesh, tree: Any) -> Any:

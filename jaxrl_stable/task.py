@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import zlib
 
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.data import (
     JsonlSource,
-    Problem,
     Source,
     Tokenizer,
     check_prompts,
@@ -17,6 +17,8 @@ from jaxrl_stable.data import (
 )
 from jaxrl_stable.rewards import Reward, check_references, load_reward
 from jaxrl_stable.rollout import Sampling
+
+TOKENIZER_PROBLEMS = 20_000  # of each source, when a tokenizer is trained here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Task:
       heldout: held-out problems.
       tokenizer: text to ids and back.
       reward: scores responses; closed with the task.
+      identity: of problems and tokenizer, to be compared on resume.
     """
 
     train: Source
     heldout: Source
     tokenizer: Tokenizer
     reward: Reward
+    identity: str = ""
 
     def __enter__(self) -> Task:
         return self
@@ -59,14 +63,14 @@ class Task:
         )
 
 
-def load_task(experiment: Experiment, workdir: str) -> Task:
+def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
     """Loads and checks problems, tokenizer and reward.
 
     Raises:
       ValueError, FileNotFoundError: a source is missing, a prompt does not fit, a reference answer
         cannot be read, or the tokenizer has more entries than the model; each says where.
     """
-    data = experiment.data
+    data, evaluation = experiment.data, experiment.evaluation
     for field in ("train", "heldout"):
         if getattr(data, field) is None:
             raise ValueError(
@@ -74,10 +78,14 @@ def load_task(experiment: Experiment, workdir: str) -> Task:
                 "of a JSONL file"
             )
     train, heldout = open_source(data.train), open_source(data.heldout)
-    path = pathlib.Path(data.tokenizer or pathlib.Path(workdir) / "tokenizer.model")
-    if not data.tokenizer and not path.exists():
-        texts = [text for problem in _all(train) for text in (problem["prompt"], problem["answer"])]
-        train_sentencepiece(texts, path, data.vocab_size)
+    if evaluation.problems > len(heldout):
+        raise ValueError(
+            f"Evaluation.problems is {evaluation.problems} but {heldout!r} has {len(heldout)}; "
+            "lower it, or give a larger held-out set"
+        )
+    path = _tokenizer_path(experiment, pathlib.Path(workdir))
+    if not path.exists() and not data.tokenizer:
+        _train_tokenizer(experiment, (train, heldout), path)
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > experiment.model.vocab_size:
         raise ValueError(
@@ -87,14 +95,36 @@ def load_task(experiment: Experiment, workdir: str) -> Task:
     for source in (train, heldout):
         check_prompts(source, tokenizer, data.prompt_width, data.template)
         check_references(source, data.reward)
-    reward = load_reward(data.reward, timeout_s=data.reward_timeout)
-    return Task(train, heldout, tokenizer, reward)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    identity = f"{train!r}, tokenizer {zlib.crc32(file.read_bytes()):08x}"
+    reward = load_reward(data.reward, timeout_s=data.reward_timeout, workers=data.reward_workers)
+    return Task(train, heldout, tokenizer, reward, identity)
+
+
+def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Path:
+    """The tokenizer that is named, that of the run whose weights are taken, or this run's own."""
+    if experiment.data.tokenizer:
+        return pathlib.Path(experiment.data.tokenizer)
+    inherited = pathlib.Path(experiment.init_from, "tokenizer.model")
+    if experiment.init_from and inherited.exists():
+        return inherited
+    return workdir / "tokenizer.model"
+
+
+def _train_tokenizer(
+    experiment: Experiment, sources: tuple[Source, Source], path: pathlib.Path
+) -> None:
+    """Trains on problems and demonstrations, so that no character of either is unknown."""
+    data, cold_start = experiment.data, experiment.cold_start
+    if cold_start is not None and cold_start.demonstrations is not None:
+        sources = (*sources, open_source(cold_start.demonstrations))
+    texts = [data.template]
+    for source in sources:
+        for i in range(min(len(source), TOKENIZER_PROBLEMS)):
+            texts += source[i].values()
+    train_sentencepiece(texts, path, data.vocab_size)
 
 
 def open_source(source: Source | str) -> Source:
     """A source as it is, or the JSONL file that a path names."""
     return JsonlSource(source) if isinstance(source, str) else source
-
-
-def _all(source: Source) -> list[Problem]:
-    return [source[i] for i in range(len(source))]

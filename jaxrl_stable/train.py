@@ -17,16 +17,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
+from jaxtyping import Key
 
 from jaxrl_stable import diagnostics, program, sft
 from jaxrl_stable.advantages import centered
 from jaxrl_stable.checkpoint import Checkpointer, load_model
 from jaxrl_stable.configs import Experiment, Reinforcement
 from jaxrl_stable.data import prompt_iterator
-from jaxrl_stable.describe import describe
+from jaxrl_stable.describe import implementations
 from jaxrl_stable.diagnostics import Metrics
-from jaxrl_stable.evaluate import evaluate, make_sampler
+from jaxrl_stable.evaluate import evaluate, evaluation_key, make_sampler
 from jaxrl_stable.gates import check_failed_rewards, check_finite, check_first_mini_batch
 from jaxrl_stable.judge import judge, reward_metrics
 from jaxrl_stable.metrics import Clock, MetricsWriter
@@ -37,7 +37,13 @@ from jaxrl_stable.quantize import quantize
 from jaxrl_stable.report import write_report
 from jaxrl_stable.rollout import Trajectory, rollout
 from jaxrl_stable.samples import sample_rows
-from jaxrl_stable.sharding import abstract_state, make_mesh, shard_rows, sharded_init
+from jaxrl_stable.sharding import (
+    abstract_state,
+    make_mesh,
+    shard_rows,
+    sharded_init,
+    state_shardings,
+)
 from jaxrl_stable.task import Task, load_task
 from jaxrl_stable.update import (
     Scored,
@@ -49,8 +55,6 @@ from jaxrl_stable.update import (
     with_old_policy,
 )
 
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would run, and stop")
-
 
 class Programs(NamedTuple):
     """The jitted programs of a run; each compiles once."""
@@ -61,6 +65,7 @@ class Programs(NamedTuple):
     score: Callable[..., Scored]
     update: Callable[..., tuple[TrainState, Metrics]]
     split: Callable[[TrainBatch], list[TrainBatch]]
+    summarize: Callable[[list[Metrics], Metrics], dict[str, jax.Array]]
 
 
 def make_programs(rl: Reinforcement, task: Task) -> Programs:
@@ -73,6 +78,9 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
         stacked = split(batch, parts)
         return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(parts)]
 
+    def summarize(updates: list[Metrics], scored: Metrics) -> dict[str, jax.Array]:
+        return diagnostics.finalize(diagnostics.merge(updates) | scored)
+
     step = partial(update, objective=rl.objective, optimizer=make_optimizer(rl.optimizer), **passes)
     return Programs(
         quantize=jax.jit(partial(quantize, format=rl.rollout_format)),
@@ -81,6 +89,7 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
         score=jax.jit(partial(score, replay=rl.objective.replay, **passes)),
         update=jax.jit(step, donate_argnums=0),
         split=jax.jit(mini_batches),
+        summarize=jax.jit(summarize),
     )
 
 
@@ -96,8 +105,6 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
     workdir, rl = pathlib.Path(workdir), experiment.reinforcement
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(experiment.mesh)
-    key = jax.random.key(experiment.seed)
-    rollout_key, evaluation_key = jax.random.split(key)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         task = stack.enter_context(load_task(experiment, workdir))
@@ -106,7 +113,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 workdir / "checkpoints",
                 experiment.model.architecture(),
                 rl.keep_checkpoints,
-                data=repr(task.train),
+                data=f"{task.identity}, {rl.prompts} prompts a step, seed {experiment.seed}",
             )
         )
         prompts = prompt_iterator(
@@ -117,7 +124,8 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             seed=experiment.seed,
             template=experiment.data.template,
         )
-        state, start = restore_or_start(experiment, task, workdir, checkpoints, prompts)
+        state, key, start = restore_or_start(experiment, task, workdir, checkpoints, prompts)
+        (workdir / "config.gin").write_text(program.resolved_config())
         programs = make_programs(rl, task)
         sampler = make_sampler(task, experiment.evaluation, rl.max_tokens)
         stop = stack.enter_context(StopRequest())
@@ -126,7 +134,8 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
         )
 
         def run_evaluation(step: int) -> float:
-            result = evaluate(state.model, task, experiment, sampler, evaluation_key)
+            key = evaluation_key(experiment.seed)
+            result = evaluate(state.model, task, experiment, sampler, key)
             metrics = result.metrics()
             gradient_steps = {"gradient_steps": float(step * rl.objective.mini_batches)}
             writer.write(step, metrics | gradient_steps)
@@ -147,7 +156,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 trajectory = programs.rollout(
                     sampling_policy,
                     *shard_rows(mesh, (tokens, mask)),
-                    jax.random.fold_in(rollout_key, step),
+                    jax.random.fold_in(key, step),
                 )
                 jax.block_until_ready(trajectory)
             with clock("reward"):
@@ -172,9 +181,9 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             if scored is not None and step == start + 1:
                 check_first_mini_batch(updates[0], rl.gate(experiment.model.dtype), step)
             check_finite(state, rl.max_skipped)
-            measured = diagnostics.merge(updates) | (scored.metrics if scored else {})
             values = clock.values() | reward_metrics(judged, rl.group_size)
-            values |= diagnostics.as_floats(diagnostics.finalize(measured))
+            measured = programs.summarize(updates, scored.metrics if scored else {})
+            values |= diagnostics.as_floats(measured)
             values["gradient/skipped"] = float(jax.device_get(state.skipped))
             values["gradient_steps"] = float(step * rl.objective.mini_batches)
             values["throughput/tokens_per_s"] = values["response/tokens"] / values["time/step"]
@@ -204,11 +213,11 @@ def restore_or_start(
     workdir: pathlib.Path,
     checkpoints: Checkpointer,
     prompts: Iterator,
-) -> tuple[TrainState, int]:
+) -> tuple[TrainState, Key[jax.Array, ""], int]:
     """The newest checkpoint of this run, or a start from a cold start, another run, or nothing.
 
     Returns:
-      The state, and the number of finished steps.
+      The state, the key of the rollouts, and the number of finished steps.
     """
     rl, mesh = experiment.reinforcement, make_mesh(experiment.mesh)
     optimizer = make_optimizer(rl.optimizer)
@@ -217,10 +226,10 @@ def restore_or_start(
         return init_model(experiment.model, experiment.seed)
 
     template = abstract_state(mesh, lambda: init_state(fresh_model(), optimizer))
-    key = abstract_state(mesh, lambda: jax.random.key(0))
-    restored = checkpoints.restore(to_parts(template) | {"key": key}, prompts)
+    key_template = abstract_state(mesh, lambda: jax.random.key(0))
+    restored = checkpoints.restore(to_parts(template) | {"key": key_template}, prompts)
     if restored:
-        return from_parts(restored), checkpoints.steps[-1]
+        return from_parts(restored), restored["key"], checkpoints.steps[-1]
     if experiment.init_from:
         model = load_model(
             pathlib.Path(experiment.init_from, "checkpoints"),
@@ -231,17 +240,15 @@ def restore_or_start(
         model = sft.train(experiment, task, workdir / "cold_start")
     else:
         model = sharded_init(mesh, fresh_model)
-    return jax.jit(partial(init_state, optimizer=optimizer))(model), 0
+    start = jax.jit(
+        partial(init_state, optimizer=optimizer), out_shardings=state_shardings(mesh, template)
+    )
+    return start(model), jax.random.key(experiment.seed), 0
 
 
 def main(experiment: Experiment, workdir: str) -> None:
-    """Trains, then writes the report; with --dry_run says what it would do."""
-    if DRY_RUN.value:
-        print(program.resolved_config())
-        print(describe(experiment))
-        return
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    pathlib.Path(workdir, "config.gin").write_text(program.resolved_config())
+    """Trains, then writes the report."""
+    print(implementations(experiment.model))
     begin = time.time()
     train(experiment, workdir)
     summary = {

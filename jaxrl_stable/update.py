@@ -20,6 +20,7 @@ from jaxrl_stable.objectives import aggregate
 from jaxrl_stable.optimizer import TrainState, apply_gradients
 from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing, overlap
+from jaxrl_stable.sharding import constrain_rows
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +86,7 @@ def split(batch: TrainBatch, parts: int) -> TrainBatch:
 
     def rows(x: Array, axis: int) -> Array:
         shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis, 0)
+        return constrain_rows(jnp.moveaxis(x.reshape(shape), axis, 0), axis + 1)
 
     routing = Routing(rows(batch.routing.experts, 1), rows(batch.routing.valid, 0))
     others = dataclasses.replace(batch, routing=None)

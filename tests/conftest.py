@@ -35,7 +35,7 @@ def config():
         head_dim=8,
         intermediate_size=48,
         moe_intermediate_size=24,
-        head_chunk=4,
+        head_chunk=16,
     )
 
 

@@ -1,5 +1,6 @@
 """Bad input ends in one line that names file, line or field and what to do, with status 2."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -8,6 +9,7 @@ import pytest
 from absl import flags
 
 from jaxrl_stable import program, train
+from jaxrl_stable.describe import describe
 
 GIN = str(pathlib.Path(__file__).with_name("experiment.gin"))
 
@@ -63,7 +65,6 @@ def test_answer_of_wrong_type(fails, tmp_path):
 def test_unreadable_reference(fails, tmp_path):
     line = fails(
         jsonl(tmp_path / "bad.jsonl", *[GOOD] * 60, '{"prompt": "x", "answer": "two"}'),
-        "--gin.configs.Data.vocab_size=16",
     )
     assert "bad.jsonl" in line and "two" in line
 
@@ -129,3 +130,31 @@ def test_binding_without_effect(fails):
     """A section that is configured but not wired in would be ignored in silence."""
     line = fails("--gin.configs.MeshShape.data=1")
     assert "configs.MeshShape.data is bound but nothing uses it" in line
+    line = fails("--gin.reinforce/configs.Optimizer.b1=0.5")  # the scope is called rl
+    assert "reinforce/configs.Optimizer.b1 is bound but nothing uses it" in line
+    line = fails("--gin.configs.Optimizer.learning_rate=0.5")  # bound in scope rl
+    assert "configs.Optimizer.learning_rate is bound but nothing uses it" in line
+
+
+@pytest.mark.parametrize("field", ["Reinforcement.micro_batch_size", "Evaluation.every"])
+def test_sizes_of_zero(fails, field):
+    assert f"{field} is 0; use at least 1" in fails(f"--gin.configs.{field}=0")
+
+
+def test_more_problems_than_there_are(fails):
+    assert "Evaluation.problems is 9 but" in fails("--gin.configs.Evaluation.problems=9")
+
+
+def test_first_mini_batch_that_disagrees_stops_the_run(fails, monkeypatch):
+    """The gate in the loop: an update with another temperature than `score`."""
+    wrong = functools.partial(train.update, temperature=1.3)
+    monkeypatch.setattr(train, "update", lambda *x, temperature, **k: wrong(*x, **k))
+    line = fails("--gin.configs.Supervised.steps=1")
+    assert "in the first mini-batch, above 1e-05; score and update disagree" in line
+
+
+def test_every_experiment_loads(capsys):
+    for path in (pathlib.Path(__file__).parents[1] / "experiments").glob("*.gin"):
+        if path.stem == "leg_counting":
+            pytest.importorskip("reasoning_gym")
+        assert "parameters" in describe(program.load_experiment([str(path)]))

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import jax
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrl_stable.configs import Optimizer
+from jaxrl_stable.model import init_model
 from jaxrl_stable.optimizer import apply_gradients, init_state, make_optimizer
 
 
@@ -61,3 +63,15 @@ def test_weight_decay_spares_the_norms(model):
     np.testing.assert_array_equal(state.model.norm.weight[...], model.norm.weight[...])
     shrunk = state.model.embedding[...] / model.embedding[...]
     np.testing.assert_allclose(shrunk, 0.95, rtol=1e-5)
+
+
+def test_moments_are_float32_from_the_start(config):
+    """Types that change in the first step would compile twice and lose bits on resume."""
+    half = init_model(dataclasses.replace(config, param_dtype="bfloat16"), 0)
+    optimizer = make_optimizer(Optimizer())
+    state = init_state(half, optimizer)
+    ones = jax.tree.map(lambda w: jnp.ones(w.shape, jnp.float32), half)
+    after, _ = apply_gradients(state, ones, optimizer)
+    types = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
+    assert types[0] == types[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state[1][0].nu)} == {jnp.dtype("float32")}

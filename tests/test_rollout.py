@@ -60,6 +60,18 @@ def test_log_probs_equal_a_teacher_forced_rescore(model, sample):
     assert worst <= 1e-4
 
 
+def test_temperature_is_the_same_on_both_sides(model, prompts):
+    """The trainer scores the distribution that was sampled, not that of temperature 1."""
+    sampling = Sampling(4, temperature=0.6, stop_ids=(2,))
+    run = jax.jit(partial(rollout, sampling=sampling))(model, *prompts, jax.random.key(0))
+    batch = make_batch(run, jnp.zeros(len(run.tokens)))
+    deviation = {
+        t: float(jnp.abs(policy_log_probs(model, batch, None, t)[0].logp - run.logp_rollout).max())
+        for t in (0.6, 1.0)
+    }
+    assert deviation[0.6] <= 1e-4 < 0.1 < deviation[1.0]
+
+
 def test_routing_equals_that_of_the_training_forward(trajectory, rescored):
     """Same program family, same weights: decode with a cache chooses the same experts."""
     _, router = rescored

@@ -22,7 +22,7 @@ from jaxrl_stable.model import init_model, tiny
 from jaxrl_stable.optimizer import init_state, make_optimizer
 from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.sharding import make_mesh, shard_rows, sharded_init
-from jaxrl_stable.update import make_batch, score, update, with_old_policy
+from jaxrl_stable.update import make_batch, score, split, update, with_old_policy
 
 config = tiny(vocab_size=32, hidden_size=32, head_dim=8, moe_intermediate_size=16, num_layers=2)
 optimizer = make_optimizer(configs.Optimizer(learning_rate=1e-2))
@@ -46,6 +46,11 @@ for sizes in ((1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)):
         sample = jax.jit(partial(rollout, sampling=Sampling(6, stop_ids=(2, 3))))
         trajectory = sample(state.model, *shard_rows(mesh, (prompts, mask)), jax.random.key(1))
         batch = make_batch(trajectory, shard_rows(mesh, advantages))
+        parts = jax.jit(split, static_argnums=1)(batch, 2)
+        rows = 8 // (shape.data * shape.fsdp)  # every device has a share of every micro-batch
+        assert parts.tokens.sharding.shard_shape(parts.tokens.shape)[:2] == (2, rows)
+        experts = parts.routing.experts
+        assert experts.sharding.shard_shape(experts.shape)[:3] == (2, 2, rows)
         scored = jax.jit(partial(score, replay="R3", **passes))(state.model, batch)
         batch = with_old_policy(batch, scored)
         objective = configs.Objective(mini_batches=1)

@@ -89,8 +89,7 @@ def test_padding_rows_added(perturbed, batch, passes, stepped):
     assert_same_step(again, stepped)
     ours, theirs = finalize(again[1]), finalize(stepped[1])
     for name in theirs:
-        if name not in ("experts/max_violation", "experts/idle_share"):  # per micro-batch figures
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_padding_columns_added(perturbed, batch, passes, stepped):
@@ -199,7 +198,6 @@ def test_router_has_gradient_under_replay(perturbed, batch, passes):
     for stack in mu.stacks:
         for block in stack:
             if block.moe:
-                assert float(jnp.abs(block.mlp.router[...]).min(axis=(1, 2)).max()) >= 0
                 assert (jnp.abs(block.mlp.router[...]).sum(axis=(1, 2)) > 0).all()
 
 

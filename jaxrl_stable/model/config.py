@@ -42,11 +42,12 @@ class ModelConfig:
         log-probabilities are float32 whatever it is.
       param_dtype: type in which parameters are stored and optimised.
       scan_layers: scan over repeated layers (one compiled body) or unroll them.
-      remat: what the backward pass recomputes: "none", "dots" (all but matrix products) or "block".
+      remat: what the backward pass recomputes: "none", "dots" (all but dense projections; products
+        with batch axes, such as attention, are recomputed) or "block" (everything).
       attention: "auto", "xla" or "cudnn".
       experts: grouped matrix product: "auto", "ragged", "blocked", "tokamax", or "dense" (every
         expert on every token: the oracle of tests).
-      head_chunk: columns of `[B, T]` whose logits exist at a time.
+      head_chunk: tokens of `[B, T]` whose logits exist at a time; rounded to whole columns.
     """
 
     vocab_size: int
@@ -71,7 +72,7 @@ class ModelConfig:
     remat: str = "none"
     attention: str = "auto"
     experts: str = "auto"
-    head_chunk: int = 512
+    head_chunk: int = 2048
 
     def __post_init__(self):
         choices = {

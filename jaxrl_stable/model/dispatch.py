@@ -125,7 +125,9 @@ def grouped_matmul(
     if implementation == "tokamax":
         import tokamax
 
-        y = tokamax.ragged_dot(x, w, sizes)
+        # Kernels only: left to itself it would fall back to the plain op without a word.
+        kernels = ("mosaic", "triton") if jax.default_backend() == "gpu" else ("mosaic",)
+        y = tokamax.ragged_dot(x, w, sizes, implementation=kernels)
     else:
         y = jax.lax.ragged_dot(x, w, sizes)
     return jnp.where((jnp.arange(x.shape[0]) < sizes.sum())[:, None], y, 0)
@@ -133,6 +135,8 @@ def grouped_matmul(
 
 def experts_implementation(config: ModelConfig) -> str:
     """Resolves "auto": blocks on CPU, tokamax's kernel on TPU and GPU where it is installed.
+
+    On a TPU `jax.lax.ragged_dot` is a kernel of its own.
 
     Raises:
       RuntimeError: on a GPU without tokamax, where `jax.lax.ragged_dot` is some sixty times slower.
@@ -147,8 +151,9 @@ def experts_implementation(config: ModelConfig) -> str:
     except ImportError:
         if backend == "gpu":
             raise RuntimeError(
-                "grouped matrix products on a GPU need tokamax: pip install "
-                "'jaxrl_stable[kernels]', or accept the slow path with ModelConfig.experts='ragged'"
+                "grouped matrix products on a GPU need tokamax: pip "
+                "install 'jaxrl_stable[kernels]', or accept the slow path with "
+                "ModelConfig.experts='ragged'"
             ) from None
         return "ragged"
     return "tokamax"

@@ -46,7 +46,7 @@ def token_log_probs(
       temperature: the sampler's; both sides of an importance ratio must use the same.
     """
     B, T, D = hidden.shape
-    chunk = min(model.config.head_chunk, T)
+    chunk = min(max(model.config.head_chunk // B, 1), T)
     padding = -T % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))

@@ -27,7 +27,7 @@ def small(**overrides):
         moe_intermediate_size=10,
         rope_theta=100.0,
         tie_embeddings=True,
-        head_chunk=4,
+        head_chunk=8,
     )
     return m.tiny(**(fields | overrides))
 

@@ -25,7 +25,8 @@ def scored():
 
 
 def model_with(chunk, **overrides):
-    return random_model(small(**(SIZES | dict(head_chunk=chunk) | overrides)))
+    """`chunk` columns at a time; the config counts tokens."""
+    return random_model(small(**(SIZES | dict(head_chunk=chunk * B) | overrides)))
 
 
 def direct(model, hidden, targets, temperature):

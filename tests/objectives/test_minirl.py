@@ -104,7 +104,7 @@ def test_gradient_equals_numpy_derivation(switches):
     assert active["over"] > 50 and active["clipped"] > 50  # truncation and clipping were at work
 
 
-def test_float64_gradient_is_exact():
+def test_float64_inputs_are_accepted():
     with jax.enable_x64(True):
         inputs = make_inputs(3, mismatch=1.0)
         logp, old, rollout, advantages, mask = inputs

@@ -11,7 +11,7 @@ from jaxrl_stable.report.run import LAYER
 
 PACKAGE = pathlib.Path(jaxrl_stable.__file__).parent
 # Named in the code, but not in the rows: `finalize` turns it into weight/ess.
-INTERNAL = {"weight/square_mean"}
+INTERNAL = {"weight/square_mean", "experts/load"}
 
 
 def recorded_names(groups):
