@@ -74,4 +74,6 @@ def test_moments_are_float32_from_the_start(config):
     after, _ = apply_gradients(state, ones, optimizer)
     types = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
     assert types[0] == types[1]
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state[1][0].nu)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state[1][0].nu)} == {
+        jnp.dtype("float32")
+    }
