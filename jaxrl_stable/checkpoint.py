@@ -61,10 +61,10 @@ class Checkpointer:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best score; the newest one where none was scored."""
+        """The step with the best score, the newest of equals; the newest of all if none has one."""
         scored = [c for c in self._orbax.checkpoints if c.metrics and SCORE in c.metrics]
         if scored:
-            return max(scored, key=lambda c: c.metrics[SCORE]).step
+            return max(scored, key=lambda c: (c.metrics[SCORE], c.step)).step
         return self.steps[-1] if self.steps else None
 
     def save(

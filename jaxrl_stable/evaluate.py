@@ -48,12 +48,16 @@ class Result:
     lengths: Float[np.ndarray, "problems k"]
     finished: Bool[np.ndarray, "problems k"]
 
+    @property
+    def correct(self) -> Bool[np.ndarray, "problems k"]:
+        return np.nan_to_num(self.scores, nan=0.0) >= 1.0
+
     def metrics(self) -> dict[str, float]:
         """`eval/…` figures: accuracy is the share of samples with score 1 or more.
 
         A sample whose checker failed counts as wrong, and is reported in `eval/failed_share`.
         """
-        correct = np.nan_to_num(self.scores, nan=0.0) >= 1.0
+        correct = self.correct
         k = correct.shape[1]
         mean, any_of_k = avg_at_k(correct), pass_at_k(correct, k)
         return {
@@ -132,12 +136,18 @@ def main(experiment: Experiment, workdir: str) -> None:
         )
         sampler = make_sampler(task, experiment.evaluation, experiment.reinforcement.max_tokens)
         key = evaluation_key(experiment.seed)
-        metrics = evaluate(model, task, experiment, sampler, key).metrics()
-    pathlib.Path(workdir, "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    k = int(metrics["eval/k"])
-    for name, label in (("avg", f"avg@{k}"), ("pass", f"pass@{k}")):
-        value, low, high = (metrics[f"eval/{name}_at_k{end}"] for end in ("", "_low", "_high"))
-        print(f"{label}: {value:.3f}  (95% interval {low:.3f} to {high:.3f})")
+        result = evaluate(model, task, experiment, sampler, key)
+    k = result.scores.shape[1]
+    figures = {f"avg@{k}": avg_at_k(result.correct)}
+    for n in sorted({1, k // 4, k // 2, k} - {0}):
+        figures[f"pass@{n}"] = pass_at_k(result.correct, n)
+    for name, estimate in figures.items():
+        print(
+            f"{name}: {estimate.value:.3f}  "
+            f"(95% interval {estimate.low:.3f} to {estimate.high:.3f})"
+        )
+    record = result.metrics() | {name: estimate.value for name, estimate in figures.items()}
+    pathlib.Path(workdir, "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
