@@ -157,7 +157,12 @@ def test_what_a_kernel_leaves_outside_the_groups_reaches_nothing(layer, x, name,
     expected = gradients(with_implementation(layer, "dense"), x, None)
     product = _leave_garbage(jax.lax.ragged_dot)
     monkeypatch.setattr(jax.lax, "ragged_dot", product)
-    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=product))
+
+    def kernel(x, w, sizes, *, implementation):
+        assert "xla" not in implementation  # no silent fall-back to the plain op
+        return product(x, w, sizes)
+
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=kernel))
     variant = with_implementation(layer, name)
     # A function of its own: `gradients` may hold a compiled pass without the garbage.
     fresh = jax.jit(lambda *args: differentiate(*args), compiler_options=QUICK)
