@@ -80,17 +80,13 @@ def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> confi
         if not os.path.exists(path):
             raise FileNotFoundError(f"gin file {path} does not exist; check --gin_file")
     try:
-        unused_in_files, in_files = _unused(files, ())
+        _build(files, ())
+        unused_in_files, in_files = _unused_bindings(), _bindings()
     except ValueError:  # files that need the command line to be complete
         unused_in_files, in_files = set(), set()
-    gin.clear_config()
-    try:
-        gin.parse_config_files_and_bindings(list(files), [*PREAMBLE, *bindings])
-        experiment = _configured(configs.Experiment)()
-    except GIN_ERRORS as error:
-        raise ValueError(_one_line(error)) from error
+    experiment = _build(files, bindings)
     # What a file configures may be orphaned by the command line: that is its purpose.
-    for scope, selector, name in sorted(unused_in_files | (_unused_now() - in_files)):
+    for scope, selector, name in sorted(unused_in_files | (_unused_bindings() - in_files)):
         cls = f"{scope}/" * bool(scope) + selector.removeprefix("jaxrl_stable.")
         raise ValueError(
             f"{cls}.{name} is bound but nothing uses it; bind @{cls}() where it belongs, name the "
@@ -104,6 +100,16 @@ def resolved_config() -> str:
     return gin.operative_config_str()
 
 
+def _build(files: Sequence[str], bindings: Sequence[str]) -> configs.Experiment:
+    """Parses and builds; whatever gin or a config objects to is a ValueError of one line."""
+    gin.clear_config()
+    try:
+        gin.parse_config_files_and_bindings(list(files), [*PREAMBLE, *bindings])
+        return _configured(configs.Experiment)()
+    except GIN_ERRORS as error:
+        raise ValueError(_one_line(error)) from error
+
+
 def _configured(cls: type) -> Callable:
     """The class as gin configures it; itself when no gin file mentions it."""
     try:
@@ -115,34 +121,23 @@ def _configured(cls: type) -> Callable:
 Binding = tuple[str, str, str]  # scope, selector, name
 
 
-def _unused(files: Sequence[str], bindings: Sequence[str]) -> tuple[set[Binding], set[Binding]]:
-    """Bindings without effect, and all bindings, of an experiment."""
-    gin.clear_config()
-    try:
-        gin.parse_config_files_and_bindings(list(files), [*PREAMBLE, *bindings])
-        _configured(configs.Experiment)()
-    except GIN_ERRORS as error:
-        raise ValueError(_one_line(error)) from error
-    return _unused_now(), set(_bindings())
-
-
-def _bindings() -> list[Binding]:
-    return [
+def _bindings() -> set[Binding]:
+    return {
         (scope, selector, name)
         for (scope, selector), values in gin.config._CONFIG.items()
         for name in values
         if selector != "gin.macro"
-    ]
+    }
 
 
-def _unused_now() -> set[Binding]:
+def _unused_bindings() -> set[Binding]:
     """Bindings that nothing reads: mistakes that would otherwise pass in silence.
 
     gin has no public view of single bindings; these two tables are what `gin.config_str` and
     `gin.operative_config_str` print. A use in scope "a/b" takes the value of the longest of "a/b",
     "a" and "" that binds the name.
     """
-    bound = set(_bindings())
+    bound = _bindings()
     read = set()
     for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
         parts = scope.split("/") if scope else []

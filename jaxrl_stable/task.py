@@ -102,13 +102,24 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
 
 
 def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Path:
-    """The tokenizer that is named, that of the run whose weights are taken, or this run's own."""
+    """The tokenizer that is named, that of the run whose weights are taken, or this run's own.
+
+    Raises:
+      ValueError: weights come from a run without a tokenizer of its own; a new one would give
+        their embeddings other meanings.
+    """
     if experiment.data.tokenizer:
         return pathlib.Path(experiment.data.tokenizer)
-    inherited = pathlib.Path(experiment.init_from, "tokenizer.model")
-    if experiment.init_from and inherited.exists():
-        return inherited
-    return workdir / "tokenizer.model"
+    if not experiment.init_from:
+        return workdir / "tokenizer.model"
+    origin = pathlib.Path(experiment.init_from).resolve()
+    for directory in (origin, origin.parent):  # a cold start has that of the run it belongs to
+        if (directory / "tokenizer.model").exists():
+            return directory / "tokenizer.model"
+    raise ValueError(
+        f"Experiment.init_from {experiment.init_from} has no tokenizer.model; name the tokenizer "
+        "of its weights in Data.tokenizer"
+    )
 
 
 def _train_tokenizer(

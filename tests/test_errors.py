@@ -142,6 +142,12 @@ def test_sizes_of_zero(fails, field):
     assert f"{field} is 0; use at least 1" in fails(f"--gin.configs.{field}=0")
 
 
+def test_weights_without_their_tokenizer(fails, tmp_path):
+    """A tokenizer trained anew would give the embeddings of another run other meanings."""
+    line = fails(f"--gin.configs.Experiment.init_from='{tmp_path}/a/b'")
+    assert "has no tokenizer.model; name the tokenizer of its weights" in line
+
+
 def test_more_problems_than_there_are(fails):
     assert "Evaluation.problems is 9 but" in fails("--gin.configs.Evaluation.problems=9")
 
