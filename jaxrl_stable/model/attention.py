@@ -1,7 +1,11 @@
-"""Grouped-query attention with per-head query/key norms and rotary positions (Qwen3)."""
+"""Attention: the frame that all layers share, norms, and grouped queries (Qwen3, OLMoE, Mixtral).
+
+Latent attention (DeepSeek-V3) has a file of its own and the same call.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,13 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_stable.model.cache import Cache
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.parameters import matrix, read, scale
+from jaxrl_stable.model.rotary import rotate, rotations
 
 
 class Frame(NamedTuple):
     """What all layers of one forward share: rotations of the positions, and who sees whom."""
 
-    cos: Float[Array, "B T hd"]
-    sin: Float[Array, "B T hd"]
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
     mask: Bool[Array, "B 1 T S"]
     real: Bool[Array, "B T"]
 
@@ -33,9 +38,6 @@ def make_frame(
 
     Columns, not positions, decide what is past: left padding and packing then need no special case.
     """
-    steps = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) / config.rope_theta**steps
-    angles = jnp.concatenate([angles, angles], axis=-1)
     columns = jnp.arange(positions.shape[1])
     if cache is None:
         key_columns, key_segments = columns, segment_ids
@@ -46,24 +48,25 @@ def make_frame(
     same = segment_ids[:, :, None] == key_segments[:, None, :]
     causal = key_columns[None, :] <= columns[:, None]
     mask = same & causal & real[:, :, None]
-    return Frame(jnp.cos(angles), jnp.sin(angles), mask[:, None], real)
+    return Frame(*rotations(config, positions), mask[:, None], real)
 
 
 class Norm(nnx.Module):
-    """RMSNorm in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+    """RMSNorm in float32 over the named axes (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
 
-    def __init__(self, axis: str, size: int, config: ModelConfig, stack: int | None = None):
-        self.weight = scale({axis: size}, stack=stack, dtype=config.param_dtype)
-        self.eps = config.rms_norm_eps
+    def __init__(self, axes: Mapping[str, int], eps: float, dtype: str, stack: int | None = None):
+        self.weight = scale(axes, stack=stack, dtype=dtype)
+        self.axes = tuple(range(-len(axes), 0))
+        self.eps = eps
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=self.axes, keepdims=True) + self.eps)
         return y.astype(x.dtype) * read(self.weight, x.dtype)
 
 
 class Attention(nnx.Module):
-    """Qwen3 attention: no biases, RMSNorm on each query and key head before the rotation."""
+    """Grouped-query attention without biases (Ainslie et al. 2023, arXiv:2305.13245)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
         D, H, G, hd = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -81,24 +84,53 @@ class Attention(nnx.Module):
             gain=(2 * config.num_layers) ** -0.5,
             **options,
         )
-        self.query_norm = Norm("head_dim", hd, config, stack)
-        self.key_norm = Norm("head_dim", hd, config, stack)
+        if config.query_key_norm != "none":
+            whole = config.query_key_norm == "layer"
+            norm = dict(eps=config.rms_norm_eps, dtype=config.param_dtype, stack=stack)
+            self.query_norm = Norm(({"heads": H} if whole else {}) | {"head_dim": hd}, **norm)
+            self.key_norm = Norm(({"kv_heads": G} if whole else {}) | {"head_dim": hd}, **norm)
 
     def __call__(
         self, x: Float[Array, "B T D"], frame: Frame, cache: Cache | None, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        config = self.config
         q = jnp.einsum("btd,dhk->bthk", x, read(self.query, x.dtype))
         k = jnp.einsum("btd,dgk->btgk", x, read(self.key, x.dtype))
         v = jnp.einsum("btd,dgk->btgk", x, read(self.value, x.dtype))
-        q = _rotate(self.query_norm(q), frame)
-        k = _rotate(self.key_norm(k), frame)
+        if config.query_key_norm != "none":
+            q, k = self.query_norm(q), self.key_norm(k)
+        if config.clip_qkv is not None:
+            q, k, v = (jnp.clip(y, min=-config.clip_qkv, max=config.clip_qkv) for y in (q, k, v))
+        q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
         if cache is not None:
             cache = cache.write(layer, k, v)
             k, v = cache.keys[layer], cache.values[layer]
-        y = jax.nn.dot_product_attention(
-            q, k, v, mask=frame.mask, implementation=attention_implementation(self.config)
-        )
+        y = attend(config, q, k, v, frame.mask)
         return jnp.einsum("bthk,hkd->btd", y, read(self.out, x.dtype)), cache
+
+
+def attend(
+    config: ModelConfig,
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B S G hd"],
+    v: Float[Array, "B S G hd"],
+    mask: Bool[Array, "B 1 T S"],
+) -> Float[Array, "B T H hd"]:
+    """softmax(scale · q kᵀ) v over the columns that the mask leaves."""
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=softmax_scale(config),
+        implementation=attention_implementation(config),
+    )
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """head_dim^−½, times what YaRN adds where the model's authors say so."""
+    extra = config.rope_scaling.softmax_scale if config.rope_scaling else 1.0
+    return config.head_dim**-0.5 * extra
 
 
 def attention_implementation(config: ModelConfig) -> str:
@@ -107,11 +139,3 @@ def attention_implementation(config: ModelConfig) -> str:
         return config.attention
     half = config.dtype in ("bfloat16", "float16")
     return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
-
-
-def _rotate(x: Float[Array, "B T H hd"], frame: Frame) -> Float[Array, "B T H hd"]:
-    """Rotary embedding in the half-split layout of Hugging Face (Su et al., arXiv:2104.09864)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    y = x.astype(jnp.float32) * frame.cos[:, :, None] + turned * frame.sin[:, :, None]
-    return y.astype(x.dtype)

@@ -20,14 +20,17 @@ from jaxrl_stable.model.config import ModelConfig
 class Cache:
     """Keys and values of all layers (dense ones too).
 
+    Latent attention stores less: the one rotated key of all heads as `keys`, the latent that the
+    rest is made of as `values`.
+
     Attributes:
       keys, values: what was written so far; columns from `length` on are zero.
       segment_ids: 0 where a column holds padding or nothing yet.
       length: number of columns written.
     """
 
-    keys: Float[Array, "layers B S G hd"]
-    values: Float[Array, "layers B S G hd"]
+    keys: Float[Array, "layers B S G kd"]
+    values: Float[Array, "layers B S G vd"]
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
 
@@ -39,8 +42,8 @@ class Cache:
     def write(
         self,
         layer: Int[Array, ""],
-        keys: Float[Array, "B T G hd"],
-        values: Float[Array, "B T G hd"],
+        keys: Float[Array, "B T G kd"],
+        values: Float[Array, "B T G vd"],
     ) -> Cache:
         """Stores the T new columns of one layer."""
         start = (layer, 0, self.length, 0, 0)
@@ -57,10 +60,13 @@ class Cache:
 
 def empty_cache(config: ModelConfig, batch: int, columns: int) -> Cache:
     """A cache with room for `columns` columns."""
-    shape = (config.num_layers, batch, columns, config.num_kv_heads, config.head_dim)
+    heads, key_dim, value_dim = config.num_kv_heads, config.head_dim, config.head_dim
+    if config.latent:
+        heads, key_dim, value_dim = 1, config.latent.rotary_dim, config.latent.key_value_rank
+    shape = (config.num_layers, batch, columns, heads)
     return Cache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
+        keys=jnp.zeros((*shape, key_dim), config.dtype),
+        values=jnp.zeros((*shape, value_dim), config.dtype),
         segment_ids=jnp.zeros((batch, columns), jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )

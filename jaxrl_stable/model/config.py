@@ -1,4 +1,8 @@
-"""Architecture of the policy: the fields of Qwen3-MoE, and how its layers repeat."""
+"""Architecture of the policy, and how its layers repeat.
+
+One set of fields covers Qwen3 (dense and MoE), OLMoE, Mixtral and DeepSeek-V3; `hf.architectures`
+reads them from a Hugging Face `config.json`.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,50 @@ EXECUTION_FIELDS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Yarn:
+    """Rotary frequencies stretched to longer contexts (Peng et al. 2023, arXiv:2309.00071).
+
+    Attributes:
+      factor: new context over old one.
+      original_context: positions that the model was trained on before.
+      beta_fast, beta_slow: rotations over that context above which a frequency stays, and below
+        which it is divided by `factor`; between them a linear ramp.
+      rotation_scale: factor on cosines and sines.
+      softmax_scale: factor on the scale of the attention logits (DeepSeek-V3: `mscale_all_dim`).
+      truncate: round the ends of the ramp outwards to whole dimensions.
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    rotation_scale: float = 1.0
+    softmax_scale: float = 1.0
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAttention:
+    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1).
+
+    Attributes:
+      key_value_rank: width of the latent that keys and values are made of.
+      rotary_dim: part of each query and key head that is rotated; the rest has no position.
+      value_dim: size of one value head.
+      query_rank: width of the queries' own latent; None projects them directly.
+      interleaved: rotated pairs are neighbours (0, 1), (2, 3), …; else they are half a head apart.
+    """
+
+    key_value_rank: int
+    rotary_dim: int
+    value_dim: int
+    query_rank: int | None = None
+    interleaved: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Qwen3-MoE (transformers `Qwen3MoeConfig`; names follow it where they are clear).
+    """A decoder-only transformer, dense or with experts; the defaults are those of Qwen3-MoE.
 
     Attributes:
       vocab_size: V, size of the vocabulary.
@@ -27,15 +73,27 @@ class ModelConfig:
       num_layers: depth, dense layers included.
       num_heads: H, query heads.
       num_kv_heads: G, key/value heads; divides H.
-      head_dim: size of one head; H * head_dim need not be D.
+      head_dim: size of one query or key head; H * head_dim need not be D.
       intermediate_size: width of the dense feed-forward layers.
       num_experts: E; 0 makes every layer dense.
       num_experts_per_token: K.
       moe_intermediate_size: F, width of one expert.
       norm_topk_prob: gates are renormalised over the chosen experts.
+      router_score: "softmax" over all experts, or "sigmoid" of each.
+      selection_bias: a bias per expert that takes part in the choice, never in the gates. Nothing
+        here trains it (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
+      expert_groups, chosen_groups: experts stand in groups, and only those of the groups with the
+        largest sums of two best scores can be chosen.
+      routed_scaling: factor on the gates.
+      num_shared_experts: experts that every token passes; they are one dense layer of their width.
       decoder_sparse_step: layer i (from 0) is MoE when (i + 1) is a multiple of it.
       mlp_only_layers: layers that are dense whatever the step says.
+      query_key_norm: RMSNorm of queries and keys over each "head" (Qwen3), over all heads of the
+        "layer" (OLMoE), or "none" (Mixtral).
+      clip_qkv: bound on |query|, |key|, |value| before the rotation, or None.
+      latent: sizes of latent attention instead of grouped queries, or None.
       rope_theta: base of the rotary embedding.
+      rope_scaling: how it is stretched, or None.
       rms_norm_eps: epsilon of every norm.
       tie_embeddings: the output head is the transposed embedding.
       dtype: type of activations and of weights in products. Router, norms, attention weights and
@@ -61,9 +119,19 @@ class ModelConfig:
     num_experts_per_token: int
     moe_intermediate_size: int
     norm_topk_prob: bool = True
+    router_score: str = "softmax"
+    selection_bias: bool = False
+    expert_groups: int = 1
+    chosen_groups: int = 1
+    routed_scaling: float = 1.0
+    num_shared_experts: int = 0
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
+    query_key_norm: str = "head"
+    clip_qkv: float | None = None
+    latent: LatentAttention | None = None
     rope_theta: float = 1_000_000.0
+    rope_scaling: Yarn | None = None
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
     dtype: str = "float32"
@@ -76,6 +144,8 @@ class ModelConfig:
 
     def __post_init__(self):
         choices = {
+            "router_score": ("softmax", "sigmoid"),
+            "query_key_norm": ("head", "layer", "none"),
             "remat": ("none", "dots", "block"),
             "attention": ("auto", "xla", "cudnn"),
             "experts": ("auto", "ragged", "blocked", "tokamax", "dense"),
@@ -94,8 +164,11 @@ class ModelConfig:
         for field in positive:
             if getattr(self, field) < 1:
                 raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")
-        if self.head_dim % 2:
-            raise ValueError(f"ModelConfig.head_dim is {self.head_dim}; rotary pairs need it even")
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"ModelConfig rotates {self.rotary_dim} of head_dim {self.head_dim}; rotary pairs "
+                "need an even number, at most head_dim"
+            )
         if any(not 0 <= layer < self.num_layers for layer in self.mlp_only_layers):
             raise ValueError(
                 f"ModelConfig.mlp_only_layers is {self.mlp_only_layers}; layers are numbered from "
@@ -106,6 +179,27 @@ class ModelConfig:
                 f"ModelConfig.num_experts_per_token is {self.num_experts_per_token}; "
                 f"it must be between 1 and num_experts ({self.num_experts})"
             )
+        if self.expert_groups > 1:
+            self._check_groups()
+
+    def _check_groups(self):
+        size, rest = divmod(self.num_experts, self.expert_groups)
+        if rest or size < 2:
+            raise ValueError(
+                f"ModelConfig.expert_groups is {self.expert_groups}; it must cut num_experts "
+                f"({self.num_experts}) into equal groups of two or more"
+            )
+        fewest = -(-self.num_experts_per_token // size)
+        if not fewest <= self.chosen_groups <= self.expert_groups:
+            raise ValueError(
+                f"ModelConfig.chosen_groups is {self.chosen_groups}; it must be between {fewest} "
+                f"(enough for num_experts_per_token) and expert_groups ({self.expert_groups})"
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a query or key head that carry the position."""
+        return self.latent.rotary_dim if self.latent else self.head_dim
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) has experts (the rule of `Qwen3MoeDecoderLayer`)."""

@@ -1,9 +1,4 @@
-"""Feed-forward layers: the dense SwiGLU, and the mixture of experts with its router.
-
-Replay replaces the discrete choice only. Gate weights are always gathered from the live, dense
-router scores at the chosen indices, never from a masked copy: an index that the live router would
-not have picked still has a non-zero gate and passes its gradient on.
-"""
+"""Feed-forward layers: the dense SwiGLU, and the mixture of experts behind its router."""
 
 from __future__ import annotations
 
@@ -23,7 +18,8 @@ from jaxrl_stable.model.dispatch import (
     grouped_matmul,
     scatter_rows,
 )
-from jaxrl_stable.model.parameters import matrix, read
+from jaxrl_stable.model.parameters import matrix, offset, read
+from jaxrl_stable.model.router import choose, gate_weights
 from jaxrl_stable.routing import Routing, expert_dtype
 
 
@@ -33,7 +29,7 @@ class RouterOutput(NamedTuple):
     Attributes:
       experts: the experts used, in slot order.
       live: the live router's own choice; equals `experts` where nothing was replayed.
-      confidence: probability mass (softmax over all E) of the experts used.
+      confidence: share of the sum of all E scores that the experts used have.
       load: number of (token, choice) pairs of each expert; padding is left out.
     """
 
@@ -46,8 +42,8 @@ class RouterOutput(NamedTuple):
 class FeedForward(nnx.Module):
     """Dense SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
-        D, F = config.hidden_size, config.intermediate_size
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, stack: int | None):
+        D, F = config.hidden_size, width
         options = dict(stack=stack, dtype=config.param_dtype)
         gain = (2 * config.num_layers) ** -0.5
         self.gate = matrix(rngs, {"embed": D, "mlp": F}, ("embed",), **options)
@@ -60,7 +56,7 @@ class FeedForward(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Qwen3-MoE block: softmax router, top-K, SwiGLU experts, no token dropped."""
+    """Router, SwiGLU experts, and the experts that every token shares; no token is dropped."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
@@ -69,9 +65,13 @@ class Experts(nnx.Module):
         into, out = {"expert": E, "embed": D, "mlp": F}, {"expert": E, "mlp": F, "embed": D}
         self.config = config
         self.router = matrix(rngs, {"embed": D, "router": E}, ("embed",), **options)
+        if config.selection_bias:
+            self.selection_bias = offset({"router": E}, stack=stack)
         self.gate = matrix(rngs, into, ("embed",), **options)
         self.up = matrix(rngs, into, ("embed",), **options)
         self.down = matrix(rngs, out, ("mlp",), gain=gain, **options)
+        if config.num_shared_experts:
+            self.shared = FeedForward(config, config.num_shared_experts * F, rngs, stack)
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], replay: Routing | None
@@ -84,12 +84,15 @@ class Experts(nnx.Module):
             read(self.router, jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
-        _, live = jax.lax.top_k(logits, config.num_experts_per_token)
+        bias = read(self.selection_bias, jnp.float32) if config.selection_bias else None
+        live = choose(logits, bias, config)
         chosen = live
         if replay is not None:
             chosen = jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
-        gates, confidence = gate_weights(logits, chosen, config.norm_topk_prob)
+        gates, confidence = gate_weights(logits, chosen, config)
         y = self._mix(x, real, chosen, gates.astype(x.dtype))
+        if config.num_shared_experts:
+            y = y + self.shared(x)
         dtype = expert_dtype(config.num_experts)
         counted = jnp.where(real[..., None], chosen, config.num_experts).reshape(-1)
         load = jnp.bincount(counted, length=config.num_experts + 1)[:-1].astype(jnp.float32)
@@ -118,23 +121,3 @@ class Experts(nnx.Module):
             outputs = gather_rows(rows, groups.source, groups.slot)
         mixed = jnp.einsum("nkd,nk->nd", outputs, gates).reshape(x.shape)
         return jnp.where(real[..., None], mixed, 0)
-
-
-def gate_weights(
-    logits: Float[Array, "... E"], chosen: Array, norm_topk_prob: bool
-) -> tuple[Float[Array, "... K"], Float[Array, "..."]]:
-    """Gates of the chosen experts from the live scores, in float32.
-
-        p = softmax(s),   g_k = p_{i_k} / Σ_j p_{i_j}   (`norm_topk_prob`)   or   g_k = p_{i_k}
-
-    The normalised form is computed as the softmax of the K gathered logits: equal in exact
-    arithmetic, and finite when replayed experts have vanishing probability (Ma et al.,
-    arXiv:2510.11370; the arithmetic of `Qwen3MoeSparseMoeBlock`).
-
-    Returns:
-      The gates, and the probability mass of the chosen experts.
-    """
-    picked = jnp.take_along_axis(logits, chosen, axis=-1)
-    mass = jnp.exp(picked - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-    gates = jax.nn.softmax(picked, axis=-1) if norm_topk_prob else mass
-    return gates, mass.sum(-1)

@@ -62,6 +62,12 @@ def scale(
     return nnx.Param(jnp.ones(shape, dtype), axes=names, inputs=None)
 
 
+def offset(axes: Mapping[str, int], *, stack: int | None = None) -> nnx.Param:
+    """An additive vector that starts at zero, always float32."""
+    names, shape = _stacked(axes, stack)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=names, inputs=None)
+
+
 def read(param: nnx.Param, dtype: str | jnp.dtype) -> Float[Array, "..."]:
     """The value of a parameter in the compute type, dequantised when it is stored as int8."""
     value = param.get_value()

@@ -13,6 +13,7 @@ from jaxrl_stable.model.attention import Attention, Frame, Norm, make_frame
 from jaxrl_stable.model.cache import Cache
 from jaxrl_stable.model.config import ModelConfig, layer_plan
 from jaxrl_stable.model.experts import Experts, FeedForward, RouterOutput
+from jaxrl_stable.model.latent_attention import LatentAttention
 from jaxrl_stable.model.parameters import matrix
 from jaxrl_stable.routing import Routing, expert_dtype
 
@@ -36,10 +37,14 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs, stack: int | None):
         self.moe = moe
-        self.attention_norm = Norm("embed", config.hidden_size, config, stack)
-        self.attention = Attention(config, rngs, stack)
-        self.mlp_norm = Norm("embed", config.hidden_size, config, stack)
-        self.mlp = (Experts if moe else FeedForward)(config, rngs, stack)
+        norm = dict(eps=config.rms_norm_eps, dtype=config.param_dtype, stack=stack)
+        self.attention_norm = Norm({"embed": config.hidden_size}, **norm)
+        self.attention = (LatentAttention if config.latent else Attention)(config, rngs, stack)
+        self.mlp_norm = Norm({"embed": config.hidden_size}, **norm)
+        if moe:
+            self.mlp = Experts(config, rngs, stack)
+        else:
+            self.mlp = FeedForward(config, config.intermediate_size, rngs, stack)
 
     def __call__(
         self,
@@ -61,7 +66,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Qwen3-MoE (transformers `Qwen3MoeModel`), an immutable pytree once built.
+    """A decoder (transformers `Qwen3MoeModel` and kin), an immutable pytree once built.
 
     Layers are stored stacked: `stacks[i]` holds the blocks of one repeated pattern (`layer_plan`),
     each parameter with a leading `layers` axis, and is applied by one `jax.lax.scan`.
@@ -78,7 +83,7 @@ class Transformer(nnx.Module):
             nnx.List(Block(config, moe, rngs, repeats) for moe in pattern)
             for pattern, repeats in layer_plan(config)
         )
-        self.norm = Norm("embed", D, config)
+        self.norm = Norm({"embed": D}, config.rms_norm_eps, config.param_dtype)
         if not config.tie_embeddings:
             self.head = matrix(rngs, {"embed": D, "vocab": V}, ("embed",), dtype=config.param_dtype)
 

@@ -10,6 +10,7 @@ from common import QUICK, small
 from flax import nnx
 
 from jaxrl_stable.model import attention, empty_cache
+from jaxrl_stable.model.rotary import rotate
 
 CONFIG = small()
 
@@ -39,7 +40,8 @@ def test_mask_of_a_decode_step_by_hand():
 def test_rotation_pairs_the_two_halves():
     x = np.random.default_rng(0).normal(size=(1, 4, 2, 6))
     positions = np.array([[0, 1, 5, 1000]])
-    turned = attention._rotate(jnp.asarray(x, jnp.float32), frame(np.ones((1, 4)), positions))
+    where = frame(np.ones((1, 4)), positions)
+    turned = rotate(jnp.asarray(x, jnp.float32), where.cos, where.sin)
     for t, position in enumerate(positions[0]):
         for h in range(2):
             expected = reference.rotate(x[0, t, h], position, CONFIG.rope_theta)
@@ -51,8 +53,8 @@ def test_rotated_products_depend_on_the_distance_alone():
     q, k = np.random.default_rng(1).normal(size=(2, 1, 1, 1, 6)).astype(np.float32)
 
     def product(i, j):
-        one = attention._rotate(jnp.asarray(q), frame([[1]], [[i]]))
-        other = attention._rotate(jnp.asarray(k), frame([[1]], [[j]]))
+        one = rotate(jnp.asarray(q), *frame([[1]], [[i]])[:2])
+        other = rotate(jnp.asarray(k), *frame([[1]], [[j]])[:2])
         return float(jnp.sum(one * other))
 
     assert product(3, 1) == pytest.approx(product(40, 38), abs=1e-4)
@@ -60,7 +62,7 @@ def test_rotated_products_depend_on_the_distance_alone():
 
 
 def test_norm_by_hand_and_in_float32():
-    norm = attention.Norm("embed", 2, dataclasses.replace(CONFIG, rms_norm_eps=0.5))
+    norm = attention.Norm({"embed": 2}, 0.5, "float32")
     norm.weight.set_value(jnp.array([2.0, 10.0]))
     # mean of squares 12.5, plus 0.5 gives 13.
     np.testing.assert_allclose(norm(jnp.array([3.0, 4.0])), [6 / 13**0.5, 40 / 13**0.5], rtol=1e-6)

@@ -11,10 +11,17 @@ from common import QUICK, assert_close, named, small
 from flax import nnx
 
 from jaxrl_stable.model import experts
-from jaxrl_stable.model.experts import Experts, gate_weights
+from jaxrl_stable.model.experts import Experts
+from jaxrl_stable.model.router import gate_weights
 from jaxrl_stable.routing import Routing
 
 CONFIG = small()
+
+
+def normalised(norm):
+    return small(norm_topk_prob=norm)
+
+
 REAL = np.ones((2, 6), bool)
 REAL[0, :2] = REAL[1, 5] = False
 
@@ -173,10 +180,10 @@ def test_what_a_kernel_leaves_outside_the_groups_reaches_nothing(layer, x, name,
 def test_gates_by_hand():
     logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
     chosen = jnp.array([2, 0])
-    gates, mass = gate_weights(logits, chosen, True)
+    gates, mass = gate_weights(logits, chosen, normalised(True))
     np.testing.assert_allclose(gates, [0.75, 0.25], rtol=1e-6)
     np.testing.assert_allclose(mass, 0.4, rtol=1e-6)
-    gates, mass = gate_weights(logits, chosen, False)
+    gates, mass = gate_weights(logits, chosen, normalised(False))
     np.testing.assert_allclose(gates, [0.3, 0.1], rtol=1e-6)
     np.testing.assert_allclose(mass, 0.4, rtol=1e-6)
 
@@ -186,9 +193,11 @@ def test_gates_of_drifted_experts_are_positive_and_have_gradients(norm):
     # Gathered from a sparse (masked) copy of the scores they would be zero, gradient included.
     logits = jax.random.normal(jax.random.key(0), (5, 7))
     worst = jnp.argsort(logits, axis=-1)[:, :3]  # the three that the live router ranks last
-    gates, _ = gate_weights(logits, worst, norm)
+    gates, _ = gate_weights(logits, worst, normalised(norm))
     assert np.all(np.asarray(gates) > 0)
-    pull = jax.grad(lambda z: jnp.sum(gate_weights(z, worst, norm)[0] * jnp.arange(1.0, 4.0)))
+    pull = jax.grad(
+        lambda z: jnp.sum(gate_weights(z, worst, normalised(norm))[0] * jnp.arange(1.0, 4.0))
+    )
     picked = jnp.take_along_axis(pull(logits), worst, axis=-1)
     assert np.all(np.abs(picked) > 1e-5)
 
@@ -200,9 +209,9 @@ def test_replayed_experts_of_vanishing_probability(low):
     chosen = jnp.array([2, 3, 4])
 
     def weighted(z):
-        return jnp.sum(gate_weights(z, chosen, True)[0] * jnp.array([1.0, 2.0, 4.0]))
+        return jnp.sum(gate_weights(z, chosen, normalised(True))[0] * jnp.array([1.0, 2.0, 4.0]))
 
-    gates, mass = gate_weights(logits, chosen, True)
+    gates, mass = gate_weights(logits, chosen, normalised(True))
     np.testing.assert_allclose(gates, 1 / 3, rtol=1e-5)
     assert mass == 0
     gradient = jax.grad(weighted)(logits)

@@ -1,0 +1,103 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1; DeepSeek-V3, arXiv:2412.19437).
+
+Keys and values of all heads are made of one narrow latent per token, and the rotated part of the
+keys is shared by all heads. The cache holds these two alone.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxrl_stable.model.attention import Frame, Norm, attend, softmax_scale
+from jaxrl_stable.model.cache import Cache
+from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.model.parameters import matrix, read
+from jaxrl_stable.model.rotary import rotate
+
+# The latents' norms have this epsilon whatever the config says of the others (transformers
+# `DeepseekV3RMSNorm`, and the authors' own code).
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentAttention(nnx.Module):
+    """Queries from x or from a latent of their own; keys and values from a shared latent."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
+        D, H, hd, sizes = config.hidden_size, config.num_heads, config.head_dim, config.latent
+        rank, rotary = sizes.key_value_rank, sizes.rotary_dim
+        options = dict(stack=stack, dtype=config.param_dtype)
+        norm = dict(eps=LATENT_NORM_EPS, dtype=config.param_dtype, stack=stack)
+        self.config = config
+        source, width = "embed", D
+        if sizes.query_rank:
+            source, width = "latent", sizes.query_rank
+            self.query_down = matrix(rngs, {"embed": D, "latent": width}, ("embed",), **options)
+            self.query_norm = Norm({"latent": width}, **norm)
+        self.query = matrix(rngs, {source: width, "heads": H, "head_dim": hd}, (source,), **options)
+        self.down = matrix(rngs, {"embed": D, "latent": rank + rotary}, ("embed",), **options)
+        self.norm = Norm({"latent": rank}, **norm)
+        both = hd - rotary + sizes.value_dim
+        self.up = matrix(
+            rngs, {"latent": rank, "heads": H, "head_dim": both}, ("latent",), **options
+        )
+        self.out = matrix(
+            rngs,
+            {"heads": H, "head_dim": sizes.value_dim, "embed": D},
+            ("heads", "head_dim"),
+            gain=(2 * config.num_layers) ** -0.5,
+            **options,
+        )
+
+    def __call__(
+        self, x: Float[Array, "B T D"], frame: Frame, cache: Cache | None, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        sizes, plain = self.config.latent, self.config.head_dim - self.config.latent.rotary_dim
+        turn = dict(cos=frame.cos, sin=frame.sin, interleaved=sizes.interleaved)
+        q = x
+        if sizes.query_rank:
+            q = self.query_norm(jnp.einsum("btd,dr->btr", x, read(self.query_down, x.dtype)))
+        q = jnp.einsum("btr,rhk->bthk", q, read(self.query, x.dtype))
+        q = jnp.concatenate([q[..., :plain], rotate(q[..., plain:], **turn)], axis=-1)
+        down = jnp.einsum("btd,dr->btr", x, read(self.down, x.dtype))
+        latent = self.norm(down[..., : sizes.key_value_rank])
+        rotated = rotate(down[..., None, sizes.key_value_rank :], **turn)
+        if cache is not None:
+            cache = cache.write(layer, rotated, latent[:, :, None])
+            rotated, latent = cache.keys[layer], cache.values[layer][:, :, 0]
+        decoding = cache is not None and x.shape[1] == 1
+        y = (self._absorbed if decoding else self._expanded)(q, latent, rotated, frame)
+        return jnp.einsum("bthk,hkd->btd", y, read(self.out, x.dtype)), cache
+
+    def _expanded(self, q, latent, rotated, frame):
+        """Makes keys and values of every head, then attends as usual."""
+        plain, H = q.shape[-1] - rotated.shape[-1], q.shape[2]
+        up = jnp.einsum("bsr,rhk->bshk", latent, read(self.up, q.dtype))
+        rotated = jnp.broadcast_to(rotated, (*rotated.shape[:2], H, rotated.shape[3]))
+        k, v = jnp.concatenate([up[..., :plain], rotated], axis=-1), up[..., plain:]
+        # Kernels want values as wide as keys, or keys as wide as values.
+        width = max(k.shape[-1], v.shape[-1])
+        q, k, padded = (
+            jnp.pad(y, ((0, 0), (0, 0), (0, 0), (0, width - y.shape[-1]))) for y in (q, k, v)
+        )
+        return attend(self.config, q, k, padded, frame.mask)[..., : v.shape[-1]]
+
+    def _absorbed(self, q, latent, rotated, frame):
+        """The same in the latent's space: one column is decoded without expanding the cache.
+
+        q · (W_k c) = (W_kᵀ q) · c, and Σ p (W_v c) = W_v Σ p c (arXiv:2405.04434, §2.1.2).
+        """
+        plain = q.shape[-1] - rotated.shape[-1]
+        up = read(self.up, q.dtype)
+        narrow = jnp.einsum("bthk,rhk->bthr", q[..., :plain], up[..., :plain])
+        logits = jnp.einsum("bthr,bsr->bhts", narrow, latent, preferred_element_type=jnp.float32)
+        logits += jnp.einsum(
+            "bthk,bsk->bhts", q[..., plain:], rotated[:, :, 0], preferred_element_type=jnp.float32
+        )
+        # Finite, so that rows without any column (finished ones) do not become NaN.
+        lowest = 0.7 * jnp.finfo(jnp.float32).min
+        logits = jnp.where(frame.mask, logits * softmax_scale(self.config), lowest)
+        mixed = jnp.einsum("bhts,bsr->bthr", jax.nn.softmax(logits).astype(q.dtype), latent)
+        return jnp.einsum("bthr,rhk->bthk", mixed, up[..., plain:])

@@ -1,0 +1,64 @@
+"""Routers: which experts a token takes, and with which weights.
+
+The two questions have two functions, because replay answers the first alone: gates are always
+gathered from the live, dense scores at the chosen indices, never from a masked copy. An index that
+the live router would not have picked still has a non-zero gate and passes its gradient on.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_stable.model.config import ModelConfig
+
+
+def choose(
+    logits: Float[Array, "... E"], bias: Float[Array, "E"] | None, config: ModelConfig
+) -> Int[Array, "... K"]:
+    """The live choice: the K best experts, best first.
+
+    Softmax routers rank by logits (the softmax keeps their order). Sigmoid routers rank by
+    σ(s) + bias; with groups, only among the experts of the `chosen_groups` groups whose two best
+    biased scores have the largest sums (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
+    """
+    ranked = logits if config.router_score == "softmax" else jax.nn.sigmoid(logits)
+    if bias is not None:
+        ranked = ranked + bias
+    if config.expert_groups > 1:
+        grouped = ranked.reshape(*ranked.shape[:-1], config.expert_groups, -1)
+        strength = jax.lax.top_k(grouped, 2)[0].sum(-1)
+        _, best = jax.lax.top_k(strength, config.chosen_groups)
+        allowed = jax.nn.one_hot(best, config.expert_groups, dtype=bool).any(-2)
+        ranked = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+    return jax.lax.top_k(ranked, config.num_experts_per_token)[1]
+
+
+def gate_weights(
+    logits: Float[Array, "... E"], chosen: Int[Array, "... K"], config: ModelConfig
+) -> tuple[Float[Array, "... K"], Float[Array, "..."]]:
+    """Gates of the chosen experts from the live scores, in float32.
+
+        p = softmax(s)  or  σ(s)         g_k = p_{i_k} / Σ_j p_{i_j}   or   g_k = p_{i_k}
+
+    by `router_score` and `norm_topk_prob`, times `routed_scaling`. Bias and groups of the choice
+    take no part (the arithmetic of transformers' `Qwen3MoeTopKRouter` and `DeepseekV3TopkRouter`).
+
+    Normalised gates are a softmax over K logarithms: equal in exact arithmetic, and finite when
+    replayed experts have vanishing scores, so that DeepSeek's 1e-20 in the denominator has nothing
+    to guard (Ma et al., arXiv:2510.11370).
+
+    Returns:
+      The gates, and the chosen experts' share of the sum of all E scores.
+    """
+    softmax = config.router_score == "softmax"
+    log_scores = logits if softmax else jax.nn.log_sigmoid(logits)  # a softmax's but for a constant
+    total = jax.nn.logsumexp(log_scores, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(log_scores, chosen, axis=-1)
+    share = jnp.exp(picked - total).sum(-1)
+    if config.norm_topk_prob:
+        gates = jax.nn.softmax(picked, axis=-1)
+    else:
+        gates = jnp.exp(picked - total if softmax else picked)
+    return gates * config.routed_scaling, share
