@@ -7,6 +7,7 @@ reads them from a Hugging Face `config.json`.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 # Fields that say how a model is computed, not what it computes: two configs that differ in these
 # alone can share a checkpoint.
@@ -31,7 +32,8 @@ class Yarn:
       beta_fast, beta_slow: rotations over that context above which a frequency stays, and below
         which it is divided by `factor`; between them a linear ramp.
       rotation_scale: factor on cosines and sines.
-      softmax_scale: factor on the scale of the attention logits (DeepSeek-V3: `mscale_all_dim`).
+      softmax_mscale: m in the factor (0.1 m ln(factor) + 1)² on the scale of attention logits
+        (DeepSeek-V3: `mscale_all_dim`); 0 leaves it.
       truncate: round the ends of the ramp outwards to whole dimensions.
     """
 
@@ -40,8 +42,12 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     rotation_scale: float = 1.0
-    softmax_scale: float = 1.0
+    softmax_mscale: float = 0.0
     truncate: bool = True
+
+    @property
+    def softmax_scale(self) -> float:
+        return (0.1 * self.softmax_mscale * math.log(max(self.factor, 1.0)) + 1.0) ** 2
 
 
 @dataclasses.dataclass(frozen=True)

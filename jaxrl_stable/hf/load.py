@@ -1,0 +1,219 @@
+"""A checkpoint directory straight into a sharded model.
+
+Each device's shard of each parameter is filled in place from the files, a few rows at a time, by a
+few threads; a host reads only what its own devices hold. What is wrong with the files is known
+before anything is read, but for values that are not finite.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrl_stable.hf.architectures import read_config, read_json
+from jaxrl_stable.hf.files import DTYPES, TensorFiles
+from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces, tensor_shapes
+from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.model.transformer import Transformer, init_model
+from jaxrl_stable.sharding import abstract_state
+
+CHUNK_BYTES = 1 << 20  # read at a time: stays in a core's cache until it is in place
+STRIPE_BYTES = 32  # columns written at a time when a matrix is turned
+THREADS = min(8, os.cpu_count() or 1)
+SHOWN = 10  # tensors that an error names of each kind
+
+
+def load(
+    directory: str | pathlib.Path, mesh: Mesh, config: ModelConfig | None = None
+) -> Transformer:
+    """Loads a Hugging Face checkpoint.
+
+    Host memory peaks at this host's shards plus `THREADS` chunks of one MiB. Weights are converted
+    to `config.param_dtype`.
+
+    Args:
+      directory: `config.json` and safetensors files, per-expert or fused.
+      mesh: where the parameters go, by the rules of `sharding`.
+      config: the architecture with its execution settings; `read_config(directory)` by default.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: the config is of another architecture, or tensors are missing, extra, misshapen,
+        of an unknown type or not finite; all of them are listed and nothing is returned.
+    """
+    stored = read_config(directory)
+    config = stored if config is None else config
+    if config.architecture() != stored.architecture():
+        differing = [
+            f"{name} is {value!r} there and {config.architecture()[name]!r} here"
+            for name, value in stored.architecture().items()
+            if config.architecture()[name] != value
+        ]
+        raise ValueError(
+            f"{directory} is of another model: {'; '.join(differing)}. Take the architecture from "
+            "the checkpoint: hf.read_config"
+        )
+    files = TensorFiles(directory)
+    abstract = abstract_state(mesh, lambda: init_model(config, 0))
+    plan = plan_of(files, config, abstract)
+    broken: set[str] = set()
+    with ThreadPoolExecutor(THREADS) as pool:
+        loaded = [
+            _parameter(param, plan[path], files, pool, broken)
+            for path, param in parameters(abstract).items()
+        ]
+    if broken:
+        raise ValueError(
+            f"{directory} holds values that are not finite in {_listed(sorted(broken))}; download "
+            "it again, or find out what wrote it"
+        )
+    return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
+
+
+def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, list[Piece]]:
+    """The pieces of a checkpoint, in the layout that its tensors have.
+
+    Raises:
+      ValueError: lists tensors that are missing, extra, misshapen or of an unknown type.
+    """
+    fused = any(name.endswith(".experts.down_proj") for name in files.shapes)
+    plan = pieces(config, model, read_json(files.directory)["model_type"], LAYOUTS[fused])
+    wanted = tensor_shapes(plan)
+    present = {n: s for n, s in files.shapes.items() if not _left_out(n, config)}
+    faults = {
+        "missing": sorted(wanted.keys() - present.keys()),
+        "extra": sorted(present.keys() - wanted.keys()),
+        "misshapen": sorted(
+            f"{name} is {list(present[name])}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if present.get(name, shape) != shape
+        ),
+        "of an unknown type": sorted(
+            f"{name} is {files.codes[name]}"
+            for name in wanted.keys() & present.keys()
+            if files.codes[name] not in DTYPES
+        ),
+    }
+    if any(faults.values()):
+        found = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
+        raise ValueError(
+            f"{files.directory} does not fit its config.json: {found}. Nothing was loaded; download "
+            "the files again, or repair config.json"
+        )
+    return plan
+
+
+def _left_out(tensor: str, config: ModelConfig) -> bool:
+    """Tensors that the model does not have but a sound checkpoint may.
+
+    A copy of the embedding as `lm_head` where the two are tied, rotary frequencies (recomputed
+    here), and layers behind the last one: DeepSeek-V3's multi-token prediction.
+    """
+    if tensor == "lm_head.weight":
+        return config.tie_embeddings
+    if tensor.endswith("rotary_emb.inv_freq"):
+        return True
+    parts = tensor.split(".")
+    behind = parts[:2] == ["model", "layers"] and parts[2].isdigit()
+    return behind and config.latent is not None and int(parts[2]) >= config.num_layers
+
+
+def _parameter(param, part: list[Piece], files: TensorFiles, pool, broken: set[str]):
+    """One parameter as a sharded array."""
+    value = param.get_value()
+    made: dict[Any, np.ndarray] = {}  # devices that hold the same shard share it
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, value.shape, strict=True))
+        if bounds not in made:
+            target = _aligned([b - a for a, b in bounds], value.dtype)
+            jobs = [piece for piece in part if _inside(piece, bounds)]
+            for _ in pool.map(lambda piece: _fill(target, bounds, piece, files, broken), jobs):
+                pass
+            made[bounds] = target
+        return made[bounds]
+
+    return param.replace(jax.make_array_from_callback(value.shape, value.sharding, shard))
+
+
+def _inside(piece: Piece, bounds: tuple[tuple[int, int], ...]) -> bool:
+    return all(a <= i < b for i, (a, b) in zip(piece.index, bounds, strict=False))
+
+
+def _fill(
+    target: np.ndarray, bounds: tuple, piece: Piece, files: TensorFiles, broken: set[str]
+) -> None:
+    """Copies one piece into a shard, chunk by chunk, and notes values that are not finite."""
+    inner = bounds[len(piece.index) :]
+    place = target[tuple(i - a for i, (a, _) in zip(piece.index, bounds, strict=False))]
+    sizes = place.shape
+    if piece.transposed:
+        columns, rows = inner[: piece.inputs], inner[piece.inputs :]
+        place = place.reshape(int(np.prod(sizes[: piece.inputs])), -1).T
+    else:
+        rows, columns = inner[: len(inner) - piece.inputs], inner[len(inner) - piece.inputs :]
+        place = place.reshape(int(np.prod(sizes[: len(rows)])), -1)
+    # Of several axes in a group only the first is ever cut, so that a cut is one range.
+    first, column = rows[0][0] * _rest(rows), columns[0][0] * _rest(columns) if columns else 0
+    ranges = (slice(column, column + place.shape[1]),) if columns else ()
+    for start, stop in chunks(place.shape, place.itemsize):
+        begin = piece.start + first
+        chunk = files.read(piece.tensor, piece.lead, slice(begin + start, begin + stop), *ranges)
+        if not all_finite(chunk):
+            broken.add(piece.tensor)
+        copy(place[start:stop], chunk.reshape(stop - start, -1))
+
+
+def _rest(group: tuple[tuple[int, int], ...]) -> int:
+    return int(np.prod([b - a for a, b in group[1:]]))
+
+
+def chunks(shape: tuple[int, int], itemsize: int) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about `CHUNK_BYTES`."""
+    step = max(1, CHUNK_BYTES // (shape[1] * itemsize))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def copy(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source`, which may be turned against each other, at the speed of memory.
+
+    NumPy walks a turned copy along the rows of one side and misses the cache on the other; stripes
+    as narrow as half a cache line keep both in it. Types of two bytes that NumPy does not know are
+    moved as integers.
+    """
+    if target.dtype != source.dtype:
+        source = source.astype(target.dtype)
+    word = np.dtype(f"u{target.dtype.itemsize}")
+    target, source = target.view(word), source.view(word)
+    turned = target.strides[0] < target.strides[1] or source.strides[0] < source.strides[1]
+    step = STRIPE_BYTES // word.itemsize if turned else len(target)
+    for start in range(0, len(target), step or 1):
+        target[start : start + step] = source[start : start + step]
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether no value is infinite or NaN; by the exponent bits where NumPy has no fast test."""
+    if x.dtype == DTYPES["BF16"]:
+        return not x.size or int((x.view(np.uint16) & 0x7FFF).max()) < 0x7F80
+    return bool(np.isfinite(x).all())
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory that JAX on a CPU takes over as it is."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    offset = -raw.ctypes.data % 64
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,137 @@
+"""A model as a checkpoint directory of transformers.
+
+Each tensor is fetched from the devices, turned and written a few rows at a time, by a few threads.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from jaxrl_stable.hf.architectures import from_json, read_json, to_json
+from jaxrl_stable.hf.files import DTYPES, TensorWriter
+from jaxrl_stable.hf.load import THREADS, all_finite, chunks, copy
+from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces
+from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.model.transformer import Transformer
+
+# Files beside the weights that are taken over from the checkpoint a model descends from.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+# Read and written in float32 whatever the rest is (transformers: `_keep_in_fp32_modules_strict`).
+_ALWAYS_FLOAT32 = "e_score_correction_bias"
+
+
+def save(
+    model: Transformer,
+    directory: str | pathlib.Path,
+    *,
+    dtype: str | None = None,
+    layout: str = "per-expert",
+    like: str | pathlib.Path | None = None,
+    file_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes `config.json` and safetensors files that transformers loads.
+
+    Args:
+      model: the policy, its arrays wholly on this process's devices.
+      directory: where to; made if need be. Weights that are there are replaced at the end.
+      dtype: "float32", "bfloat16" or "float16"; the stored type by default.
+      layout: "per-expert", which every version and engine reads, or "fused" (transformers 5).
+      like: the checkpoint this model descends from: its `config.json` is kept where it says the
+        same, and its tokenizer and generation settings are copied.
+      file_bytes: size at which a new file begins.
+
+    Raises:
+      ValueError: no architecture of transformers computes this model, `like` is of another one,
+        a value is not finite, or an argument is unknown. Nothing is left behind.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
+    config = model.config
+    dtype = config.param_dtype if dtype is None else dtype
+    types = {np.dtype(known).name: np.dtype(known) for known in DTYPES.values()}
+    if dtype not in types:
+        raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(types)}")
+    architecture, content = to_json(config)
+    content["torch_dtype"] = content["dtype"] = dtype
+    if like is not None:
+        content = _descends(config, like) | {"torch_dtype": dtype, "dtype": dtype}
+        architecture = architecture._replace(model_type=content["model_type"])
+    plan = pieces(config, model, architecture.model_type, layout)
+    shapes = {piece.tensor: piece.shape for part in plan.values() for piece in part}
+    dtypes = {n: types["float32" if n.endswith(_ALWAYS_FLOAT32) else dtype] for n in shapes}
+    writer = TensorWriter(directory, dict(sorted(shapes.items())), dtypes, file_bytes)
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for path, param in parameters(model).items():
+                value = param.get_value()
+
+                def one(piece: Piece, value=value) -> None:
+                    _write(writer, piece, value, dtypes[piece.tensor])
+
+                list(pool.map(one, plan[path]))
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+    target = pathlib.Path(directory)
+    (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if like is not None:
+        copy_companions(like, target)
+
+
+def copy_companions(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
+    """Copies tokenizer, chat template and generation settings."""
+    for name in COMPANIONS:
+        file = pathlib.Path(source, name)
+        if file.is_dir():
+            shutil.copytree(file, pathlib.Path(target, name), dirs_exist_ok=True)
+        elif file.exists() and file.resolve() != pathlib.Path(target, name).resolve():
+            shutil.copyfile(file, pathlib.Path(target, name))
+
+
+def _descends(config: ModelConfig, like: str | pathlib.Path) -> dict:
+    content = read_json(like)
+    theirs = ModelConfig(**from_json(content)).architecture()
+    differing = [name for name, value in config.architecture().items() if theirs[name] != value]
+    if differing:
+        raise ValueError(
+            f"{like} differs from the model in {', '.join(differing)}; give the checkpoint that "
+            "it was imported from, or none"
+        )
+    if "num_nextn_predict_layers" in content:
+        content["num_nextn_predict_layers"] = 0  # layers behind the last one were not kept
+    return content
+
+
+def _write(writer: TensorWriter, piece: Piece, value: jax.Array, dtype: np.dtype) -> None:
+    """Turns one piece and writes it."""
+    source = np.asarray(value[piece.index] if piece.index else value)
+    if piece.transposed:
+        source = source.reshape(piece.columns, piece.rows).T
+    source = source.reshape(piece.rows, piece.columns)
+    first = piece.start + (piece.lead[0] * piece.shape[1] if piece.lead else 0)
+    for start, stop in chunks(source.shape, dtype.itemsize):
+        part = np.empty((stop - start, piece.columns), dtype)
+        copy(part, source[start:stop])
+        if not all_finite(part):
+            raise ValueError(
+                f"{piece.path} holds values that are not finite as {dtype.name}; nothing was saved"
+            )
+        writer.write(piece.tensor, first + start, part)
