@@ -8,6 +8,7 @@ process that dies while saving leaves the previous checkpoint as the newest.
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Any
 
@@ -68,14 +69,14 @@ class Checkpointer:
         return self.steps[-1] if self.steps else None
 
     def save(
-        self, step: int, parts: dict[str, Any], dataset: Any, score: float | None = None
+        self, step: int, parts: dict[str, Any], dataset: Any = None, score: float | None = None
     ) -> None:
         """Writes a checkpoint and waits for it: later updates donate the arrays.
 
         Args:
           step: number of finished steps.
           parts: trees of arrays, by name.
-          dataset: the grain iterator, whose position is stored.
+          dataset: the grain iterator, whose position is stored; None where there is none.
           score: ranks checkpoints; the best one is kept.
         """
         if step in self.steps:
@@ -83,7 +84,7 @@ class Checkpointer:
         items = {name: _flat(tree) for name, tree in parts.items()}
         names = {name: list(leaves) for name, leaves in items.items()}
         about = {"architecture": self._architecture, "parts": names, "data": self._data}
-        items |= {"dataset": dataset, ABOUT: about}
+        items |= {ABOUT: about} if dataset is None else {"dataset": dataset, ABOUT: about}
         metrics = None if score is None else {SCORE: score}
         self._orbax.save_checkpointables(step, items, metrics=metrics)
 
@@ -117,8 +118,15 @@ class Checkpointer:
             for name, tree in templates.items()
         }
 
+    def architecture(self, step: int) -> dict[str, Any]:
+        """The stored `ModelConfig.architecture()`."""
+        return self._about(step)["architecture"]
+
+    def _about(self, step: int) -> dict[str, Any]:
+        return self._orbax.load_checkpointables(step, {ABOUT: None})[ABOUT]
+
     def _check(self, step: int, flat: dict[str, dict[str, Any]], compare_data: bool) -> None:
-        about = self._orbax.load_checkpointables(step, {ABOUT: None})[ABOUT]
+        about = self._about(step)
         where, stored = f"checkpoint {self._orbax.directory}/{step}", about["architecture"]
         differing = [
             f"{name} is {stored.get(name)!r} there and {self._architecture.get(name)!r} here"
@@ -168,10 +176,24 @@ def load_model(
     return loaded["model"]
 
 
+def stored_architecture(directory: str | pathlib.Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run is of (`ModelConfig.from_architecture` reads it).
+
+    Raises:
+      ValueError: there is no checkpoint.
+    """
+    directory = pathlib.Path(directory)
+    if directory.is_dir():
+        with Checkpointer(directory, {}) as checkpointer:
+            if checkpointer.steps:
+                return checkpointer.architecture(checkpointer.steps[-1])
+    raise ValueError(f"{directory} holds no checkpoint; give the working directory of a run")
+
+
 def _flat(tree: Any) -> dict[str, Any]:
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
 def _jsonable(architecture: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in architecture.items()}
+    return json.loads(json.dumps(architecture))

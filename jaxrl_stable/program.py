@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import gin
 import jax
@@ -48,8 +49,7 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
     argv = [arg for arg in sys.argv if not arg.startswith(GIN_PREFIX)]
 
     def start(_: Sequence[str]) -> None:
-        _quiet_libraries()
-        try:
+        with errors_in_one_line():
             if WORKDIR.value is None:
                 raise ValueError("--workdir is missing; say where this run keeps its files")
             if jax.config.jax_compilation_cache_dir is None:  # a resumed run need not compile
@@ -60,13 +60,21 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
                 print(resolved_config(), describe(experiment), sep="\n")
                 return
             main(experiment, WORKDIR.value)
-        except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-            if DEBUG.value:
-                raise
-            print(f"error: {_one_line(error)} (--debug shows where)", file=sys.stderr)
-            sys.exit(2)
 
     app.run(start, argv)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What a user can mend ends the program as one line on stderr and exit status 2."""
+    _quiet_libraries()
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if DEBUG.value:
+            raise
+        print(f"error: {_one_line(error)} (--debug shows where)", file=sys.stderr)
+        sys.exit(2)
 
 
 def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> configs.Experiment:

@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory: opened together, read in parts, written in parts.
+"""The safetensors files of a checkpoint directory, read and written in parts.
 
 Nothing here holds more than a part of a tensor in memory.
 """
@@ -49,7 +49,7 @@ class TensorFiles:
                 raise FileNotFoundError(f"{path} is missing; download the rest") from None
             except safetensors.SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); download it again") from None
-            self._slices |= {name: handle.get_slice(name) for name in handle.keys()}
+            self._slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
         absent = sorted(name for name in wanted if name and name not in self._slices)
         if absent:
             raise ValueError(
@@ -149,7 +149,7 @@ class TensorWriter:
 
     def close(self) -> None:
         """Gives the files their names, and writes the index where there are several."""
-        for file, descriptor in self._files.items():
+        for descriptor in self._files.values():
             os.close(descriptor)
         for stale in (*self.directory.glob("model*.safetensors"), self.directory / INDEX):
             stale.unlink(missing_ok=True)

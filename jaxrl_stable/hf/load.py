@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrl_stable.hf.architectures import read_config, read_json
+from jaxrl_stable.hf.config import read_config, read_json
 from jaxrl_stable.hf.files import DTYPES, TensorFiles
 from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces, tensor_shapes
 from jaxrl_stable.model.config import ModelConfig
@@ -66,7 +66,7 @@ def load(
     broken: set[str] = set()
     with ThreadPoolExecutor(THREADS) as pool:
         loaded = [
-            _parameter(param, plan[path], files, pool, broken)
+            _parameter(param.get_value(), plan[path], files, pool, broken)
             for path, param in parameters(abstract).items()
         ]
     if broken:
@@ -104,8 +104,8 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
     if any(faults.values()):
         found = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise ValueError(
-            f"{files.directory} does not fit its config.json: {found}. Nothing was loaded; download "
-            "the files again, or repair config.json"
+            f"{files.directory} does not fit its config.json: {found}. Nothing was loaded; "
+            "download the files again, or repair config.json"
         )
     return plan
 
@@ -125,9 +125,14 @@ def _left_out(tensor: str, config: ModelConfig) -> bool:
     return behind and config.latent is not None and int(parts[2]) >= config.num_layers
 
 
-def _parameter(param, part: list[Piece], files: TensorFiles, pool, broken: set[str]):
+def _parameter(
+    value: jax.ShapeDtypeStruct,
+    part: list[Piece],
+    files: TensorFiles,
+    pool: ThreadPoolExecutor,
+    broken: set[str],
+) -> jax.Array:
     """One parameter as a sharded array."""
-    value = param.get_value()
     made: dict[Any, np.ndarray] = {}  # devices that hold the same shard share it
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
@@ -140,7 +145,7 @@ def _parameter(param, part: list[Piece], files: TensorFiles, pool, broken: set[s
             made[bounds] = target
         return made[bounds]
 
-    return param.replace(jax.make_array_from_callback(value.shape, value.sharding, shard))
+    return jax.make_array_from_callback(value.shape, value.sharding, shard)
 
 
 def _inside(piece: Piece, bounds: tuple[tuple[int, int], ...]) -> bool:

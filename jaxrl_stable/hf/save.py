@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from jaxrl_stable.hf.architectures import from_json, read_json, to_json
+from jaxrl_stable.hf.config import from_json, read_json, to_json
 from jaxrl_stable.hf.files import DTYPES, TensorWriter
 from jaxrl_stable.hf.load import THREADS, all_finite, chunks, copy
 from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces

@@ -225,6 +225,17 @@ class ModelConfig:
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS}
 
+    @classmethod
+    def from_architecture(cls, fields: dict, **execution) -> ModelConfig:
+        """The inverse of `architecture`, also after a journey through JSON."""
+        nested = {"latent": LatentAttention, "rope_scaling": Yarn}
+        built = {
+            name: nested[name](**value) if name in nested and value else value
+            for name, value in fields.items()
+        }
+        built["mlp_only_layers"] = tuple(fields["mlp_only_layers"])
+        return cls(**built, **execution)
+
 
 def layer_plan(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
     """Splits the depth into repeated patterns, so that each can be one scan.

@@ -1,0 +1,141 @@
+"""Hugging Face checkpoints from the command line.
+
+    python -m jaxrl_stable.hf inspect MODEL
+    python -m jaxrl_stable.hf import MODEL WORKDIR
+    python -m jaxrl_stable.hf export WORKDIR MODEL --like=ORIGINAL
+    python -m jaxrl_stable.hf upcycle DENSE MODEL --copies=8 --chosen=2
+
+MODEL is a directory in the layout of transformers, WORKDIR one of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import math
+import pathlib
+
+import jax
+from absl import app
+from absl.flags import argparse_flags
+
+from jaxrl_stable import hf
+from jaxrl_stable.checkpoint import Checkpointer, load_model, stored_architecture
+from jaxrl_stable.configs import MeshShape
+from jaxrl_stable.hf.files import DTYPES, TensorFiles
+from jaxrl_stable.hf.load import plan_of
+from jaxrl_stable.hf.names import LAYOUTS
+from jaxrl_stable.hf.save import COMPANIONS, copy_companions
+from jaxrl_stable.hf.upcycle import upcycle
+from jaxrl_stable.model import ModelConfig, init_model, parameter_count
+from jaxrl_stable.program import errors_in_one_line
+from jaxrl_stable.sharding import abstract_state, make_mesh
+
+_TYPES = tuple(dtype.name for dtype in DTYPES.values())
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The four commands and their options."""
+    parser = argparse_flags.ArgumentParser(
+        prog="python -m jaxrl_stable.hf", description="Hugging Face checkpoints in and out."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("inspect", help="check a checkpoint and say what it is")
+    command.add_argument("model")
+
+    command = commands.add_parser("import", help="turn a checkpoint into the start of a run")
+    command.add_argument("model")
+    command.add_argument("workdir")
+    command.add_argument("--param_dtype", choices=_TYPES, default="float32")
+    for axis, size in (("data", -1), ("fsdp", 1), ("expert", 1), ("tensor", 1)):
+        command.add_argument(f"--{axis}", type=int, default=size, help="devices of this mesh axis")
+
+    command = commands.add_parser("export", help="write the weights of a run for transformers")
+    command.add_argument("workdir")
+    command.add_argument("model")
+    command.add_argument("--like", default=None, help="checkpoint the run began with")
+    command.add_argument("--best", action="store_true", help="the best checkpoint, not the newest")
+    command.add_argument("--dtype", choices=_TYPES, default="bfloat16")
+    command.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0])
+
+    command = commands.add_parser("upcycle", help="make experts of a dense checkpoint")
+    command.add_argument("dense")
+    command.add_argument("model")
+    command.add_argument("--copies", type=int, required=True, help="of the feed-forward layer")
+    command.add_argument("--chosen", type=int, default=1, help="copies that a token passes")
+    command.add_argument("--segments", type=int, default=1, help="experts of each copy")
+    command.add_argument("--noise", type=float, default=0.0, help="on the copies, relative")
+    command.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments[1:])
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Prints what a checkpoint is, after checking its tensors against its config."""
+    directory = pathlib.Path(arguments.model)
+    config = hf.read_config(directory)
+    files = TensorFiles(directory)
+    plan_of(files, config, jax.eval_shape(lambda: init_model(config, 0)))
+    stored = collections.Counter()
+    for name, shape in files.shapes.items():
+        stored[files.codes[name]] += math.prod(shape)
+    for name, value in config.architecture().items():
+        print(f"{name:24s}{value}")
+    types = ", ".join(f"{count:,} in {code}" for code, count in stored.items())
+    print(f"{'parameters':24s}{parameter_count(config):,}")
+    print(f"{'stored':24s}{len(files.shapes):,} tensors; {types}")
+    beside = [name for name in COMPANIONS if (directory / name).exists()]
+    print(f"{'beside':24s}{', '.join(beside) or 'nothing'}")
+
+
+def import_(arguments: argparse.Namespace) -> None:
+    """Loads a checkpoint and saves it as step 0 of a run that others can start from."""
+    mesh = make_mesh(MeshShape(arguments.data, arguments.fsdp, arguments.expert, arguments.tensor))
+    workdir = pathlib.Path(arguments.workdir)
+    checkpoints = workdir / "checkpoints"
+    if checkpoints.exists():
+        raise ValueError(f"{checkpoints} exists; give a new working directory")
+    config = hf.read_config(arguments.model, param_dtype=arguments.param_dtype)
+    model = hf.load(arguments.model, mesh, config)
+    with Checkpointer(checkpoints, config.architecture()) as checkpointer:
+        checkpointer.save(0, {"model": model})
+    copy_companions(arguments.model, workdir)
+    print(f"wrote {checkpoints}; start from it with configs.Experiment.init_from = '{workdir}'")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Restores the weights of a run and saves them for transformers."""
+    checkpoints = pathlib.Path(arguments.workdir) / "checkpoints"
+    architecture = stored_architecture(checkpoints)
+    config = ModelConfig.from_architecture(architecture)
+    template = abstract_state(make_mesh(MeshShape()), lambda: init_model(config, 0))
+    model = load_model(checkpoints, config.architecture(), template, best=arguments.best)
+    hf.save(
+        model,
+        arguments.model,
+        dtype=arguments.dtype,
+        layout=arguments.layout,
+        like=arguments.like,
+    )
+    if arguments.like is None:
+        copy_companions(arguments.workdir, arguments.model)
+    print(f"wrote {arguments.model}")
+
+
+def upcycle_(arguments: argparse.Namespace) -> None:
+    """Makes experts of a dense checkpoint."""
+    options = {
+        name: getattr(arguments, name) for name in ("copies", "chosen", "segments", "noise", "seed")
+    }
+    upcycle(arguments.dense, arguments.model, **options)
+    print(f"wrote {arguments.model}")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    commands = {"inspect": inspect, "import": import_, "export": export, "upcycle": upcycle_}
+    with errors_in_one_line():
+        commands[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,224 @@
+"""`config.json` to `ModelConfig` and back.
+
+Reading refuses what would compute something else: an option that is not implemented is an error
+that names the option, never a silent approximation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+from jaxrl_stable.hf.architectures import ARCHITECTURES, Architecture, Json, no_experts
+from jaxrl_stable.model.config import EXECUTION_FIELDS, ModelConfig, Yarn
+
+
+def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
+    """The architecture of a checkpoint directory.
+
+    Args:
+      directory: holds `config.json`.
+      **execution: fields of `ModelConfig` that a checkpoint says nothing about, such as `dtype`,
+        `param_dtype`, `remat` or `head_chunk`.
+
+    Raises:
+      FileNotFoundError: there is no `config.json`.
+      ValueError: the architecture, or an option of it, is not supported.
+    """
+    wrong = sorted(execution.keys() - set(EXECUTION_FIELDS))
+    if wrong:
+        raise ValueError(
+            f"read_config got {wrong[0]}, which the checkpoint decides; give only "
+            f"{', '.join(EXECUTION_FIELDS)}"
+        )
+    content, file = read_json(directory), pathlib.Path(directory) / "config.json"
+    try:
+        return ModelConfig(**from_json(content), **execution)
+    except KeyError as error:
+        raise ValueError(f"{file}: {error.args[0]} is missing; restore it") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_json(directory: str | pathlib.Path) -> Json:
+    """The parsed `config.json` of a directory.
+
+    Raises:
+      FileNotFoundError: it is not there.
+      ValueError: it is not a JSON object.
+    """
+    file = pathlib.Path(directory) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; give a Hugging Face model directory")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON object; download it again")
+    return content
+
+
+def from_json(content: Json) -> Json:
+    """Fields of `ModelConfig` from a parsed `config.json`.
+
+    Raises:
+      KeyError, ValueError: a field is missing, or asks for what is not implemented.
+    """
+    known = {architecture.model_type: architecture for architecture in ARCHITECTURES}
+    kind = content.get("model_type")
+    if kind not in known:
+        raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(known)}")
+    _refuse(content)
+    return _common(content) | known[kind].read(content)
+
+
+def to_json(config: ModelConfig) -> tuple[Architecture, Json]:
+    """The architecture of transformers that computes this model, and its `config.json`.
+
+    The first one whose JSON reads back as the same architecture: nothing is exported that another
+    program would compute differently.
+
+    Raises:
+      ValueError: no supported architecture has this combination of options.
+    """
+    if not config.num_experts:  # then these have no meaning
+        config = dataclasses.replace(config, **no_experts())
+    wanted = config.architecture()
+    for architecture in ARCHITECTURES:
+        content = _common_json(config) | architecture.write(config)
+        content |= {
+            "architectures": [architecture.class_name],
+            "model_type": architecture.model_type,
+        }
+        try:
+            same = ModelConfig(**from_json(content)).architecture() == wanted
+        except (ValueError, KeyError):
+            same = False
+        if same:
+            return architecture, content
+    raise ValueError(
+        "no architecture of transformers computes this ModelConfig; supported are "
+        f"{', '.join(a.model_type for a in ARCHITECTURES)}, each with its own router and attention"
+    )
+
+
+def _refuse(content: Json) -> None:
+    """Options that are not implemented, with the values under which they do nothing."""
+    harmless = {
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "hidden_act": ("silu", None),
+        "quantization_config": (None,),
+        "use_sliding_window": (False, None),
+        "partial_rotary_factor": (1, None),
+        "moe_layer_freq": (1, None),
+        "scoring_func": ("sigmoid", None),
+        "topk_method": ("noaux_tc", None),
+        "router_jitter_noise": (0, None),
+    }
+    for option, values in harmless.items():
+        if content.get(option) not in values:
+            advice = "use a checkpoint without it"
+            if option == "quantization_config":
+                advice = "convert the weights to bfloat16 first"
+            raise ValueError(f"{option} = {content[option]!r} is not implemented; {advice}")
+    window = content.get("sliding_window")
+    context = content.get("max_position_embeddings", math.inf)
+    if content.get("model_type") == "mixtral" and window is not None and window < context:
+        raise ValueError(
+            f"sliding_window = {window} is not implemented; set it to null if your sequences stay "
+            "shorter"
+        )
+
+
+def _common(content: Json) -> Json:
+    """What all architectures name alike."""
+    heads = content["num_attention_heads"]
+    theta, scaling = _rotary(content)
+    return dict(
+        vocab_size=content["vocab_size"],
+        hidden_size=content["hidden_size"],
+        num_layers=content["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=content.get("num_key_value_heads") or heads,
+        head_dim=content.get("head_dim") or content["hidden_size"] // heads,
+        intermediate_size=content["intermediate_size"],
+        rms_norm_eps=content["rms_norm_eps"],
+        tie_embeddings=content.get("tie_word_embeddings", False),
+        rope_theta=theta,
+        rope_scaling=scaling,
+    )
+
+
+def _common_json(config: ModelConfig) -> Json:
+    content = dict(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_embeddings,
+        hidden_act="silu",
+        attention_bias=False,
+        # In both spellings: of transformers 5, and of version 4 and inference engines.
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_theta=config.rope_theta,
+    )
+    yarn = config.rope_scaling
+    if yarn is not None:
+        content["rope_scaling"] = dict(
+            rope_type="yarn",
+            factor=yarn.factor,
+            original_max_position_embeddings=yarn.original_context,
+            beta_fast=yarn.beta_fast,
+            beta_slow=yarn.beta_slow,
+            attention_factor=yarn.rotation_scale,
+            truncate=yarn.truncate,
+        )
+        if yarn.softmax_mscale:
+            content["rope_scaling"]["mscale_all_dim"] = yarn.softmax_mscale
+        content["rope_parameters"] = content["rope_scaling"] | {"rope_theta": config.rope_theta}
+    return content
+
+
+def _rotary(content: Json) -> tuple[float, Yarn | None]:
+    """Base and stretching: `rope_parameters` of transformers 5, or the two fields of version 4."""
+    scaling = dict(content.get("rope_parameters") or content.get("rope_scaling") or {})
+    theta = scaling.get("rope_theta", content.get("rope_theta"))
+    if theta is None:
+        raise KeyError("rope_theta")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if scaling.get("partial_rotary_factor", 1) != 1:
+        raise ValueError("partial_rotary_factor is not implemented; none of these models has it")
+    if kind == "default":
+        return float(theta), None
+    if kind != "yarn":
+        raise ValueError(f"rope_type {kind!r} is not implemented; 'default' and 'yarn' are")
+    factor = scaling["factor"]
+
+    def magnitude(mscale: float) -> float:  # arXiv:2309.00071, eq. 22
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    rotation = scaling.get("attention_factor")
+    if rotation is None:
+        rotation = magnitude(1)
+        if mscale and all_dims:
+            rotation = magnitude(mscale) / magnitude(all_dims)
+    latent = content["model_type"] == "deepseek_v3"  # the one that scales its softmax as well
+    return float(theta), Yarn(
+        factor=float(factor),
+        original_context=scaling["original_max_position_embeddings"],
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        rotation_scale=float(rotation),
+        softmax_mscale=float(all_dims or 0) if latent else 0.0,
+        truncate=scaling.get("truncate", True),
+    )

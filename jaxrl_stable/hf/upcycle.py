@@ -1,0 +1,147 @@
+"""A dense checkpoint becomes a mixture of experts that computes the same function.
+
+The feed-forward layer is cut into S segments of its width, and every segment is copied m times: an
+expert is one copy of one segment. The router scores copies and gives all segments of a copy the
+same weights, so that a token takes whole copies, one of m for each segment ("virtual groups", He
+et al. 2024, arXiv:2410.07524, §4.2). With gates that sum to one over the C · S experts of C chosen
+copies, each segment has 1 / S of the weight of its copy; factor S on the last matrix restores it:
+
+    Σ_c g_c Σ_s (S · segment_s(x)) / S  =  Σ_c g_c · dense(x)  =  dense(x)
+
+S = 1 is sparse upcycling by copies (Komatsuzaki et al. 2023, arXiv:2212.05055).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxrl_stable.hf.config import read_config, to_json
+from jaxrl_stable.hf.files import DTYPES, TensorFiles, TensorWriter
+from jaxrl_stable.hf.save import copy_companions
+
+_ROUTER_STD = 0.02  # logits of order one behind a norm, of hidden sizes in the thousands
+
+
+def upcycle(
+    source: str | pathlib.Path,
+    target: str | pathlib.Path,
+    *,
+    copies: int,
+    chosen: int = 1,
+    segments: int = 1,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Writes a Qwen3-MoE checkpoint that computes what a dense Qwen3 one does.
+
+    It has `copies * segments` experts, `chosen * segments` per token, each of the dense width over
+    `segments`. Equal up to rounding with `noise=0`; exactly so in the weights when `segments` is a
+    power of two.
+
+    Args:
+      source: directory of the dense checkpoint.
+      target: directory to write.
+      copies: m, copies of the feed-forward layer.
+      chosen: C, copies that a token passes.
+      segments: S, parts of each copy; divides the dense width.
+      noise: standard deviation of what is added to each copy's matrices, relative to the root mean
+        square of the matrix; lets copies part before training does.
+      seed: of routers and noise.
+
+    Raises:
+      FileNotFoundError, ValueError: the source is not a sound dense checkpoint, or the sizes do not
+        fit.
+    """
+    dense = read_config(source)
+    if dense.num_experts:
+        raise ValueError(f"{source} has experts already; give a dense checkpoint")
+    if not 1 <= chosen <= copies or segments < 1 or dense.intermediate_size % segments:
+        raise ValueError(
+            f"copies={copies}, chosen={chosen}, segments={segments} do not fit: chosen must be "
+            f"between 1 and copies, and segments must divide the width {dense.intermediate_size}"
+        )
+    config = dataclasses.replace(
+        dense,
+        num_experts=copies * segments,
+        num_experts_per_token=chosen * segments,
+        moe_intermediate_size=dense.intermediate_size // segments,
+        norm_topk_prob=True,
+    )
+    _, content = to_json(config)
+    files = TensorFiles(source)
+    made = _tensors(files, config.num_layers, copies, segments, noise, seed)
+    shapes = {name: shape for name, (shape, _, _) in made.items()}
+    dtypes = {name: DTYPES[code] for name, (_, code, _) in made.items()}
+    writer = TensorWriter(target, shapes, dtypes)
+    try:
+        for name, (_, _, value) in made.items():
+            writer.write(name, 0, value().astype(dtypes[name]))
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+    content["torch_dtype"] = content["dtype"] = next(iter(dtypes.values())).name
+    file = pathlib.Path(target, "config.json")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    copy_companions(source, target)
+
+
+Made = tuple[tuple[int, ...], str, Callable[[], np.ndarray]]
+
+
+def _tensors(
+    files: TensorFiles, layers: int, copies: int, segments: int, noise: float, seed: int
+) -> dict[str, Made]:
+    """Shape, type and maker of every new tensor; nothing is read before a maker is called."""
+    made: dict[str, Made] = {}
+    for name, shape in files.shapes.items():
+        if ".mlp." not in name:
+            ranges = tuple(slice(0, n) for n in shape)
+            made[name] = (shape, files.codes[name], lambda n=name, r=ranges: files.read(n, (), *r))
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}.mlp."
+        for kind, matrix in enumerate(("gate_proj", "up_proj", "down_proj")):
+            source = f"{prefix}{matrix}.weight"
+            if source not in files.shapes:
+                raise ValueError(f"{files.directory} does not hold {source}; download it again")
+            rows, columns = files.shapes[source]
+            axis = 1 if matrix == "down_proj" else 0
+            width = (rows, columns)[axis] // segments
+            for expert in range(copies * segments):
+                copy, segment = divmod(expert, segments)
+                part = slice(segment * width, (segment + 1) * width)
+                ranges = (slice(0, rows), part) if axis else (part, slice(0, columns))
+                shape = (rows, width) if axis else (width, columns)
+                factor = segments if axis else 1
+                key = (seed, layer, kind, copy, segment)
+
+                def value(source=source, ranges=ranges, factor=factor, key=key) -> np.ndarray:
+                    return _perturbed(files.read(source, (), *ranges), factor, noise, key)
+
+                name = f"{prefix}experts.{expert}.{matrix}.weight"
+                made[name] = (shape, files.codes[source], value)
+        hidden = files.shapes[f"{prefix}gate_proj.weight"][1]
+
+        def router(layer=layer, hidden=hidden) -> np.ndarray:
+            rng = np.random.default_rng((seed, layer))
+            return np.repeat(rng.normal(0, _ROUTER_STD, (copies, hidden)), segments, axis=0)
+
+        code = files.codes[f"{prefix}gate_proj.weight"]
+        made[f"{prefix}gate.weight"] = ((copies * segments, hidden), code, router)
+    return made
+
+
+def _perturbed(x: np.ndarray, factor: int, noise: float, key: tuple[int, ...]) -> np.ndarray:
+    """The segment times `factor`, with noise relative to its root mean square."""
+    if factor == 1 and not noise:
+        return x
+    wide = x.astype(np.float32) * factor
+    if noise:
+        size = noise * np.sqrt(np.mean(np.square(wide)))
+        wide += size * np.random.default_rng(key).standard_normal(wide.shape, np.float32)
+    return wide
