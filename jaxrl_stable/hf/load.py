@@ -7,9 +7,7 @@ before anything is read, but for values that are not finite.
 
 from __future__ import annotations
 
-import os
 import pathlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,15 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrl_stable.hf.config import read_config, read_json
+from jaxrl_stable.hf.copying import THREADS, all_finite, chunks, copy, page_memory
 from jaxrl_stable.hf.files import DTYPES, TensorFiles
 from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces, tensor_shapes
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.sharding import abstract_state
 
-CHUNK_BYTES = 1 << 20  # read at a time: stays in a core's cache until it is in place
-STRIPE_BYTES = 32  # columns written at a time when a matrix is turned
-THREADS = min(8, os.cpu_count() or 1)
 SHOWN = 10  # tensors that an error names of each kind
 
 
@@ -138,7 +134,7 @@ def _parameter(
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, value.shape, strict=True))
         if bounds not in made:
-            target = _aligned([b - a for a, b in bounds], value.dtype)
+            target = page_memory([b - a for a, b in bounds], value.dtype)
             jobs = [piece for piece in part if _inside(piece, bounds)]
             for _ in pool.map(lambda piece: _fill(target, bounds, piece, files, broken), jobs):
                 pass
@@ -178,45 +174,6 @@ def _fill(
 
 def _rest(group: tuple[tuple[int, int], ...]) -> int:
     return int(np.prod([b - a for a, b in group[1:]]))
-
-
-def chunks(shape: tuple[int, int], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `CHUNK_BYTES`."""
-    step = max(1, CHUNK_BYTES // (shape[1] * itemsize))
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
-
-
-def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, which may be turned against each other, at the speed of memory.
-
-    NumPy walks a turned copy along the rows of one side and misses the cache on the other; stripes
-    as narrow as half a cache line keep both in it. Types of two bytes that NumPy does not know are
-    moved as integers.
-    """
-    if target.dtype != source.dtype:
-        source = source.astype(target.dtype)
-    word = np.dtype(f"u{target.dtype.itemsize}")
-    target, source = target.view(word), source.view(word)
-    turned = target.strides[0] < target.strides[1] or source.strides[0] < source.strides[1]
-    step = STRIPE_BYTES // word.itemsize if turned else len(target)
-    for start in range(0, len(target), step or 1):
-        target[start : start + step] = source[start : start + step]
-
-
-def all_finite(x: np.ndarray) -> bool:
-    """Whether no value is infinite or NaN; by the exponent bits where NumPy has no fast test."""
-    if x.dtype == DTYPES["BF16"]:
-        return not x.size or int((x.view(np.uint16) & 0x7FFF).max()) < 0x7F80
-    return bool(np.isfinite(x).all())
-
-
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory that JAX on a CPU takes over as it is."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    offset = -raw.ctypes.data % 64
-    return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _listed(names: list[str]) -> str:

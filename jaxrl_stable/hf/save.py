@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from jaxrl_stable.hf.config import from_json, read_json, to_json
+from jaxrl_stable.hf.copying import THREADS, all_finite, chunks, copy
 from jaxrl_stable.hf.files import DTYPES, TensorWriter
-from jaxrl_stable.hf.load import THREADS, all_finite, chunks, copy
 from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.transformer import Transformer
@@ -80,12 +81,13 @@ def save(
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             for path, param in parameters(model).items():
-                value = param.get_value()
+                for index, layer in _layers(param.get_value(), plan[path]):
+                    ours = [piece for piece in plan[path] if piece.index[:1] == index]
 
-                def one(piece: Piece, value=value) -> None:
-                    _write(writer, piece, value, dtypes[piece.tensor])
+                    def one(piece: Piece, layer=layer) -> None:
+                        _write(writer, piece, layer, dtypes[piece.tensor])
 
-                list(pool.map(one, plan[path]))
+                    list(pool.map(one, ours))
     except BaseException:
         writer.abandon()
         raise
@@ -120,9 +122,19 @@ def _descends(config: ModelConfig, like: str | pathlib.Path) -> dict:
     return content
 
 
-def _write(writer: TensorWriter, piece: Piece, value: jax.Array, dtype: np.dtype) -> None:
+def _layers(value: jax.Array, part: list[Piece]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """A parameter on the host, layer by layer, so that no more than one is there at a time."""
+    (device, *others) = value.sharding.device_set
+    whole = None
+    if device.platform == "cpu" and not others:
+        whole = np.asarray(value)  # the very memory of the array
+    for index in dict.fromkeys(piece.index[:1] for piece in part):
+        yield index, whole[index] if whole is not None else np.asarray(value[index])
+
+
+def _write(writer: TensorWriter, piece: Piece, layer: np.ndarray, dtype: np.dtype) -> None:
     """Turns one piece and writes it."""
-    source = np.asarray(value[piece.index] if piece.index else value)
+    source = layer[piece.index[1:]]
     if piece.transposed:
         source = source.reshape(piece.columns, piece.rows).T
     source = source.reshape(piece.rows, piece.columns)
