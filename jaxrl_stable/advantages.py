@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.importance import at_least_float32
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
@@ -31,7 +33,7 @@ def centered(
     """
     size = rewards.shape[0]
     keep = jnp.ones(size, jnp.float32) if valid is None else valid.astype(jnp.float32)
-    rewards = jnp.where(keep > 0, rewards.astype(jnp.float32), 0.0)
+    rewards = jnp.where(keep > 0, at_least_float32(rewards), 0.0)
     total = jax.ops.segment_sum(rewards, group_ids, num_segments=size)
     count = jax.ops.segment_sum(keep, group_ids, num_segments=size)
     baseline = total / jnp.maximum(count, 1.0)

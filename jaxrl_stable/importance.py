@@ -23,16 +23,21 @@ if TYPE_CHECKING:  # annotations only: this module needs jax and numpy and nothi
 LOG_RATIO_BOUND = 20.0
 
 
+def at_least_float32(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Casts to float32 whatever the model's dtype; float64 stays (jax makes none unless asked)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def log_ratio(
     numerator: Float[Array, "B T"], denominator: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Log-ratio of two policies in float32; exactly 0 where `mask` is False.
+    """Log-ratio of two policies in float32 or better; exactly 0 where `mask` is False.
 
     Masked before any `exp`: a value of ±1e4 or NaN in padding reaches neither loss nor gradient
     (masking afterwards leaves 0 · inf in the backward pass).
     """
-    numerator = jnp.where(mask, numerator.astype(jnp.float32), 0.0)
-    denominator = jnp.where(mask, denominator.astype(jnp.float32), 0.0)
+    numerator = jnp.where(mask, at_least_float32(numerator), 0.0)
+    denominator = jnp.where(mask, at_least_float32(denominator), 0.0)
     return numerator - denominator
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from jaxrl_stable.importance import at_least_float32
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
@@ -37,7 +39,7 @@ def aggregate(
     Raises:
       ValueError: unknown mode.
     """
-    loss = jnp.where(mask, loss.astype(jnp.float32), 0.0)
+    loss = jnp.where(mask, at_least_float32(loss), 0.0)
     tokens = mask.sum(-1, dtype=jnp.float32)
     sequences = (tokens > 0).sum(dtype=jnp.float32)
     if mode == SEQ_MEAN_TOKEN_SUM:

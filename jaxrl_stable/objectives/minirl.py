@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.importance import clip_masks, importance_weight, log_ratio
+from jaxrl_stable.importance import at_least_float32, clip_masks, importance_weight, log_ratio
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -81,7 +81,7 @@ def minirl(
     if clip_anchor not in anchors:
         raise ValueError(f"clip_anchor {clip_anchor!r} is unknown; use one of {tuple(anchors)}")
 
-    advantages = jax.lax.stop_gradient(advantages.astype(jnp.float32))[:, None]
+    advantages = jax.lax.stop_gradient(at_least_float32(advantages))[:, None]
     log_weight = log_ratio(*log_weights[weight], mask)
     truncated = importance_weight(log_weight, truncation)
     trust = log_ratio(constant, anchors[clip_anchor], mask)
@@ -89,5 +89,5 @@ def minirl(
     if not clip:
         high, low = jnp.zeros_like(high), jnp.zeros_like(low)
     coefficient = jnp.where(high | low, 0.0, truncated * advantages)
-    loss = -coefficient * jnp.where(mask, logp.astype(jnp.float32), 0.0)
+    loss = -coefficient * jnp.where(mask, at_least_float32(logp), 0.0)
     return TokenLoss(loss, log_weight, truncated, high, low)

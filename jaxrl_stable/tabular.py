@@ -1,0 +1,279 @@
+"""Gradient estimators measured without sampling: a tabular policy small enough to enumerate.
+
+With V symbols and T steps there are V^T sequences, so every expectation over μ_old is a finite sum.
+What the token-level objective of arXiv:2512.01374 loses against the sequence-level one (bias), and
+what it wins (noise), come out to machine precision. The token-level gradients are those of
+`objectives.minirl` itself; the sequence-level estimator stands here as the reference.
+
+What returns NumPy arrays or floats computes in float64, whatever the process uses otherwise; what
+returns JAX arrays is meant to be differentiated and has the precision of its caller. In the shapes,
+`prefixes` counts the rows of a policy's table, 1 + V + … + V^(T−1), one for each y_<t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from scipy.special import stdtrit
+
+from jaxrl_stable.objectives import aggregate, minirl
+
+Gradients = Float[np.ndarray, "B prefixes V"]
+
+
+class Problem(NamedTuple):
+    """One prompt with a reward for each of its B = V^T responses, and the three policies.
+
+    Attributes:
+      tokens: all sequences, in lexicographic order.
+      prefixes: row of the tables that holds the distribution of `tokens[b, t]`.
+      rewards: R(y).
+      logits, logits_old, logits_rollout: the tables of π_θ, π_old and μ_old.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    prefixes: Int[np.ndarray, "B T"]
+    rewards: Float[np.ndarray, "B"]
+    logits: Float[np.ndarray, "prefixes V"]
+    logits_old: Float[np.ndarray, "prefixes V"]
+    logits_rollout: Float[np.ndarray, "prefixes V"]
+
+
+def enumerate_sequences(
+    vocab_size: int, length: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """All V^T sequences, and for each position the table row of what stands before it.
+
+    Rows are numbered by depth, then lexicographically: the empty prefix is row 0.
+    """
+    tokens = np.indices((vocab_size,) * length).reshape(length, -1).T
+    prefixes = np.zeros_like(tokens)
+    for t in range(1, length):
+        # Numbering children in the order of their parents, as in a V-ary heap.
+        prefixes[:, t] = vocab_size * prefixes[:, t - 1] + tokens[:, t - 1] + 1
+    return tokens, prefixes
+
+
+def random_problem(
+    seed: int,
+    mismatch: float = 0.0,
+    staleness: float = 0.0,
+    vocab_size: int = 6,
+    length: int = 3,
+) -> Problem:
+    """Standard normal logits, Bernoulli(1/2) rewards, and policies that are apart by normal noise.
+
+        θ_old = θ + staleness · N(0, 1)        μ_old = softmax(θ_old + mismatch · N(0, 1))
+
+    One seed fixes θ, rewards and the directions of both noises, so that a limit in `mismatch` or
+    `staleness` runs along a line and its true gradient stays the same. (With a handful of sequences
+    all rewards can be equal; then there is no gradient to be relative to.)
+    """
+    tokens, prefixes = enumerate_sequences(vocab_size, length)
+    rng = np.random.default_rng(seed)
+    shape = (prefixes.max() + 1, vocab_size)
+    logits = rng.normal(size=shape)
+    rewards = rng.integers(0, 2, len(tokens)).astype(np.float64)
+    mismatch_noise, staleness_noise = rng.normal(size=(2, *shape))
+    logits_old = logits + staleness * staleness_noise
+    logits_rollout = logits_old + mismatch * mismatch_noise
+    return Problem(tokens, prefixes, rewards, logits, logits_old, logits_rollout)
+
+
+@jax.jit
+def log_probs(logits: Float[Array, "prefixes V"], problem: Problem) -> Float[Array, "*B T"]:
+    """log π(y_t | y_<t) of every sequence under one of the tables."""
+    rows = jax.nn.log_softmax(jnp.asarray(logits)[problem.prefixes])
+    return jnp.take_along_axis(rows, problem.tokens[..., None], -1)[..., 0]
+
+
+def sequence_objective(logits: Float[Array, "prefixes V"], problem: Problem) -> Float[Array, ""]:
+    """J_seq(θ) = E_{y∼π_θ}[R(y)] (arXiv:2512.01374, eq. 1)."""
+    return jnp.exp(log_probs(logits, problem).sum(-1)) @ problem.rewards
+
+
+def token_objective(logits: Float[Array, "prefixes V"], problem: Problem) -> Float[Array, ""]:
+    """J_token(θ) = E_{y∼μ_old}[Σ_t π_θ(y_t|·)/μ_old(y_t|·) R(y)] (arXiv:2512.01374, eq. 3)."""
+    logp_rollout = log_probs(problem.logits_rollout, problem)
+    weights = jnp.exp(log_probs(logits, problem) - logp_rollout)
+    return jnp.exp(logp_rollout.sum(-1)) @ (weights.sum(-1) * problem.rewards)
+
+
+_true_gradient = jax.jit(jax.grad(sequence_objective))
+
+
+def true_gradient(problem: Problem) -> Float[np.ndarray, "prefixes V"]:
+    """∇_θ J_seq by differentiation of the finite sum: no log-derivative trick, no weights."""
+    with jax.enable_x64(True):
+        return np.asarray(_true_gradient(problem.logits, problem))
+
+
+def probabilities(
+    logits: Float[np.ndarray, "prefixes V"], problem: Problem
+) -> Float[np.ndarray, "B"]:
+    """π(y) = Π_t π(y_t | y_<t) under one of the tables."""
+    with jax.enable_x64(True):
+        return np.exp(np.asarray(log_probs(logits, problem)).sum(-1))
+
+
+def rollout_probabilities(problem: Problem) -> Float[np.ndarray, "B"]:
+    """μ_old(y), the probability with which the sampler draws each sequence."""
+    return probabilities(problem.logits_rollout, problem)
+
+
+def centered_rewards(problem: Problem) -> Float[np.ndarray, "B"]:
+    """Â(y) = R(y) − E_{y'∼μ_old}[R(y')], the limit of a large group (arXiv:2512.01374, §4.1)."""
+    return problem.rewards - rollout_probabilities(problem) @ problem.rewards
+
+
+def token_gradients(problem: Problem, advantages: Float[np.ndarray, "B"], **options) -> Gradients:
+    """ĝ(y) = −∇_θ of the library's loss of each sequence, a mini-batch of its own.
+
+    Args:
+      problem: sequences and policies.
+      advantages: one per sequence.
+      **options: of `objectives.minirl`. With `clip=False, truncation=None` the expectation of ĝ
+        over μ_old is ∇J_token (arXiv:2512.01374, eq. 4).
+    """
+    with jax.enable_x64(True):
+        return -np.asarray(_loss_gradients(problem, advantages, tuple(sorted(options.items()))))
+
+
+@partial(jax.jit, static_argnames="options")
+def _loss_gradients(problem: Problem, advantages, options) -> Float[Array, "B prefixes V"]:
+    def loss(logits, tokens, prefixes, advantage):
+        one = problem._replace(tokens=tokens[None], prefixes=prefixes[None])
+        tables = logits, problem.logits_old, problem.logits_rollout
+        mask = jnp.ones(one.tokens.shape, bool)
+        logps = (log_probs(table, one) for table in tables)
+        total, count = aggregate(minirl(*logps, advantage[None], mask, **dict(options)).loss, mask)
+        return total / count
+
+    gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0))
+    return gradients(problem.logits, problem.tokens, problem.prefixes, advantages)
+
+
+def sequence_gradients(problem: Problem, advantages: Float[np.ndarray, "B"]) -> Gradients:
+    """ĝ(y) = π_θ(y)/μ_old(y) · Â(y) · Σ_t ∇_θ log π_θ(y_t|·) (arXiv:2512.01374, eq. 2).
+
+    The weight is the product over the whole sequence, for every token: also the tokens to come
+    decide how likely the reward was that this token is credited with.
+    """
+    weights = probabilities(problem.logits, problem) / rollout_probabilities(problem)
+    with jax.enable_x64(True):
+        return (weights * advantages)[:, None, None] * np.asarray(_scores(problem))
+
+
+@jax.jit
+def _scores(problem: Problem) -> Float[Array, "B prefixes V"]:
+    def log_prob(logits, tokens, prefixes):
+        return log_probs(logits, problem._replace(tokens=tokens, prefixes=prefixes)).sum()
+
+    scores = jax.vmap(jax.grad(log_prob), in_axes=(None, 0, 0))
+    return scores(problem.logits, problem.tokens, problem.prefixes)
+
+
+def expectation(problem: Problem, gradients: Gradients) -> Float[np.ndarray, "prefixes V"]:
+    """E_{y∼μ_old}[ĝ(y)], exactly."""
+    return np.tensordot(rollout_probabilities(problem), gradients, 1)
+
+
+class Quality(NamedTuple):
+    """An estimator ĝ against the true gradient ∇J.
+
+    Attributes:
+      bias: ‖E[ĝ] − ∇J‖ / ‖∇J‖.
+      cosine: of the angle between E[ĝ] and ∇J.
+      noise: √E‖ĝ − E[ĝ]‖² / ‖∇J‖, the standard deviation of one sample; B samples have 1/√B of it.
+    """
+
+    bias: float
+    cosine: float
+    noise: float
+
+
+def quality(problem: Problem, gradients: Gradients) -> Quality:
+    """Bias, direction and per-sample noise of an estimator."""
+    truth, mean = true_gradient(problem), expectation(problem, gradients)
+    size, norm = np.linalg.norm(truth), np.linalg.norm(mean)
+    deviation = np.square(gradients - mean).sum((1, 2))
+    return Quality(
+        bias=float(np.linalg.norm(mean - truth) / size),
+        cosine=float(np.vdot(mean, truth) / (norm * size)),
+        noise=float(np.sqrt(rollout_probabilities(problem) @ deviation) / size),
+    )
+
+
+Estimator = Callable[[Problem, Float[np.ndarray, "B"]], Gradients]
+ESTIMATORS: Mapping[str, Estimator] = {
+    "no IS": partial(token_gradients, weight="none", truncation=None, clip=False),
+    "mismatch IS": partial(token_gradients, weight="mismatch", truncation=None, clip=False),
+    "token IS": partial(token_gradients, truncation=None, clip=False),
+    "token IS, C=5": partial(token_gradients, truncation=5.0, clip=False),
+    "token IS, C=2": partial(token_gradients, truncation=2.0, clip=False),
+    "MiniRL": token_gradients,  # clipped, C = 5: the library's defaults, which are the paper's
+    "sequence IS": sequence_gradients,
+}
+
+
+class Interval(NamedTuple):
+    """Mean over seeds with its 95 % confidence interval (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    """One estimator at one distance of the policies; the figures are those of `Quality`."""
+
+    estimator: str
+    mismatch: float
+    staleness: float
+    bias: Interval
+    cosine: Interval
+    noise: Interval
+
+
+def table(
+    mismatch: Iterable[float] = (0.0, 0.05, 0.2, 0.5, 1.0),
+    staleness: Iterable[float] = (0.0,),
+    estimators: Mapping[str, Estimator] = ESTIMATORS,
+    seeds: Iterable[int] = range(32),
+    vocab_size: int = 6,
+    length: int = 3,
+) -> list[Row]:
+    """Quality of each estimator, with the reward centred, at all pairs of the two distances.
+
+    Args:
+      mismatch, staleness: standard deviations of the noises of `random_problem`.
+      estimators: functions from a problem and advantages to gradients per sequence, by name.
+      seeds: one random problem each.
+      vocab_size, length: V and T.
+
+    Raises:
+      ValueError: fewer than two seeds, which have no interval.
+    """
+    seeds, staleness = tuple(seeds), tuple(staleness)
+    if len(seeds) < 2:
+        raise ValueError(f"table: {len(seeds)} seeds; an interval needs at least 2")
+    rows = []
+    for distances in ((m, s) for m in mismatch for s in staleness):
+        problems = [random_problem(seed, *distances, vocab_size, length) for seed in seeds]
+        for name, estimator in estimators.items():
+            found = [quality(p, estimator(p, centered_rewards(p))) for p in problems]
+            rows.append(Row(name, *distances, *map(_interval, zip(*found))))
+    return rows
+
+
+def _interval(values: Iterable[float]) -> Interval:
+    values = np.array(tuple(values))
+    mean = values.mean()
+    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
+    return Interval(float(mean), float(mean - half), float(mean + half))
