@@ -7,6 +7,7 @@ bind fields, for example `configs.Objective.replay = "R3"`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxrl_stable.model.config import ModelConfig, tiny
@@ -14,6 +15,7 @@ from jaxrl_stable.objectives import MODES, TokenLoss, minirl
 
 REPLAYS = ("none", "R2", "R3")
 FORMATS = ("none", "int8")  # of the sampler's weights
+LOGP_SOURCES = ("sampler", "rescored")
 
 
 def _positive(config: Any, *fields: str) -> None:
@@ -106,6 +108,9 @@ class Data:
         the working directory.
       vocab_size: size of the tokenizer trained here.
       template: text around a problem; "{prompt}" stands for it.
+      chat: whether that text becomes a message of the user, in the tokenizer's own chat template.
+      system: system message of a chat; empty for none.
+      chat_variables: what the chat template is told besides, such as `{"enable_thinking": False}`.
       prompt_width: P, longest prompt in tokens.
       reward: "numeric", "exact", "math", or "package.module:function".
       reward_timeout: seconds that a reward in a worker process may take for one response.
@@ -117,10 +122,18 @@ class Data:
     tokenizer: str = ""
     vocab_size: int = 128
     template: str = "{prompt}"
+    chat: bool = False
+    system: str = ""
+    chat_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt_width: int = 64
     reward: str = "numeric"
     reward_timeout: float = 5.0
     reward_workers: int = 1
+
+    def __post_init__(self):
+        for field in ("system", "chat_variables"):
+            if getattr(self, field) and not self.chat:
+                raise ValueError(f"Data.{field} is for chats; set Data.chat = True, or remove it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +196,14 @@ class Reinforcement:
       temperature: of the sampler, and hence of the policy that is trained.
       top_k, top_p: see `rollout.Sampling`; anything but 0 and 1 biases the gradient.
       rollout_format: weights of the sampler: "none" (the policy itself) or "int8".
+      rollout_cache: the sampler keeps keys and values of past tokens. False runs the training
+        program over all of them again for every token, for a mismatch of exactly 0: slow, for
+        science and debugging; see `uncached`.
+      logp_source: what the loss takes for log μ_old: "sampler", what the sampler recorded, or
+        "rescored", the training program's log π_old (always with a pass of `score`). The mismatch
+        part of the weight is then 1: staleness is corrected, and the bias of sampling from μ_old
+        instead of π_old stays (arXiv:2512.01374, eq. 5). Metrics of the mismatch see what the
+        sampler recorded in either case.
       objective: the loss and its replay.
       optimizer: learning rate and the rest.
       micro_batch_size: rows of one forward and backward pass.
@@ -204,6 +225,8 @@ class Reinforcement:
     top_k: int = 0
     top_p: float = 1.0
     rollout_format: str = "int8"
+    rollout_cache: bool = True
+    logp_source: str = "sampler"
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     micro_batch_size: int = 64
@@ -216,6 +239,7 @@ class Reinforcement:
 
     def __post_init__(self):
         _one_of(self, "rollout_format", FORMATS)
+        _one_of(self, "logp_source", LOGP_SOURCES)
         _positive(self, "prompts", "group_size", "max_tokens", "micro_batch_size", "max_skipped")
         _positive(self, "checkpoint_every", "keep_checkpoints", "show_every")
         rows, parts = self.prompts * self.group_size, self.objective.mini_batches
@@ -233,6 +257,21 @@ class Reinforcement:
             raise ValueError(
                 f"Reinforcement.temperature is {self.temperature}; training needs a positive one"
             )
+        if self.logp_source == "rescored" and self.objective.weight == "mismatch":
+            raise ValueError(
+                "Objective.weight='mismatch' is 1 everywhere with Reinforcement.logp_source="
+                "'rescored'; say so with weight='none', or use logp_source='sampler'"
+            )
+        if self.logp_source == "rescored" and self.objective.clip_anchor == "rollout":
+            raise ValueError(
+                "Objective.clip_anchor='rollout' needs the sampler's log-probabilities, which "
+                "Reinforcement.logp_source='rescored' replaces; use clip_anchor='old'"
+            )
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether π_old needs a pass of its own."""
+        return self.objective.needs_score or self.logp_source == "rescored"
 
     def gate(self, dtype: str) -> float:
         """Bound of max |π_θ/π_old − 1| right after `score`."""
@@ -283,7 +322,8 @@ class Experiment:
       model: the policy.
       data: problems, tokenizer, reward.
       cold_start: supervised training before, or None.
-      init_from: working directory of an earlier run to start from, instead of a cold start.
+      init_from: weights to start from instead of a cold start: the working directory of an earlier
+        run, or a Hugging Face checkpoint (then `model` is usually `@hf.read_config()`).
       reinforcement: rollouts and updates.
       evaluation: held-out accuracy.
       mesh: devices.

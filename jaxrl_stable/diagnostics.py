@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.importance import LOG_RATIO_BOUND, log_ratio
+from jaxrl_stable.importance import LOG_RATIO_BOUND, at_least_float32, log_ratio
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +38,8 @@ class Mean:
         return Mean(self.total.sum(0), self.count.sum(0))
 
     def value(self) -> Float[Array, "*n"]:
-        return self.total / jnp.maximum(self.count, 1.0)
+        # A count may be a sum of weights below 1; where nothing was counted the mean is 0.
+        return self.total / jnp.where(self.count > 0, self.count, 1.0)
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +81,11 @@ def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Mean:
     """Σ m x over Σ m."""
     x = jnp.where(mask, x.astype(jnp.float32), 0.0)
     return Mean(x.sum(), mask.sum(dtype=jnp.float32))
+
+
+def weighted_mean(x: Float[Array, "*n"], weight: Float[Array, "*n"]) -> Mean:
+    """Σ w x over Σ w; the weights are not negative."""
+    return Mean((weight * x).sum(), weight.sum())
 
 
 def masked_max(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Max:
@@ -181,6 +187,99 @@ def weight_metrics(loss: TokenLoss, mask: Bool[Array, "B T"], cap: float | None)
         "clip/high_share": masked_mean(loss.clipped_high, mask),
         "clip/low_share": masked_mean(loss.clipped_low, mask),
     }
+
+
+def validity_metrics(
+    logp: Float[Array, "B T"],
+    logp_old: Float[Array, "B T"] | None,
+    logp_rollout: Float[Array, "B T"],
+    advantages: Float[Array, "B"],
+    mask: Bool[Array, "B T"],
+    tolerance: float = 0.1,
+) -> Metrics:
+    """How far a batch is from where the token-level objective stands for the sequence-level one.
+
+    The paper puts ρ_t = π_θ/μ_old = 1 + δ_t and drops the products of δ's (arXiv:2512.01374, §2).
+    For one response, with its weight S = Π_t (1 + δ_t) and what is kept of it, F = 1 + Σ_t δ_t:
+
+        e   = (S − F) / max(1, S, |F|)      eq. 1 less eq. 3, up to a constant without gradient
+        g_t = |S − ρ_t| / max(1, S, ρ_t)    eq. 2 less eq. 4, in the weight of token t's gradient
+
+    The divisor is 1 near the approximation; away from it, it keeps e in [−1, 1.4] and g in [0, 1],
+    so that no single response decides. e is of second order, Σ_{s<t} δ_s δ_t. The gradient of that
+    is of first order: g_t is about |Σ_{s≠t} δ_s|. With advantages A_i, one a response:
+
+    - `validity/violating_share`: share of responses with |e| > tolerance
+    - `validity/value_error`: Σ |A_i| |e_i| / Σ |A_i|
+    - `validity/value_bias`: Σ A_i e_i / Σ |A_i|. S − F has mean 0 over responses, so that only its
+      tie with the reward biases; positive where the token-level objective is too low
+    - `validity/gradient_error`: Σ |A_i| g_it / Σ |A_i| over the tokens of all responses
+    - `validity/mismatch_…` and `validity/staleness_…`: the same with π_old/μ_old and π_θ/π_old in
+      the place of ρ_t (eq. 5), as if the other were 1
+    - `validity/interaction`: Σ |A_i| |e_i − e_i^mismatch − e_i^staleness| / Σ |A_i|, what neither
+      has alone
+
+    The weights are those before truncation and clip, whatever the objective makes of them. Under
+    replay π is the policy with the replayed experts.
+
+    Args:
+      logp: log π_θ, a constant here.
+      logp_old: log π_old. None means that it is π_θ: there is no staleness.
+      logp_rollout: log μ_old, as the sampler recorded it.
+      advantages: one per sequence.
+      mask: response tokens; a row without any counts nowhere.
+      tolerance: of `violating_share`.
+    """
+    responses = mask.any(-1)
+    advantages = jnp.where(responses, at_least_float32(advantages), 0.0)
+    size = jnp.abs(advantages)
+    token_size = jnp.where(mask, size[:, None], 0.0)
+
+    def errors(numerator, denominator):
+        e, g = _first_order_errors(log_ratio(numerator, denominator, mask))
+        share = masked_mean(jnp.abs(e) > tolerance, responses)
+        return e, share, weighted_mean(jnp.abs(e), size), weighted_mean(g, token_size)
+
+    old = logp if logp_old is None else logp_old
+    e, share, value, gradient = errors(logp, logp_rollout)
+    e_mismatch, mismatch_share, mismatch_value, mismatch_gradient = errors(old, logp_rollout)
+    metrics = {
+        "validity/violating_share": share,
+        "validity/value_error": value,
+        "validity/value_bias": Mean((advantages * e).sum(), size.sum()),
+        "validity/gradient_error": gradient,
+        "validity/mismatch_violating_share": mismatch_share,
+        "validity/mismatch_value_error": mismatch_value,
+        "validity/mismatch_gradient_error": mismatch_gradient,
+    }
+    if logp_old is None:
+        return metrics
+    e_staleness, staleness_share, staleness_value, staleness_gradient = errors(logp, logp_old)
+    interaction = jnp.abs(e - e_mismatch - e_staleness)
+    return metrics | {
+        "validity/staleness_violating_share": staleness_share,
+        "validity/staleness_value_error": staleness_value,
+        "validity/staleness_gradient_error": staleness_gradient,
+        "validity/interaction": weighted_mean(interaction, size),
+    }
+
+
+def _first_order_errors(
+    log_weight: Float[Array, "B T"],
+) -> tuple[Float[Array, "B"], Float[Array, "B T"]]:
+    """e and g of `validity_metrics`; `log_weight` is 0 outside the mask.
+
+    Differences of S − 1, F − 1 and ρ − 1 rather than of S, F and ρ: what is of second order would
+    drown in float32's rounding of numbers near 1.
+    """
+    bounded = lambda x: jnp.clip(x, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)  # noqa: E731
+    product = jnp.expm1(bounded(log_weight.sum(-1)))
+    delta = jnp.expm1(bounded(log_weight))
+    first_order = delta.sum(-1)
+    scale = jnp.maximum(1 + jnp.maximum(product, 0.0), jnp.abs(1 + first_order))
+    product, value = product[:, None], (product - first_order) / scale
+    gradient = jnp.abs(product - delta) / (1 + jnp.maximum(jnp.maximum(product, delta), 0.0))
+    return value, gradient
 
 
 def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"]) -> Metrics:

@@ -101,7 +101,7 @@ def evaluate(
     evaluation, data = experiment.evaluation, experiment.data
     count, k, size = evaluation.problems, evaluation.samples, evaluation.batch_size
     problems = [task.heldout[i] for i in range(count)]
-    tokens, mask = encode_prompts(problems, task.tokenizer, data.prompt_width, data.template)
+    tokens, mask = encode_prompts(problems, task.tokenizer, data.prompt_width, task.template)
     tokens, mask = np.repeat(tokens, k, axis=0), np.repeat(mask, k, axis=0)
     repeated = [problem for problem in problems for _ in range(k)]
     mesh = make_mesh(experiment.mesh)

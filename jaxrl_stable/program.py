@@ -32,6 +32,7 @@ PREAMBLE = (
     "from __gin__ import dynamic_registration",
     "from jaxrl_stable import configs",
     "from jaxrl_stable import data",
+    "from jaxrl_stable import hf",
     "from jaxrl_stable.model import config as model",
 )
 
@@ -90,7 +91,7 @@ def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> confi
     try:
         _build(files, ())
         unused_in_files, in_files = _unused_bindings(), _bindings()
-    except ValueError:  # files that need the command line to be complete
+    except (ValueError, OSError):  # files that need the command line to be complete
         unused_in_files, in_files = set(), set()
     experiment = _build(files, bindings)
     # What a file configures may be orphaned by the command line: that is its purpose.

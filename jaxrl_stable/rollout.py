@@ -124,7 +124,7 @@ def rollout(
         """Draws the token of `column` from the hidden state before it."""
         keys = jax.vmap(lambda row: jax.random.fold_in(row, state.column))(row_keys)
         logits = head.logits(model, state.hidden, sampling.temperature or 1.0)
-        token = jax.vmap(partial(_draw, sampling=sampling))(keys, logits)
+        token = jax.vmap(partial(draw, sampling=sampling))(keys, logits)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
         stop = jnp.isin(token, jnp.array(sampling.stop_ids, token.dtype))
         write = lambda array, x: jax.lax.dynamic_update_slice(  # noqa: E731
@@ -190,7 +190,7 @@ def rollout(
     )
 
 
-def _draw(key: Key[Array, ""], logits: Float[Array, "V"], *, sampling: Sampling) -> Int[Array, ""]:
+def draw(key: Key[Array, ""], logits: Float[Array, "V"], *, sampling: Sampling) -> Int[Array, ""]:
     """One token from the (possibly truncated) distribution."""
     if sampling.temperature == 0:
         return jnp.argmax(logits)

@@ -65,6 +65,8 @@ def validate(routing: Routing, num_layers: int, num_experts: int) -> None:
             f"routing.experts has shape {experts.shape} and routing.valid {valid.shape}; "
             "they must be [L, B, T, K] and [B, T]"
         )
+    if valid.dtype != bool:  # as an index, numbers would pick rows instead of masking them
+        raise ValueError(f"routing.valid is {valid.dtype}; it must be bool")
     if experts.shape[0] != num_layers:
         raise ValueError(
             f"routing has {experts.shape[0]} layers but the model has {num_layers} MoE layers; "

@@ -86,7 +86,7 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
         batch_size=config.batch_size,
         length=config.length,
         seed=experiment.seed,
-        template=experiment.data.template,
+        template=task.template,
     )
     step_fn = jax.jit(partial(supervised_update, optimizer=optimizer), donate_argnums=0)
 

@@ -10,8 +10,10 @@ from jaxrl_stable.configs import Experiment
 from jaxrl_stable.data import (
     JsonlSource,
     Source,
+    Template,
     Tokenizer,
     check_prompts,
+    load_chat_template,
     load_tokenizer,
     train_sentencepiece,
 )
@@ -30,7 +32,8 @@ class Task:
       heldout: held-out problems.
       tokenizer: text to ids and back.
       reward: scores responses; closed with the task.
-      identity: of problems and tokenizer, to be compared on resume.
+      identity: of problems, tokenizer and chat template, to be compared on resume.
+      template: what makes a prompt of a problem.
     """
 
     train: Source
@@ -38,6 +41,7 @@ class Task:
     tokenizer: Tokenizer
     reward: Reward
     identity: str = ""
+    template: Template = "{prompt}"
 
     def __enter__(self) -> Task:
         return self
@@ -67,8 +71,9 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
     """Loads and checks problems, tokenizer and reward.
 
     Raises:
-      ValueError, FileNotFoundError: a source is missing, a prompt does not fit, a reference answer
-        cannot be read, or the tokenizer has more entries than the model; each says where.
+      ValueError, FileNotFoundError: a source or the chat template is missing, a prompt is faulty or
+        does not fit, a reference answer cannot be read, or the tokenizer has more entries than the
+        model; each says where.
     """
     data, evaluation = experiment.data, experiment.evaluation
     for field in ("train", "heldout"):
@@ -84,6 +89,11 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
             "lower it, or give a larger held-out set"
         )
     path = _tokenizer_path(experiment, pathlib.Path(workdir))
+    template: Template = data.template
+    if data.chat:
+        template = load_chat_template(
+            path, words=data.template, system=data.system, variables=data.chat_variables
+        )
     if not path.exists() and not data.tokenizer:
         _train_tokenizer(experiment, (train, heldout), path)
     tokenizer = load_tokenizer(path)
@@ -93,12 +103,14 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
             f"{experiment.model.vocab_size}; raise it, or use another tokenizer"
         )
     for source in (train, heldout):
-        check_prompts(source, tokenizer, data.prompt_width, data.template)
+        check_prompts(source, tokenizer, data.prompt_width, template)
         check_references(source, data.reward)
     file = path / "tokenizer.json" if path.is_dir() else path
     identity = f"{train!r}, tokenizer {zlib.crc32(file.read_bytes()):08x}"
+    if data.chat:
+        identity += f", {template!r}"
     reward = load_reward(data.reward, timeout_s=data.reward_timeout, workers=data.reward_workers)
-    return Task(train, heldout, tokenizer, reward, identity)
+    return Task(train, heldout, tokenizer, reward, identity, template)
 
 
 def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Path:
@@ -114,11 +126,12 @@ def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Pa
         return workdir / "tokenizer.model"
     origin = pathlib.Path(experiment.init_from).resolve()
     for directory in (origin, origin.parent):  # a cold start has that of the run it belongs to
-        if (directory / "tokenizer.model").exists():
-            return directory / "tokenizer.model"
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (directory / name).exists():
+                return directory / name
     raise ValueError(
-        f"Experiment.init_from {experiment.init_from} has no tokenizer.model; name the tokenizer "
-        "of its weights in Data.tokenizer"
+        f"Experiment.init_from {experiment.init_from} has no tokenizer; name the one of its "
+        "weights in Data.tokenizer"
     )
 
 
@@ -132,7 +145,8 @@ def _train_tokenizer(
     texts = [data.template]
     for source in sources:
         for i in range(min(len(source), TOKENIZER_PROBLEMS)):
-            texts += source[i].values()
+            problem = source[i]
+            texts += (problem["prompt"], problem["answer"])
     train_sentencepiece(texts, path, data.vocab_size)
 
 

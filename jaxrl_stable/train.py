@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Key
 
-from jaxrl_stable import diagnostics, program, sft
+from jaxrl_stable import diagnostics, hf, program, sft
 from jaxrl_stable.advantages import centered
 from jaxrl_stable.checkpoint import Checkpointer, load_model
 from jaxrl_stable.configs import Experiment, Reinforcement
@@ -45,6 +45,7 @@ from jaxrl_stable.sharding import (
     state_shardings,
 )
 from jaxrl_stable.task import Task, load_task
+from jaxrl_stable.uncached import uncached_rollout
 from jaxrl_stable.update import (
     Scored,
     TrainBatch,
@@ -81,10 +82,19 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
     def summarize(updates: list[Metrics], scored: Metrics) -> dict[str, jax.Array]:
         return diagnostics.finalize(diagnostics.merge(updates) | scored)
 
-    step = partial(update, objective=rl.objective, optimizer=make_optimizer(rl.optimizer), **passes)
+    sample = partial(rollout, sampling=sampling)
+    if not rl.rollout_cache:
+        sample = partial(uncached_rollout, sampling=sampling, micro_batch_size=rl.micro_batch_size)
+    step = partial(
+        update,
+        objective=rl.objective,
+        optimizer=make_optimizer(rl.optimizer),
+        logp_source=rl.logp_source,
+        **passes,
+    )
     return Programs(
         quantize=jax.jit(partial(quantize, format=rl.rollout_format)),
-        rollout=jax.jit(partial(rollout, sampling=sampling)),
+        rollout=jax.jit(sample),
         advantages=jax.jit(centered),
         score=jax.jit(partial(score, replay=rl.objective.replay, **passes)),
         update=jax.jit(step, donate_argnums=0),
@@ -122,7 +132,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             batch_size=rl.prompts,
             width=experiment.data.prompt_width,
             seed=experiment.seed,
-            template=experiment.data.template,
+            template=task.template,
         )
         state, key, start = restore_or_start(experiment, task, workdir, checkpoints, prompts)
         (workdir / "config.gin").write_text(program.resolved_config())
@@ -167,7 +177,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 )
             with clock("score"):
                 train_batch, scored = make_batch(trajectory, advantages), None
-                if rl.objective.needs_score:
+                if rl.needs_score:
                     scored = programs.score(state.model, train_batch)
                     train_batch = with_old_policy(train_batch, scored)
                 jax.block_until_ready(train_batch)
@@ -214,7 +224,7 @@ def restore_or_start(
     checkpoints: Checkpointer,
     prompts: Iterator,
 ) -> tuple[TrainState, Key[jax.Array, ""], int]:
-    """The newest checkpoint of this run, or a start from a cold start, another run, or nothing.
+    """The newest checkpoint of this run, or a start: from other weights, a cold start, or nothing.
 
     Returns:
       The state, the key of the rollouts, and the number of finished steps.
@@ -230,12 +240,11 @@ def restore_or_start(
     restored = checkpoints.restore(to_parts(template) | {"key": key_template}, prompts)
     if restored:
         return from_parts(restored), restored["key"], checkpoints.steps[-1]
-    if experiment.init_from:
-        model = load_model(
-            pathlib.Path(experiment.init_from, "checkpoints"),
-            experiment.model.architecture(),
-            template.model,
-        )
+    origin = pathlib.Path(experiment.init_from)
+    if experiment.init_from and (origin / "config.json").exists():
+        model = hf.load(origin, mesh, experiment.model)
+    elif experiment.init_from:
+        model = load_model(origin / "checkpoints", experiment.model.architecture(), template.model)
     elif experiment.cold_start is not None:
         model = sft.train(experiment, task, workdir / "cold_start")
     else:

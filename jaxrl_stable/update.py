@@ -96,19 +96,34 @@ def split(batch: TrainBatch, parts: int) -> TrainBatch:
 def policy_log_probs(
     model: Transformer, batch: TrainBatch, replay: Routing | None, temperature: float
 ) -> tuple[HeadOutput, RouterOutput]:
-    """Log-probability of each response token by the training program, 0 outside the mask.
+    """Log-probability of each response token by the training program, 0 outside the mask."""
+    hidden, router = hidden_states(model, batch, replay)
+    return response_log_probs(model, hidden, batch, temperature), router
+
+
+def hidden_states(
+    model: Transformer, batch: TrainBatch | Trajectory, replay: Routing | None
+) -> tuple[Float[Array, "B T D"], RouterOutput]:
+    """The training program's forward pass over whole rows."""
+    positions = jnp.maximum(jnp.cumsum(batch.real, axis=-1) - 1, 0)
+    output = model(batch.tokens, positions, batch.real.astype(jnp.int32), replay=replay)
+    return output.hidden, output.router
+
+
+def response_log_probs(
+    model: Transformer,
+    hidden: Float[Array, "B T D"],
+    batch: TrainBatch | Trajectory,
+    temperature: float,
+) -> HeadOutput:
+    """Scores the response tokens; what stands outside the mask is 0.
 
     Column t of the result scores `tokens[:, t]`, which the hidden state of column t − 1 predicts.
     """
-    positions = jnp.maximum(jnp.cumsum(batch.real, axis=-1) - 1, 0)
-    output = model(batch.tokens, positions, batch.real.astype(jnp.int32), replay=replay)
     first = batch.prompt_width
-    scored = token_log_probs(
-        model, output.hidden[:, first - 1 : -1], batch.tokens[:, first:], temperature
-    )
+    scored = token_log_probs(model, hidden[:, first - 1 : -1], batch.tokens[:, first:], temperature)
     padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (first, 0))), scored)
-    masked = jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), padded)
-    return masked, output.router
+    return jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), padded)
 
 
 def score(
@@ -158,8 +173,28 @@ def update(
     optimizer: optax.GradientTransformation,
     micro_batch_size: int,
     temperature: float,
+    logp_source: str = "sampler",
 ) -> tuple[TrainState, Metrics]:
-    """One gradient step on one mini-batch; gradients of micro-batches add up, then divide once."""
+    """One gradient step on one mini-batch; gradients of micro-batches add up, then divide once.
+
+    Args:
+      state: weights and moments.
+      batch: the mini-batch.
+      objective: the loss and its replay.
+      optimizer: see `make_optimizer`.
+      micro_batch_size: rows of one forward and backward pass.
+      temperature: the sampler's.
+      logp_source: what the loss takes for log μ_old: "sampler", or "rescored" for log π_old.
+        Metrics of mismatch and validity always see what the sampler recorded.
+
+    Raises:
+      ValueError: "rescored", and the batch was not scored.
+    """
+    if logp_source == "rescored" and batch.logp_old is None:
+        raise ValueError(
+            "update: logp_source='rescored' takes TrainBatch.logp_old for the sampler's, but it is "
+            "None; call score and with_old_policy first"
+        )
 
     def loss(model: Transformer, micro: TrainBatch):
         routing = None if objective.replay == "none" else micro.routing
@@ -167,7 +202,7 @@ def update(
         token_loss = objective.token_loss(
             scored.logp,
             micro.logp_old,
-            micro.logp_rollout,
+            micro.logp_old if logp_source == "rescored" else micro.logp_rollout,
             micro.advantages,
             micro.response_mask,
         )
@@ -177,6 +212,9 @@ def update(
             "loss": Mean(total, count),
             "entropy": diagnostics.masked_mean(scored.entropy, mask),
             **diagnostics.weight_metrics(token_loss, mask, objective.truncation),
+            **diagnostics.validity_metrics(
+                logp, micro.logp_old, micro.logp_rollout, micro.advantages, mask
+            ),
             **diagnostics.load_metrics(router.load, router.confidence, micro.real),
         }
         if micro.logp_old is None:

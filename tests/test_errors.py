@@ -10,6 +10,8 @@ from absl import flags
 
 from jaxrl_stable import program, train
 from jaxrl_stable.describe import describe
+from jaxrl_stable.hf import config as hf_config
+from jaxrl_stable.model import qwen3_30b_a3b
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 GIN = str(pathlib.Path(__file__).with_name("experiment.gin"))
@@ -145,7 +147,7 @@ def test_sizes_of_zero(fails, field):
 def test_weights_without_their_tokenizer(fails, tmp_path):
     """A tokenizer trained anew would give the embeddings of another run other meanings."""
     line = fails(f"--gin.configs.Experiment.init_from='{tmp_path}/a/b'")
-    assert "has no tokenizer.model; name the tokenizer of its weights" in line
+    assert "has no tokenizer; name the one of its weights" in line
 
 
 def test_more_problems_than_there_are(fails):
@@ -161,7 +163,14 @@ def test_first_mini_batch_that_disagrees_stops_the_run(fails, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.gin")), ids=lambda path: path.stem)
-def test_experiment_loads(path):
-    if "ReasoningGym" in path.read_text():
+def test_experiment_loads(path, tmp_path):
+    text, files, bindings = path.read_text(), [str(path)], []
+    if "ReasoningGym" in text:
         pytest.importorskip("reasoning_gym")
-    assert "parameters" in describe(program.load_experiment([str(path)]))
+    if "Experiment." not in text:  # it is laid over another
+        files.insert(0, str(EXPERIMENTS / "quickstart.gin"))
+    if "CHECKPOINT" in text:
+        _, content = hf_config.to_json(qwen3_30b_a3b())
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        bindings = [f"CHECKPOINT = '{tmp_path}'"]
+    assert "parameters" in describe(program.load_experiment(files, bindings))

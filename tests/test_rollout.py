@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_stable.model import token_log_probs
-from jaxrl_stable.rollout import Sampling, _draw, rollout
+from jaxrl_stable.rollout import Sampling, draw, rollout
 from jaxrl_stable.update import make_batch, policy_log_probs
 
 
@@ -136,8 +136,8 @@ def test_truncated_sampling_keeps_the_likeliest_tokens():
     keys = jax.random.split(jax.random.key(0), 500)
 
     def drawn(**options):
-        draw = partial(_draw, sampling=Sampling(1, **options))
-        return set(np.asarray(jax.vmap(draw, (0, None))(keys, logits)).tolist())
+        one = partial(draw, sampling=Sampling(1, **options))
+        return set(np.asarray(jax.vmap(one, (0, None))(keys, logits)).tolist())
 
     assert drawn() == {0, 1, 2, 3, 4}
     assert drawn(top_k=2) == {1, 3}

@@ -61,6 +61,9 @@ def test_micro_batches_recut(perturbed, batch, passes, stepped):
     for size in (2, 16):
         again = passes.step(passes.init(perturbed), batch, micro_batch_size=size)
         assert_same_step(again, stepped)
+        ours, theirs = finalize(again[1]), finalize(stepped[1])
+        for name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def take(batch, rows):

@@ -5,12 +5,15 @@ from jaxrl_stable.data.packing import packed_iterator
 from jaxrl_stable.data.prompts import check_prompts, encode_prompts, prompt_ids, prompt_iterator
 from jaxrl_stable.data.sources import (
     JsonlSource,
+    Message,
     Problem,
     ReasoningGymSource,
     Source,
     Subset,
     subset,
 )
+from jaxrl_stable.data.templates import ChatTemplate, Template, load_chat_template
+from jaxrl_stable.data.tiktoken import convert_tiktoken
 from jaxrl_stable.data.tokenizer import (
     HFTokenizer,
     SentencePieceTokenizer,
@@ -21,16 +24,21 @@ from jaxrl_stable.data.tokenizer import (
 
 __all__ = [
     "ArithmeticSource",
+    "ChatTemplate",
     "HFTokenizer",
     "JsonlSource",
+    "Message",
     "Problem",
     "ReasoningGymSource",
     "SentencePieceTokenizer",
     "Source",
     "Subset",
+    "Template",
     "Tokenizer",
     "check_prompts",
+    "convert_tiktoken",
     "encode_prompts",
+    "load_chat_template",
     "load_tokenizer",
     "packed_iterator",
     "prompt_ids",

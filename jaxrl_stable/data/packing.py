@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxrl_stable.data.prompts import local_rows, prompt_ids
 from jaxrl_stable.data.sources import Source
+from jaxrl_stable.data.templates import PLACE, Template
 from jaxrl_stable.data.tokenizer import Tokenizer
 
 
@@ -18,13 +19,13 @@ def packed_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    template: str = "{prompt}",
+    template: Template = PLACE,
 ) -> grain.DatasetIterator:
     """Iterates for ever over packed batches; the source is shuffled anew for every epoch.
 
     An example is the prompt as in `encode_prompts`, the answer, and EOS. Prompt and answer are
-    tokenised apart, so that the prompt's tokens are those that a rollout sees. An example is never
-    cut or split over rows.
+    tokenised apart, so that the prompt's tokens are those that a rollout sees. An answer may use
+    the model's control tokens, except those that stop. An example is never cut or split over rows.
 
     Every process packs its own share of the examples. The state is exact for the same number of
     processes.
@@ -37,7 +38,7 @@ def packed_iterator(
       seed: of the shuffle, from 0 to 2**32 - 1.
       process_index: which share to take.
       process_count: number of shares.
-      template: text around `{prompt}`.
+      template: text around `{prompt}`, or a chat template.
 
     Yields:
       For `B = batch_size / process_count`: `tokens` int32 [B, T], `pad_id` in padding;
@@ -47,14 +48,24 @@ def packed_iterator(
 
     Raises:
       ValueError: the sizes do not fit each other, or (while iterating) an example is longer than
-        `length`.
+        `length`, or has a faulty prompt or a stop token in its answer.
     """
     rows = local_rows(source, batch_size, process_index, process_count)
+    stop = set(tokenizer.eos_ids)
 
     def example(index: int) -> dict[str, np.ndarray]:
         problem = source[int(index)]
-        prompt = prompt_ids(problem, tokenizer, template)
-        response = [*tokenizer.encode(problem["answer"]), tokenizer.eos_id]
+        try:
+            prompt = prompt_ids(problem, tokenizer, template)
+        except ValueError as error:
+            raise ValueError(f"{source!r}[{index}]: {error}") from None
+        answer = tokenizer.encode(problem["answer"])
+        if not stop.isdisjoint(answer):
+            raise ValueError(
+                f"{source!r}[{index}]: the answer contains the text of a stop token; take it out, "
+                "EOS is added here"
+            )
+        response = [*answer, tokenizer.eos_id]
         total = len(prompt) + len(response)
         if total > length:
             raise ValueError(

@@ -6,21 +6,34 @@ import grain
 import numpy as np
 
 from jaxrl_stable.data.sources import Problem, Source
+from jaxrl_stable.data.templates import PLACE, ChatTemplate, Template, fill
 from jaxrl_stable.data.tokenizer import Tokenizer
 
-_PLACE = "{prompt}"
 
+def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: Template = PLACE) -> list[int]:
+    """Returns the ids of one prompt.
 
-def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: str = _PLACE) -> list[int]:
-    """Returns the ids of one prompt: BOS where the tokenizer has one, then the filled-in template.
+    A text around `{prompt}` is filled in, and has BOS in front where the tokenizer has one. A chat
+    template writes BOS itself, or means none.
 
     Raises:
-      ValueError: the template does not contain `{prompt}` exactly once.
+      ValueError: the template does not contain `{prompt}` exactly once, or fails; or the problem
+        has a control token (`Tokenizer.control_token`). Spelled out, that would do no harm; but
+        prompts that were rendered before, for any template, would pass and make no sense.
     """
-    if template.count(_PLACE) != 1:
-        raise ValueError(f"template {template!r} must contain {_PLACE} exactly once; put it in")
-    # Not str.format: prompts and templates may contain braces of their own.
-    ids = tokenizer.encode(template.replace(_PLACE, problem["prompt"]))
+    turns = problem.get("messages", [])
+    for text in (*(turn["content"] for turn in turns), problem["prompt"]):
+        token = tokenizer.control_token(text)
+        if token is not None:
+            raise ValueError(
+                f"the prompt contains the control token {token!r}, which only a template may "
+                "write; take it out (Data.chat writes the turns of a conversation)"
+            )
+    if isinstance(template, ChatTemplate):
+        return tokenizer.encode(template.render(problem))
+    if turns:
+        raise ValueError("the prompt is a list of messages; turn Data.chat on, or make it a string")
+    ids = tokenizer.encode(fill(template, problem["prompt"]))
     return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
 
@@ -28,7 +41,7 @@ def encode_prompts(
     problems: Sequence[Problem],
     tokenizer: Tokenizer,
     width: int,
-    template: str = _PLACE,
+    template: Template = PLACE,
     names: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodes prompts into an array, padded on the left so that responses start at column `width`.
@@ -37,7 +50,7 @@ def encode_prompts(
       problems: `B` problems.
       tokenizer: what to encode with.
       width: `P`, the number of columns.
-      template: text around `{prompt}`.
+      template: text around `{prompt}`, or a chat template.
       names: what an error calls each problem.
 
     Returns:
@@ -45,36 +58,47 @@ def encode_prompts(
       mask: bool [B, P], True on tokens.
 
     Raises:
-      ValueError: a prompt has more than `width` tokens (nothing is ever cut off) or none at all.
+      ValueError: a prompt is faulty (`prompt_ids`), has more than `width` tokens (nothing is ever
+        cut off) or none at all.
     """
     tokens = np.full((len(problems), width), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(problems), width), bool)
     for row, problem in enumerate(problems):
-        ids = prompt_ids(problem, tokenizer, template)
-        if not 0 < len(ids) <= width:
+        try:
+            ids = prompt_ids(problem, tokenizer, template)
+            _check_length(len(ids), width)
+        except ValueError as error:
             name = names[row] if names else f"problem {row} of this batch"
-            raise ValueError(_misfit(name, len(ids), width))
+            raise ValueError(f"{name}: {error}") from None
         tokens[row, width - len(ids) :] = ids
         mask[row, width - len(ids) :] = True
     return tokens, mask
 
 
-def check_prompts(source: Source, tokenizer: Tokenizer, width: int, template: str = _PLACE) -> int:
-    """Checks before a run that every prompt fits, and returns the longest one's number of tokens.
+def check_prompts(
+    source: Source, tokenizer: Tokenizer, width: int, template: Template = PLACE
+) -> int:
+    """Checks all prompts before a run, and returns the longest one's number of tokens.
 
     Raises:
-      ValueError: names the first record that does not fit, how many do not, and the width that all
-        need.
+      ValueError: names the first record that is faulty or does not fit, how many do not, and the
+        width that all need.
     """
-    lengths = [len(prompt_ids(source[i], tokenizer, template)) for i in range(len(source))]
-    misfits = [i for i, length in enumerate(lengths) if not 0 < length <= width]
-    if misfits:
-        first = misfits[0]
+    first, faulty, longest = "", 0, 0
+    for i in range(len(source)):
+        problem = source[i]
+        try:
+            length = len(prompt_ids(problem, tokenizer, template))
+            longest = max(longest, length)
+            _check_length(length, width)
+        except ValueError as error:
+            first = first or f"{source!r}[{i}]: {error}"
+            faulty += 1
+    if faulty:
         raise ValueError(
-            f"{_misfit(f'{source!r}[{first}]', lengths[first], width)} "
-            f"(records affected: {len(misfits)} of {len(lengths)}; longest: {max(lengths)} tokens)"
+            f"{first} (records affected: {faulty} of {len(source)}; longest: {longest} tokens)"
         )
-    return max(lengths)
+    return longest
 
 
 def prompt_iterator(
@@ -86,7 +110,7 @@ def prompt_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-    template: str = _PLACE,
+    template: Template = PLACE,
 ) -> grain.DatasetIterator:
     """Iterates for ever over prompt batches; each epoch has every prompt once, in its own order.
 
@@ -103,15 +127,15 @@ def prompt_iterator(
       seed: of the shuffle, from 0 to 2**32 - 1.
       process_index: which slice to take.
       process_count: number of slices.
-      template: text around `{prompt}`.
+      template: text around `{prompt}`, or a chat template.
 
     Yields:
       For `n = batch_size / process_count`: `tokens` int32 [n, P], left-padded; `mask` bool [n, P],
       True on tokens; `problems`, a list of n; `index` int64 [n], positions in the source.
 
     Raises:
-      ValueError: the sizes do not fit each other, or (while iterating) a prompt does not fit
-        `width`.
+      ValueError: the sizes do not fit each other, or (while iterating) a prompt is faulty or does
+        not fit `width`.
     """
     rows = local_rows(source, batch_size, process_index, process_count)
 
@@ -141,10 +165,11 @@ def local_rows(source: Source, batch_size: int, process_index: int, process_coun
     return batch_size // process_count
 
 
-def _misfit(name: str, length: int, width: int) -> str:
+def _check_length(length: int, width: int) -> None:
     if length == 0:
-        return f"{name}: the prompt has no tokens; remove the record or use a template with text"
-    return (
-        f"{name}: the prompt has {length} tokens, more than the prompt width of {width}; "
-        "widen it or remove the record"
-    )
+        raise ValueError("the prompt has no tokens; remove the record or use a template with text")
+    if length > width:
+        raise ValueError(
+            f"the prompt has {length} tokens, more than the prompt width of {width}; "
+            "widen it or remove the record"
+        )

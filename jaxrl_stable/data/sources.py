@@ -10,14 +10,27 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
 
 
 class Problem(TypedDict):
-    """A prompt and its reference answer, which a reward function reads."""
+    """A prompt and its reference answer, which a reward function reads.
+
+    A conversation has all its turns in `messages`; the last is the user's, and is the prompt.
+    """
 
     prompt: str
     answer: str
+    messages: NotRequired[list[Message]]
 
 
 class Source(Protocol):
@@ -31,7 +44,9 @@ class Source(Protocol):
 class JsonlSource:
     """JSON lines of `{"prompt": str, "answer": str}`, as GSM8K has them.
 
-    The whole file is read and checked once; blank lines are skipped and other fields are left out.
+    For chats, the prompt may be a list of `{"role": "user", "content": str}` that ends with the
+    user. The whole file is read and checked once; blank lines are skipped and other fields are left
+    out.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -94,13 +109,35 @@ def _parse_line(line: bytes) -> Problem:
             raise ValueError(
                 f"field {field!r} is missing (present: {present}); add it or rename one"
             )
+        if field == "prompt" and isinstance(record[field], list):
+            _check_messages(record[field])
+            continue
         if not isinstance(record[field], str):
             found = _json_type(record[field])
             remedy = "put it in quotes" if found == "number" else "make it a string"
             raise ValueError(f"field {field!r} is a {found}, expected a string; {remedy}")
         if not record[field].strip():
             raise ValueError(f"field {field!r} is empty; fill it in or remove the line")
-    return Problem(prompt=record["prompt"], answer=record["answer"])
+    prompt, answer = record["prompt"], record["answer"]
+    if isinstance(prompt, str):
+        return Problem(prompt=prompt, answer=answer)
+    return Problem(prompt=prompt[-1]["content"], answer=answer, messages=prompt)
+
+
+def _check_messages(messages: list) -> None:
+    for number, message in enumerate(messages, start=1):
+        fields = message if isinstance(message, dict) else {}
+        role, content = fields.get("role"), fields.get("content")
+        if set(fields) != {"role", "content"} or role not in ROLES or not isinstance(content, str):
+            raise ValueError(
+                f"field 'prompt', message {number}: expected a role ({', '.join(ROLES)}) and a "
+                'content of text, nothing else; write {"role": "user", "content": "..."}'
+            )
+    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise ValueError(
+            "field 'prompt' is a conversation that does not end with a question of the user; "
+            "add one, and put what follows it into 'answer'"
+        )
 
 
 def _json_type(value: Any) -> str:

@@ -1,15 +1,16 @@
 """Tokenizers behind one small protocol: SentencePiece and Hugging Face `tokenizer.json`."""
 
 import io
-import json
 import os
 import pathlib
-import tempfile
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import sentencepiece
 import tokenizers
+
+from jaxrl_stable.data.files import existing, read_json, write_atomically
 
 # Special ids of the tokenizers that `train_sentencepiece` writes.
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -19,6 +20,8 @@ _MIN_BYTE_FALLBACK = 1024
 _USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]")
 _USUAL_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
+_USUAL_UNK = ("<unk>", "[UNK]")  # stands for any unknown word, so that it says nothing
+_CONTROL_FORM = re.compile("<[|｜].*[|｜]>")  # DeepSeek's bars are full-width
 
 
 class Tokenizer(Protocol):
@@ -27,7 +30,8 @@ class Tokenizer(Protocol):
     `encode` adds no special tokens. `decode` leaves special tokens out, and ids beyond `vocab_size`
     as well (the rows that a model may have to round its embedding up). `bos_id` is None where
     prompts do not start with one. `eos_ids` are all ids that end a response; `eos_id` is the one to
-    train on.
+    train on. `control_token` returns the first token of `text` that only a template may write, such
+    as the end of a turn, or None.
     """
 
     vocab_size: int
@@ -40,17 +44,23 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def control_token(self, text: str) -> str | None: ...
+
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file; one without a pad piece is padded with EOS."""
+    """A SentencePiece model file; one without a pad piece is padded with EOS.
+
+    Its control pieces never come from text: `</s>` is spelled out.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
-        content = _existing(path).read_bytes()
+        content = existing(path).read_bytes()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             raise ValueError(
-                f"{path}: not a SentencePiece model; give a `.model` file or `tokenizer.json`"
+                f"{path}: not a SentencePiece model; give a `.model` file or `tokenizer.json`, "
+                "or, if it is tiktoken's, convert it with data.convert_tiktoken"
             ) from None
         self.vocab_size: int = self._model.vocab_size()
         self.eos_id: int = self._model.eos_id()
@@ -67,6 +77,9 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
 
+    def control_token(self, text: str) -> str | None:
+        return None
+
 
 class HFTokenizer:
     """A Hugging Face `tokenizer.json`, or the directory of a model that has one.
@@ -77,13 +90,15 @@ class HFTokenizer:
     Without a pad token, padding uses the id of EOS.
 
     The text of a special token (`<|im_end|>`) encodes to that token, so that templates can contain
-    it.
+    it. In text from outside it would forge a turn or end the sequence, and `control_token` notices
+    it: special tokens, and those in the form of `<|…|>` that a file does not mark as special
+    (DeepSeek's `<｜User｜>`). Tags such as `<think>` are for everybody.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        file = _existing(path)
+        file = existing(path)
         if file.is_dir():
-            file = _existing(file / "tokenizer.json")
+            file = existing(file / "tokenizer.json")
         try:
             self._model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
@@ -92,11 +107,19 @@ class HFTokenizer:
         self._model.no_truncation()
         self._model.no_padding()
 
-        config = _read_json(file.with_name("tokenizer_config.json"))
-        generation = _read_json(file.with_name("generation_config.json"))
-        more_eos = generation.get("eos_token_id", [])
-        more_eos = more_eos if isinstance(more_eos, list) else [more_eos]
+        # Ids may have gaps, so that the number of tokens is no bound.
+        self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        self._added = self._model.get_added_tokens_decoder()
+        self._control: dict[int, str] = {
+            i: token.content
+            for i, token in self._added.items()
+            if (token.special and token.content not in _USUAL_UNK)
+            or _CONTROL_FORM.fullmatch(token.content)
+        }
 
+        config = read_json(file.with_name("tokenizer_config.json"))
+        generation = file.with_name("generation_config.json")
+        more_eos = self._generation_ids(generation, "eos_token_id")
         eos_id = self._special_id(config, "eos_token", _USUAL_EOS)
         if eos_id is None:
             eos_id = more_eos[0] if more_eos else None
@@ -107,21 +130,35 @@ class HFTokenizer:
         bos_id = self._special_id(config, "bos_token", _USUAL_BOS)
         pad_id = self._special_id(config, "pad_token", _USUAL_PAD)
         if pad_id is None:
-            pad_id = generation.get("pad_token_id")
+            pad_id = next(iter(self._generation_ids(generation, "pad_token_id")), eos_id)
         self.bos_id: int | None = bos_id if config.get("add_bos_token", True) else None
         self.eos_id: int = eos_id
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([eos_id, *more_eos]))
-        self.pad_id: int = eos_id if pad_id is None else pad_id
-        # Ids may have gaps, so that the number of tokens is no bound.
-        self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        self.pad_id: int = pad_id
 
     def _special_id(self, config: dict, field: str, usual: Sequence[str]) -> int | None:
         if field in config:
             named = config[field]  # a string, null, or an object with its "content"
-            named = named["content"] if isinstance(named, dict) else named
+            named = named.get("content") if isinstance(named, dict) else named
             return None if named is None else self._model.token_to_id(named)
-        known = (self._model.token_to_id(name) for name in (usual if not config else ()))
-        return next((i for i in known if i is not None), None)
+        if config:
+            return None
+        # Among the added ones: Qwen has an ordinary token `</s>`, for all the HTML it has read.
+        added = {token.content: i for i, token in self._added.items()}
+        return next((added[name] for name in usual if name in added), None)
+
+    def _generation_ids(self, file: pathlib.Path, field: str) -> list[int]:
+        """Ids of `generation_config.json`, which may have one, a list, null, or no such field."""
+        named = read_json(file).get(field)
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        for i in ids:
+            known = type(i) is int and 0 <= i < self.vocab_size
+            if not known or self._model.id_to_token(i) is None:
+                raise ValueError(
+                    f"{file}: {field} {i!r} is no id of the tokenizer, whose ids end at "
+                    f"{self.vocab_size - 1}; correct or remove it"
+                )
+        return ids
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -129,6 +166,10 @@ class HFTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self._model.decode(known, skip_special_tokens=True)
+
+    def control_token(self, text: str) -> str | None:
+        # By id, not by searching the text: a normaliser may turn other characters into a token's.
+        return next((self._control[i] for i in self.encode(text) if i in self._control), None)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -138,18 +179,24 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
       FileNotFoundError: nothing is there.
       ValueError: the file is of another kind or damaged.
     """
-    file = _existing(path)
+    file = existing(path)
     if file.is_dir():
         names = ("tokenizer.json", "tokenizer.model")
         found = [file / name for name in names if (file / name).exists()]
         if not found:
-            raise FileNotFoundError(f"{path}: has neither {names[0]} nor {names[1]}; add one")
+            raise FileNotFoundError(
+                f"{path}: has neither {names[0]} nor {names[1]}; add one, or make the first of a "
+                "tiktoken file with data.convert_tiktoken"
+            )
         file = found[0]
     if file.suffix == ".json":
         return HFTokenizer(file)
     if file.suffix == ".model":
         return SentencePieceTokenizer(file)
-    raise ValueError(f"{path}: unknown kind of tokenizer; give a `.model` or `.json` file")
+    raise ValueError(
+        f"{path}: unknown kind of tokenizer; give a `.model` or `.json` file, or convert one of "
+        "tiktoken with data.convert_tiktoken"
+    )
 
 
 def train_sentencepiece(
@@ -218,37 +265,5 @@ def train_sentencepiece(
                 f"train_sentencepiece: {text[:60]!r} does not survive encoding; remove carriage "
                 "returns, other control characters and U+2581 from it"
             )
-    _write_atomically(pathlib.Path(path), buffer.getvalue())
+    write_atomically(pathlib.Path(path), buffer.getvalue())
     return SentencePieceTokenizer(path)
-
-
-def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such tokenizer; check the path")
-    return pathlib.Path(path)
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    """Reads an optional JSON object; a missing file is an empty one."""
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error}); repair or remove it") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object; repair or remove it")
-    return content
-
-
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -68,6 +68,8 @@ def _read_olmoe(content: Json) -> Json:
     return _experts(content, "num_experts", "num_local_experts") | dict(
         moe_intermediate_size=content["intermediate_size"],
         norm_topk_prob=content.get("norm_topk_prob", False),
+        # No other is possible: its query norm spans `hidden_size`.
+        head_dim=content["hidden_size"] // content["num_attention_heads"],
         query_key_norm="layer",
         clip_qkv=content.get("clip_qkv"),
     )
@@ -81,9 +83,10 @@ def _read_mixtral(content: Json) -> Json:
 
 def _read_deepseek_v3(content: Json) -> Json:
     plain, rotary = content["qk_nope_head_dim"], content["qk_rope_head_dim"]
-    groups = content.get("n_group") or 1
+    groups = content["n_group"] or 1
     return dict(
         head_dim=plain + rotary,
+        num_kv_heads=content["num_attention_heads"],  # all share one latent
         num_experts=content["n_routed_experts"],
         num_experts_per_token=content["num_experts_per_tok"],
         moe_intermediate_size=content["moe_intermediate_size"],
@@ -91,10 +94,10 @@ def _read_deepseek_v3(content: Json) -> Json:
         router_score="sigmoid",
         selection_bias=True,
         expert_groups=groups,
-        chosen_groups=(content.get("topk_group") or 1) if groups > 1 else 1,
-        routed_scaling=float(content.get("routed_scaling_factor", 1.0)),
-        num_shared_experts=content.get("n_shared_experts") or 0,
-        mlp_only_layers=tuple(range(content.get("first_k_dense_replace", 0))),
+        chosen_groups=(content["topk_group"] or 1) if groups > 1 else 1,
+        routed_scaling=float(content["routed_scaling_factor"]),
+        num_shared_experts=content["n_shared_experts"] or 0,
+        mlp_only_layers=tuple(range(content["first_k_dense_replace"])),
         query_key_norm="none",
         latent=LatentAttention(
             key_value_rank=content["kv_lora_rank"],

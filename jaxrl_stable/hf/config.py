@@ -167,6 +167,10 @@ def _common_json(config: ModelConfig) -> Json:
         tie_word_embeddings=config.tie_embeddings,
         hidden_act="silu",
         attention_bias=False,
+        # Left out, each would be the one of the architecture's first model.
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
         # In both spellings: of transformers 5, and of version 4 and inference engines.
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         rope_theta=config.rope_theta,
@@ -189,8 +193,11 @@ def _common_json(config: ModelConfig) -> Json:
 
 
 def _rotary(content: Json) -> tuple[float, Yarn | None]:
-    """Base and stretching: `rope_parameters` of transformers 5, or the two fields of version 4."""
-    scaling = dict(content.get("rope_parameters") or content.get("rope_scaling") or {})
+    """Base and stretching: `rope_parameters` of transformers 5, or the two fields of version 4.
+
+    Where somebody added `rope_scaling` to a config of version 5, both versions follow that.
+    """
+    scaling = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
     theta = scaling.get("rope_theta", content.get("rope_theta"))
     if theta is None:
         raise KeyError("rope_theta")

@@ -36,6 +36,9 @@ COMPANIONS = (
 )
 # Read and written in float32 whatever the rest is (transformers: `_keep_in_fp32_modules_strict`).
 _ALWAYS_FLOAT32 = "e_score_correction_bias"
+# Keys that one version of transformers writes and the other, or an engine, does not understand:
+# each config has both, whichever version wrote the one that it descends from.
+_SPELLINGS = ("rope_parameters", "rope_theta", "rope_scaling", "num_experts", "num_local_experts")
 
 
 def save(
@@ -72,7 +75,8 @@ def save(
     architecture, content = to_json(config)
     content["torch_dtype"] = content["dtype"] = dtype
     if like is not None:
-        content = _descends(config, like) | {"torch_dtype": dtype, "dtype": dtype}
+        both = {name: content[name] for name in _SPELLINGS if name in content}
+        content = both | _descends(config, like) | {"torch_dtype": dtype, "dtype": dtype}
         architecture = architecture._replace(model_type=content["model_type"])
     plan = pieces(config, model, architecture.model_type, layout)
     shapes = {piece.tensor: piece.shape for part in plan.values() for piece in part}

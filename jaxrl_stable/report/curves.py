@@ -92,6 +92,17 @@ MORE_PANELS = (
         },
     ),
     Panel("staleness", "Staleness, KL", "nats per token", {"staleness/kl_k3": "k3"}, log=True),
+    Panel(
+        "validity",
+        "First-order approximation",
+        "error of the value",
+        {
+            "validity/value_error": "whole",
+            "validity/mismatch_value_error": "mismatch",
+            "validity/staleness_value_error": "staleness",
+        },
+        log=True,
+    ),
     Panel("gradient_norm", "Gradient norm", "before clipping", {"gradient/norm": "norm"}, log=True),
     Panel(
         "routing",

@@ -67,6 +67,35 @@ METRICS = (
         "Largest |π_θ/π_old − 1| of one token in any mini-batch.",
         "one token; grows over the updates of a rollout",
     ),
+    Metric(
+        "validity/violating_share",
+        "Responses whose weight Π(1 + δ_t), δ = π_θ/μ − 1, is more than 0.1 off 1 + Σδ_t, the form "
+        "of first order that the token-level objective rests on.",
+        "near 0 (quickstart: 0.02); grows with length and with both KLs",
+    ),
+    Metric(
+        "validity/value_error",
+        "Mean of that difference, by size of the advantage. Of second order in δ.",
+        "far below 1 (quickstart: 0.01)",
+    ),
+    Metric(
+        "validity/gradient_error",
+        "The same between the weights of a token's gradient, Π(1 + δ_t) and 1 + δ_t. Of first "
+        "order in δ.",
+        "below 1 (quickstart: 0.1); near 1 the two gradients have little in common",
+    ),
+    Metric(
+        "validity/value_bias",
+        "The difference with its sign and that of the advantage: above 0 the token-level objective "
+        "is too low.",
+    ),
+    Metric("validity/interaction", "Value error that neither part has alone."),
+    Metric("validity/mismatch_violating_share", "Violating share if only π_old/μ were not 1."),
+    Metric("validity/mismatch_value_error", "Value error if only π_old/μ were not 1."),
+    Metric("validity/mismatch_gradient_error", "Gradient error if only π_old/μ were not 1."),
+    Metric("validity/staleness_violating_share", "Violating share if only π_θ/π_old were not 1."),
+    Metric("validity/staleness_value_error", "Value error if only π_θ/π_old were not 1."),
+    Metric("validity/staleness_gradient_error", "Gradient error if only π_θ/π_old were not 1."),
     Metric("reward/mean", "Mean score of the training samples.", "rises; noisy"),
     Metric("reward/accuracy", "Training samples with score 1 or more.", "rises; noisy"),
     Metric("reward/failed_share", "Samples whose checker timed out or broke.", "0", 0, 0.01),

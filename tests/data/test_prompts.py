@@ -17,6 +17,9 @@ class Letters:
     def decode(self, ids):
         return bytes(i for i in map(int, ids) if i > 2).decode("ascii")
 
+    def control_token(self, text):
+        return None
+
 
 def problems(*prompts):
     return [{"prompt": prompt, "answer": "0"} for prompt in prompts]

@@ -53,7 +53,7 @@ def test_repr_names_file_and_content_but_no_directory(tmp_path):
         ),
         (
             '{"prompt": ["a"], "answer": "b"}',
-            "line 3: field 'prompt' is a array, expected a string; make",
+            "line 3: field 'prompt', message 1: expected a role",
         ),
         (
             '{"prompt": true, "answer": "b"}',

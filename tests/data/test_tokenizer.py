@@ -132,6 +132,53 @@ def test_hf_special_tokens_from_the_files_beside_it(hf_directory):
     assert (tokenizer.eos_ids, tokenizer.pad_id) == ((2, 3), 2)  # no pad token: EOS
 
 
+@pytest.mark.parametrize(
+    ("named", "eos_ids"),
+    [
+        ({"eos_token_id": 3}, (2, 3)),
+        ({"eos_token_id": [3, 2, 3, 0]}, (2, 3, 0)),
+        ({"eos_token_id": None}, (2,)),
+        ({"eos_token_id": []}, (2,)),
+        ({}, (2,)),
+        (None, (2,)),
+    ],
+)
+def test_hf_stop_tokens(hf_directory, named, eos_ids):
+    write(hf_directory, "tokenizer_config.json", {"eos_token": "</s>"})
+    if named is not None:
+        write(hf_directory, "generation_config.json", named)
+    tokenizer = data.HFTokenizer(hf_directory)
+    assert (tokenizer.eos_id, tokenizer.eos_ids) == (2, eos_ids)
+    assert tokenizer.pad_id == 2
+
+
+def test_hf_without_a_named_eos(hf_directory):
+    """The first that ends generation is the one to train on."""
+    write(hf_directory, "tokenizer_config.json", {"bos_token": "<s>"})
+    write(hf_directory, "generation_config.json", {"eos_token_id": [3, 2], "pad_token_id": 0})
+    tokenizer = data.HFTokenizer(hf_directory)
+    assert (tokenizer.eos_id, tokenizer.eos_ids, tokenizer.pad_id) == (3, (3, 2), 0)
+
+
+@pytest.mark.parametrize("field", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("wrong", [300, -1, 10**12, True, 2.0, "</s>", [2, 300], [[2]]])
+def test_hf_ids_outside_the_vocabulary(hf_directory, field, wrong):
+    write(hf_directory, "tokenizer_config.json", {"eos_token": "</s>"})
+    write(hf_directory, "generation_config.json", {field: wrong})
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {field} .* ids end at"):
+        data.HFTokenizer(hf_directory)
+
+
+def test_hf_usual_names_are_those_of_added_tokens(hf_directory):
+    """A vocabulary that has read HTML has an ordinary token `</s>`."""
+    content = json.loads((hf_directory / "tokenizer.json").read_text())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] == "<|im_end|>"]
+    content["post_processor"] = None
+    write(hf_directory, "tokenizer.json", content)
+    tokenizer = data.HFTokenizer(hf_directory)
+    assert (tokenizer.eos_ids, tokenizer.bos_id, tokenizer.pad_id) == ((3,), None, 3)
+
+
 def test_hf_faults(hf_directory):
     write(hf_directory, "tokenizer_config.json", {"eos_token": "<absent>"})
     with pytest.raises(ValueError, match=r"tokenizer\.json: no EOS token known; name `eos_token`"):

@@ -3,14 +3,21 @@
 Used by the live comparison and by `make_fixtures.py`; needs torch and transformers.
 """
 
-import numpy as np
+import batches
 import torch
 import transformers
 
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+VERSION = int(transformers.__version__.split(".")[0])
+# The code of the model files, not a kernel that stands in for it.
+PLAIN = dict(attn_implementation="eager")
+if VERSION >= 5:
+    PLAIN["experts_implementation"] = "eager"
 COMMON = dict(
-    vocab_size=72,
-    hidden_size=32,
-    intermediate_size=48,
+    vocab_size=batches.VOCAB,
+    hidden_size=24,
+    intermediate_size=28,
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -19,21 +26,21 @@ COMMON = dict(
     bos_token_id=None,
     eos_token_id=None,
     pad_token_id=None,
-    attn_implementation="eager",
+    **PLAIN,
 )
-SPARSE = dict(moe_intermediate_size=20, num_experts_per_tok=3)
+SPARSE = dict(moe_intermediate_size=10, num_experts_per_tok=3, head_dim=8, num_experts=8)
 LATENT = dict(
     num_key_value_heads=4,
     n_routed_experts=8,
-    moe_intermediate_size=20,
+    moe_intermediate_size=10,
     num_experts_per_tok=3,
-    first_k_dense_replace=1,
     kv_lora_rank=12,
     qk_rope_head_dim=6,
-    qk_nope_head_dim=10,
+    qk_nope_head_dim=5,
     v_head_dim=9,
     tie_word_embeddings=False,
 )
+# Frequencies change from the first token on, and responses reach beyond the original context.
 YARN = dict(
     rope_type="yarn",
     type="yarn",
@@ -46,49 +53,63 @@ YARN = dict(
 
 def rotary(theta, **scaling):
     """Base and stretching as this version of transformers spells them."""
-    if int(transformers.__version__.split(".")[0]) >= 5:
+    if VERSION >= 5:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
     return {"rope_theta": theta} | ({"rope_scaling": scaling} if scaling else {})
 
 
 # Name: class prefix, and what differs from `COMMON`.
 ZOO = {
-    "qwen3": ("Qwen3", dict(head_dim=12, tie_word_embeddings=True) | rotary(1e4)),
-    "qwen3-yarn": ("Qwen3", dict(head_dim=12, tie_word_embeddings=False) | rotary(1e4, **YARN)),
+    "qwen3": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True) | rotary(1e4)),
+    "qwen3-yarn": ("Qwen3", dict(head_dim=8, tie_word_embeddings=False) | rotary(1e4, **YARN)),
     "qwen3-moe": (
         "Qwen3Moe",
-        SPARSE | dict(head_dim=12, num_experts=8, norm_topk_prob=True) | rotary(1e6),
+        SPARSE | dict(norm_topk_prob=True, mlp_only_layers=[0]) | rotary(1e6),
     ),
-    "qwen3-moe-unnormalised": (
+    # Every second layer: two patterns of layers, one of them repeated.
+    "qwen3-moe-alternating": (
         "Qwen3Moe",
         SPARSE
-        | dict(head_dim=12, num_experts=8, norm_topk_prob=False, mlp_only_layers=[1])
+        | dict(norm_topk_prob=False, num_hidden_layers=5, decoder_sparse_step=2)
         | rotary(1e6),
     ),
     "olmoe": (
         "Olmoe",
         dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, clip_qkv=1.5)
+        | dict(intermediate_size=10)
         | rotary(1e4),
     ),
-    "mixtral": ("Mixtral", dict(num_local_experts=6, num_experts_per_tok=2) | rotary(1e6)),
+    "mixtral": (
+        "Mixtral",
+        dict(num_local_experts=6, num_experts_per_tok=2, intermediate_size=10) | rotary(1e6),
+    ),
     "deepseek-v3": (
         "DeepseekV3",
         LATENT
         | dict(q_lora_rank=10, n_group=4, topk_group=2, n_shared_experts=1)
-        | dict(routed_scaling_factor=2.5, norm_topk_prob=True)
+        | dict(routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1)
         | rotary(1e4, **YARN, mscale=0.8, mscale_all_dim=1.0),
     ),
     "moonlight": (
         "DeepseekV3",
         LATENT
         | dict(q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2)
-        | dict(routed_scaling_factor=2.446, norm_topk_prob=True)
+        | dict(routed_scaling_factor=2.446, norm_topk_prob=True, first_k_dense_replace=1)
         | rotary(5e4),
+    ),
+    # Options that neither of the two uses.
+    "deepseek-v3-variant": (
+        "DeepseekV3",
+        LATENT
+        | dict(q_lora_rank=10, n_group=2, topk_group=1, n_shared_experts=1)
+        | dict(routed_scaling_factor=1.5, norm_topk_prob=False, first_k_dense_replace=2)
+        | dict(rope_interleave=False)
+        | rotary(1e4),
     ),
 }
 
 
-def build(name: str) -> torch.nn.Module:
+def build(name: str, seed: int = 0) -> torch.nn.Module:
     """The model in float32, its weights drawn so that routers and attention have opinions.
 
     Norm weights are not one and selection biases not zero: a forgotten one must show.
@@ -96,7 +117,7 @@ def build(name: str) -> torch.nn.Module:
     prefix, special = ZOO[name]
     config = getattr(transformers, f"{prefix}Config")(**(COMMON | special))
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).float().eval()
-    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    generator = torch.Generator().manual_seed(sum(map(ord, name)) + seed)
     with torch.no_grad():
         for path, weight in (*model.named_parameters(), *model.named_buffers()):
             if "inv_freq" in path:
@@ -107,14 +128,21 @@ def build(name: str) -> torch.nn.Module:
             elif weight.ndim == 1:
                 weight.copy_(1 + 0.3 * noise)
             else:
-                scale = 1.0 if "embed" in path else weight.shape[-1] ** -0.5
+                # Tied embeddings of this size do not just repeat the last token.
+                scale = 0.3 if "embed" in path else weight.shape[-1] ** -0.5
                 weight.copy_(1.3 * scale * noise)
     return model
 
 
-def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask: a full row and two that are padded on the left."""
-    tokens = np.random.default_rng(7).integers(1, COMMON["vocab_size"], (3, 14))
-    mask = np.ones_like(tokens, bool)
-    mask[1, :4] = mask[2, :9] = False
-    return np.where(mask, tokens, 0), mask
+def again(model: torch.nn.Module, directory, **options) -> torch.nn.Module:
+    """Loads a directory with the class of `model`.
+
+    Raises:
+      ValueError: tensors are missing, unexpected or misshapen; transformers itself only warns.
+    """
+    loaded, report = type(model).from_pretrained(
+        directory, output_loading_info=True, **PLAIN, **options
+    )
+    if any(report.values()):
+        raise ValueError(f"{directory} does not fit transformers: {report}")
+    return loaded.eval()

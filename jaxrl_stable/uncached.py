@@ -1,0 +1,117 @@
+"""A sampler that is the training program itself: no cache, the same shapes, hence the same bits.
+
+For each new token whole rows run through the model again, which costs about `max_tokens` times a
+pass of `score`. It is for debugging, and for experiments in which the mismatch of sampler and
+trainer shall be exactly 0; experiments/README.md says what else that takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from jaxrl_stable.model import head
+from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.rollout import Sampling, Trajectory, draw
+from jaxrl_stable.routing import Routing, expert_dtype
+from jaxrl_stable.sharding import constrain_rows
+from jaxrl_stable.update import hidden_states, response_log_probs
+
+
+class _Decode(NamedTuple):
+    """State of the decode loop; everything before `column` is written."""
+
+    column: Int[Array, ""]
+    active: Bool[Array, "B"]
+    trajectory: Trajectory
+
+
+def uncached_rollout(
+    model: Transformer,
+    prompts: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    key: Key[Array, ""],
+    sampling: Sampling,
+    micro_batch_size: int,
+) -> Trajectory:
+    """Samples one response for each row, as `rollout` does and with the same random numbers.
+
+    Args:
+      model, prompts, prompt_mask, key, sampling: see `rollout`.
+      micro_batch_size: rows at a time; that of `score` and `update`, for the same shapes.
+    """
+    B = prompts.shape[0]
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
+    parts = jax.tree.map(
+        lambda x: constrain_rows(x.reshape(-1, micro_batch_size, *x.shape[1:]), 1),
+        (prompts, prompt_mask, keys),
+    )
+    stacked = jax.lax.map(lambda part: _sample(model, *part, sampling), parts)
+    join = lambda x: x.reshape(B, *x.shape[2:])  # noqa: E731
+    experts = jnp.moveaxis(stacked.routing.experts, 1, 0)
+    routing = Routing(
+        experts.reshape(experts.shape[0], B, *experts.shape[3:]), join(stacked.routing.valid)
+    )
+    others = jax.tree.map(join, dataclasses.replace(stacked, routing=None))
+    return dataclasses.replace(others, routing=routing)
+
+
+def _sample(
+    model: Transformer,
+    prompts: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    keys: Key[Array, "B"],
+    sampling: Sampling,
+) -> Trajectory:
+    """One micro-batch. A pass sees the tokens so far; what comes later is padding."""
+    config, temperature = model.config, sampling.temperature or 1.0
+    (B, P), T = prompts.shape, prompts.shape[1] + sampling.max_tokens
+    columns = jnp.arange(T)
+
+    def step(state: _Decode) -> _Decode:
+        """Draws the token of `column` and scores it, from one pass over what stands before it."""
+        column, active, past = state
+        hidden, router = hidden_states(model, past, replay=None)
+        logits = head.logits(model, hidden[:, column - 1], temperature)
+        draws = jax.vmap(lambda row: jax.random.fold_in(row, column))(keys)
+        token = jax.vmap(partial(draw, sampling=sampling))(draws, logits)
+        new = (columns == column) & active[:, None]
+        stop = active & jnp.isin(token, jnp.array(sampling.stop_ids, token.dtype))
+        now = dataclasses.replace(
+            past,
+            tokens=jnp.where(new, token[:, None], past.tokens),
+            real=past.real | new,
+            response_mask=past.response_mask | new,
+            # Of earlier tokens the pass gives the same experts again.
+            routing=Routing(router.experts, past.routing.valid | (past.real & active[:, None])),
+            finished=past.finished | stop,
+        )
+        # All columns, though one is new: the shapes of `score`, and so its bits.
+        logp = response_log_probs(model, hidden, now, temperature).logp
+        now = dataclasses.replace(now, logp_rollout=jnp.where(new, logp, past.logp_rollout))
+        return _Decode(column + 1, active & ~stop, now)
+
+    behind = ((0, 0), (0, sampling.max_tokens))
+    routing = (config.num_moe_layers, B, T, config.num_experts_per_token)
+    prompt = Trajectory(
+        tokens=jnp.pad(
+            jnp.where(prompt_mask, prompts, sampling.pad_id),
+            behind,
+            constant_values=sampling.pad_id,
+        ),
+        real=jnp.pad(prompt_mask, behind),
+        response_mask=jnp.zeros((B, T), bool),
+        logp_rollout=jnp.zeros((B, T), jnp.float32),
+        routing=Routing(
+            jnp.zeros(routing, expert_dtype(config.num_experts)), jnp.zeros((B, T), bool)
+        ),
+        finished=jnp.zeros(B, bool),
+        prompt_width=P,
+    )
+    state = _Decode(jnp.int32(P), prompt_mask.any(-1), prompt)
+    return jax.lax.while_loop(lambda s: (s.column < T) & s.active.any(), step, state).trajectory
