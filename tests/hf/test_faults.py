@@ -1,0 +1,177 @@
+"""What is wrong with a checkpoint is said in one line, all of it, and nothing is returned."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import ours
+import pytest
+import raw
+
+from jaxrl_stable import hf
+
+NORM = "model.norm.weight"
+SHARDS = "deepseek-v3.v5"
+INDEX = "model.safetensors.index.json"
+
+
+def refused(directory, *patterns, error=ValueError):
+    """Loading fails with one line in which all patterns occur in this order."""
+    with pytest.raises(error) as caught:
+        ours.load(directory)
+    message = str(caught.value)
+    assert re.search(".*".join(patterns), message), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda t: t.pop(NORM), r"missing: model\.norm\.weight\. Nothing was loaded"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": raw.zeros("BF16", 32)}),
+            r"extra: model\.layers\.0\.self_attn\.q_proj\.bias\.",
+        ),
+        (
+            lambda t: t.update({NORM: raw.zeros("BF16", 23)}),
+            r"misshapen: model\.norm\.weight is \[23\], not \[24\]",
+        ),
+        (
+            lambda t: t.update({NORM: raw.zeros("BF16", 24, 1)}),
+            r"misshapen: model\.norm\.weight is \[24, 1\], not \[24\]",
+        ),
+        (lambda t: t.update({NORM: raw.zeros("I8", 24)}), r"unknown type: model\.norm.* is I8"),
+        (lambda t: t.update({NORM: raw.zeros("F8_E4M3", 24)}), r"unknown type: .* is F8_E4M3"),
+        (lambda t: t.update({"model.layers.3.mlp.up": raw.zeros("BF16", 1)}), "extra: .*layers.3"),
+    ],
+)
+def test_tensors_that_do_not_fit(edit, said, tmp_path):
+    refused(raw.changed("qwen3.v5", tmp_path, edit), "does not fit its config.json", said)
+
+
+def test_every_fault_is_listed_in_one_line(tmp_path):
+    def edit(tensors):
+        del tensors["model.layers.0.input_layernorm.weight"]
+        tensors["other"] = raw.zeros("F32", 1)
+        tensors[NORM] = raw.zeros("BF16", 2)
+        tensors["model.embed_tokens.weight"][0] = "I16"
+
+    said = ("missing: .*input_layernorm", "extra: other", r"misshapen: .*\[2\]", "type: .*is I16")
+    refused(raw.changed("qwen3.v5", tmp_path, edit), *said)
+
+
+def test_long_lists_are_cut(tmp_path):
+    def edit(tensors):
+        tensors.update({f"other{i:02d}": raw.zeros("F32", 1) for i in range(13)})
+
+    refused(raw.changed("qwen3.v5", tmp_path, edit), "other00.*other09 and 3 more")
+
+
+def test_experts_that_are_missing(tmp_path):
+    """One of 8 experts; and all of a layer, which is then no dense one either."""
+
+    def edit(tensors):
+        for name in list(tensors):
+            if ".1.mlp.experts.3.up" in name or ".2.mlp.experts" in name:
+                del tensors[name]
+
+    refused(
+        raw.changed("qwen3-moe.v5", tmp_path, edit),
+        r"missing: model\.layers\.1\.mlp\.experts\.3\.up_proj",
+        r"layers\.2\.mlp\.experts\.0\.down",
+        "and 15 more",
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["qwen3-moe.v4", "qwen3-moe.v5", "olmoe.v4"])  # BF16, F32, F16
+def test_values_that_are_not_finite(name, value, tmp_path):
+    places = ("model.layers.2.mlp.experts.7.down_proj.weight", "model.norm.weight")
+
+    def edit(tensors):
+        for place in places:
+            tensors[place] = raw.with_value(tensors[place], value, 21)
+
+    refused(raw.changed(name, tmp_path, edit), "not finite in " + ", ".join(map(re.escape, places)))
+
+
+def test_largest_finite_value_is_fine(tmp_path):
+    def edit(tensors):
+        tensors[NORM] = raw.with_value(tensors[NORM], 3.38953139e38, 3)  # largest of bfloat16
+
+    model = ours.load(raw.changed("qwen3.v5", tmp_path, edit))
+    assert model.norm.weight[...][3] == np.float32(3.38953139e38)
+
+
+def test_missing_file(tmp_path):
+    directory = raw.copied(SHARDS, tmp_path)
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    refused(directory, "model-00002-of-00003.safetensors is missing", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_damaged_file(length, tmp_path):
+    directory = raw.copied(SHARDS, tmp_path)
+    file = directory / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    refused(directory, "model-00002-of-00003.safetensors is damaged")
+
+
+def test_index_that_says_what_is_not_so(tmp_path):
+    directory = raw.copied(SHARDS, tmp_path)
+    file = directory / "model-00003-of-00003.safetensors"
+    tensors = raw.read(directory)
+    index = json.loads((directory / INDEX).read_text())["weight_map"]
+    rest = {name: tensors[name] for name, place in index.items() if place == file.name}
+    del rest[NORM]
+    raw.write(file, rest)
+    refused(directory, "00003-of-00003.safetensors does not hold model.norm.weight as .*index.json")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_damaged_index(content, tmp_path):
+    directory = raw.copied(SHARDS, tmp_path)
+    (directory / INDEX).write_text(content)
+    refused(directory, "index.json is damaged")
+
+
+def test_no_weights(tmp_path):
+    (raw.changed("qwen3.v5", tmp_path) / "model.safetensors").unlink()
+    refused(tmp_path, "has neither model.safetensors nor", error=FileNotFoundError)
+
+
+def test_no_directory(tmp_path):
+    refused(tmp_path / "none", "config.json does not exist", error=FileNotFoundError)
+
+
+def test_config_of_another_model(tmp_path):
+    directory = raw.FROZEN / "qwen3.v5"
+    other = hf.read_config(raw.FROZEN / "qwen3-moe.v5")
+    with pytest.raises(ValueError, match="num_experts is 0 there and 8 here"):
+        ours.load(directory, other)
+
+
+def test_copy_of_tied_embeddings_is_ignored(tmp_path):
+    """Some exporters write the head although it is tied; transformers ignores it too."""
+
+    def edit(tensors):
+        tensors["lm_head.weight"] = raw.zeros("BF16", 50, 24)
+
+    same(ours.load(raw.changed("qwen3.v5", tmp_path, edit)), "qwen3.v5")
+
+
+def test_prediction_layers_and_frequencies_are_ignored(tmp_path):
+    """Layers behind the last one predict further tokens in DeepSeek-V3; they are not this model."""
+
+    def edit(tensors):
+        for name in ("eh_proj", "embed_tokens", "mlp.experts.0.up_proj", "self_attn.o_proj"):
+            tensors[f"model.layers.3.{name}.weight"] = raw.zeros("BF16", 3, 5)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = raw.zeros("F32", 3)
+
+    same(ours.load(raw.changed("deepseek-v3.v4", tmp_path, edit)), "deepseek-v3.v4")
+
+
+def same(model, name):
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(ours.load(raw.FROZEN / name))):
+        np.testing.assert_array_equal(a, b)
