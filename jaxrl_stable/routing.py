@@ -52,31 +52,41 @@ def shift(routing: Routing, offset: int) -> Routing:
     return dataclasses.replace(routing, experts=jnp.roll(routing.experts, offset, axis=2))
 
 
-def validate(routing: Routing, num_layers: int, num_experts: int) -> None:
-    """Checks on the host that a routing from outside can be replayed.
+def check_layout(routing: Routing, num_layers: int, num_experts: int) -> None:
+    """Refuses what would broadcast, or index from the end; also while tracing.
 
     Raises:
-      ValueError: wrong layer count, dtype or shape, an expert out of range, or an expert twice in
-        one choice (which would count a token twice).
+      ValueError: wrong shape, layer count or type.
     """
-    experts, valid = np.asarray(routing.experts), np.asarray(routing.valid)
+    experts, valid = routing.experts, routing.valid
     if experts.ndim != 4 or experts.shape[1:3] != valid.shape:
         raise ValueError(
             f"routing.experts has shape {experts.shape} and routing.valid {valid.shape}; "
             "they must be [L, B, T, K] and [B, T]"
         )
-    if valid.dtype != bool:  # as an index, numbers would pick rows instead of masking them
-        raise ValueError(f"routing.valid is {valid.dtype}; it must be bool")
     if experts.shape[0] != num_layers:
         raise ValueError(
             f"routing has {experts.shape[0]} layers but the model has {num_layers} MoE layers; "
             "dense layers carry no routing"
         )
-    if experts.dtype != expert_dtype(num_experts):
+    if experts.dtype != expert_dtype(num_experts):  # −1 would name the last expert
         raise ValueError(
             f"routing.experts is {experts.dtype}; with {num_experts} experts it must be "
             f"{expert_dtype(num_experts)}"
         )
+    if valid.dtype != bool:  # as an index, numbers would pick rows instead of masking them
+        raise ValueError(f"routing.valid is {valid.dtype}; it must be bool")
+
+
+def validate(routing: Routing, num_layers: int, num_experts: int) -> None:
+    """Checks on the host that a routing from outside can be replayed.
+
+    Raises:
+      ValueError: `check_layout`; an expert out of range; or an expert twice in one choice (which
+        would count a token twice).
+    """
+    check_layout(routing, num_layers, num_experts)
+    experts, valid = np.asarray(routing.experts), np.asarray(routing.valid)
     chosen = np.sort(experts[:, valid], axis=-1)
     if chosen.size and chosen.max() >= num_experts:
         raise ValueError(f"routing names expert {chosen.max()}; the model has {num_experts}")

@@ -83,6 +83,8 @@ def with_old_policy(batch: TrainBatch, scored: Scored) -> TrainBatch:
 
 def split(batch: TrainBatch, parts: int) -> TrainBatch:
     """Cuts the rows into `parts` equal runs: every array gets a leading axis of that size."""
+    if batch.routing is None:
+        raise ValueError("TrainBatch.routing is None; without it there is nothing to replay")
 
     def rows(x: Array, axis: int) -> Array:
         shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
@@ -194,6 +196,11 @@ def update(
         raise ValueError(
             "update: logp_source='rescored' takes TrainBatch.logp_old for the sampler's, but it is "
             "None; call score and with_old_policy first"
+        )
+    if batch.logp_old is None and (objective.mini_batches > 1 or objective.replay == "R2"):
+        raise ValueError(
+            "update: this objective needs the π_old (under R2 the experts too) of a score pass, "
+            "but TrainBatch.logp_old is None; call score and with_old_policy first"
         )
 
     def loss(model: Transformer, micro: TrainBatch):

@@ -204,6 +204,20 @@ def test_router_has_gradient_under_replay(perturbed, batch, passes):
                 assert (jnp.abs(block.mlp.router[...]).sum(axis=(1, 2)) > 0).all()
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [configs.Objective(replay="R2", mini_batches=1), configs.Objective(replay="R3")],
+    ids=["R2", "several updates"],
+)
+def test_an_update_that_needs_a_score_pass_says_so(model, batch, passes, objective):
+    """Without one R2 would replay the sampler's experts, and no later update would clip."""
+    unscored = dataclasses.replace(batch, logp_old=None)
+    with pytest.raises(ValueError, match="call score and with_old_policy first"):
+        passes.step(passes.init(model), unscored, objective)
+    with pytest.raises(ValueError, match="nothing to replay"):
+        passes.step(passes.init(model), dataclasses.replace(batch, routing=None), objective)
+
+
 def test_on_policy_needs_no_score(model, trajectory, advantages, passes):
     """N = 1 without replay: π_old is π_θ; equals the run with a score pass (invariant a)."""
     unscored = make_batch(trajectory, advantages)

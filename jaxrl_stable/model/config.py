@@ -185,6 +185,11 @@ class ModelConfig:
                 f"ModelConfig.num_experts_per_token is {self.num_experts_per_token}; "
                 f"it must be between 1 and num_experts ({self.num_experts})"
             )
+        if self.router_score == "softmax" and (self.selection_bias or self.expert_groups > 1):
+            raise ValueError(
+                "ModelConfig.selection_bias and expert_groups are defined for router_score "
+                "'sigmoid' alone"
+            )
         if self.expert_groups > 1:
             self._check_groups()
 

@@ -15,7 +15,7 @@ from jaxrl_stable.model.config import ModelConfig, layer_plan
 from jaxrl_stable.model.experts import Experts, FeedForward, RouterOutput
 from jaxrl_stable.model.latent_attention import LatentAttention
 from jaxrl_stable.model.parameters import matrix
-from jaxrl_stable.routing import Routing, expert_dtype
+from jaxrl_stable.routing import Routing, check_layout, expert_dtype
 
 
 class ModelOutput(NamedTuple):
@@ -109,14 +109,17 @@ class Transformer(nnx.Module):
           Hidden states, router outputs, and the extended cache.
 
         Raises:
-          ValueError: `replay` has another number of layers than the model has routers.
+          ValueError: `replay` has another shape or type than these tokens and routers need.
         """
         config = self.config
-        if replay is not None and replay.experts.shape[0] != config.num_moe_layers:
-            raise ValueError(
-                f"replay has {replay.experts.shape[0]} layers but the model has "
-                f"{config.num_moe_layers} MoE layers; dense layers carry no routing"
-            )
+        if replay is not None:
+            check_layout(replay, config.num_moe_layers, config.num_experts)
+            shape = (*tokens.shape, config.num_experts_per_token)
+            if replay.experts.shape[1:] != shape:
+                raise ValueError(
+                    f"replay.experts has shape {replay.experts.shape}; behind the layers these "
+                    f"tokens need {shape}"
+                )
         if cache is not None:
             cache = cache.extend(segment_ids)
         frame = make_frame(config, positions, segment_ids, cache)

@@ -78,7 +78,7 @@ def test_unsupported(name, changes, said, tmp_path):
 
 
 def test_window_that_covers_the_context_does_nothing(tmp_path):
-    assert edited(tmp_path, "mixtral.v4", sliding_window=128) == hf.read_config(
+    assert edited(tmp_path, "mixtral.v4", sliding_window=512) == hf.read_config(
         raw.FROZEN / "mixtral.v4"
     )
 

@@ -21,7 +21,7 @@ COMMON = dict(
     num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=128,
+    max_position_embeddings=512,
     rms_norm_eps=1e-5,
     bos_token_id=None,
     eos_token_id=None,
@@ -40,13 +40,13 @@ LATENT = dict(
     v_head_dim=9,
     tie_word_embeddings=False,
 )
-# Frequencies change from the first token on, and responses reach beyond the original context.
+# With a base of 100, both ends of the ramp lie among the few frequencies there are, and round.
 YARN = dict(
     rope_type="yarn",
     type="yarn",
     factor=4.0,
-    original_max_position_embeddings=32,
-    beta_fast=32.0,
+    original_max_position_embeddings=128,
+    beta_fast=4.0,
     beta_slow=1.0,
 )
 
@@ -61,7 +61,7 @@ def rotary(theta, **scaling):
 # Name: class prefix, and what differs from `COMMON`.
 ZOO = {
     "qwen3": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True) | rotary(1e4)),
-    "qwen3-yarn": ("Qwen3", dict(head_dim=8, tie_word_embeddings=False) | rotary(1e4, **YARN)),
+    "qwen3-yarn": ("Qwen3", dict(head_dim=8, tie_word_embeddings=False) | rotary(1e2, **YARN)),
     "qwen3-moe": (
         "Qwen3Moe",
         SPARSE | dict(norm_topk_prob=True, mlp_only_layers=[0]) | rotary(1e6),
@@ -88,7 +88,7 @@ ZOO = {
         LATENT
         | dict(q_lora_rank=10, n_group=4, topk_group=2, n_shared_experts=1)
         | dict(routed_scaling_factor=2.5, norm_topk_prob=True, first_k_dense_replace=1)
-        | rotary(1e4, **YARN, mscale=0.8, mscale_all_dim=1.0),
+        | rotary(1e2, **YARN, mscale=0.8, mscale_all_dim=1.0),
     ),
     "moonlight": (
         "DeepseekV3",
@@ -104,7 +104,7 @@ ZOO = {
         | dict(q_lora_rank=10, n_group=2, topk_group=1, n_shared_experts=1)
         | dict(routed_scaling_factor=1.5, norm_topk_prob=False, first_k_dense_replace=2)
         | dict(rope_interleave=False)
-        | rotary(1e4),
+        | rotary(1e2, **YARN, truncate=False),
     ),
 }
 

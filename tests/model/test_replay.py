@@ -199,3 +199,21 @@ def test_value_depends_on_the_replayed_experts(model, live):
     )
     assert abs(float(value - live[0])) > 1e-2
     assert all(np.all(np.isfinite(g)) for g in named(grads).values())
+
+
+@pytest.mark.parametrize(
+    "cut", [(..., slice(1)), (slice(None), slice(None), slice(1)), (slice(None), slice(1))]
+)
+def test_a_routing_of_another_shape_is_not_broadcast(cut):
+    routing = random_routing(MIXED, BATCH)
+    narrow = dataclasses.replace(routing, experts=routing.experts[cut])
+    with pytest.raises(ValueError, match=r"these tokens need|must be \[L, B, T, K\]"):
+        forward(random_model(MIXED), BATCH, narrow)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.float32])
+def test_signed_expert_ids_are_refused(dtype):
+    routing = random_routing(MIXED, BATCH)
+    signed = dataclasses.replace(routing, experts=routing.experts.astype(dtype).at[0, 0, 3].set(-1))
+    with pytest.raises(ValueError, match="it must be uint8"):
+        forward(random_model(MIXED), BATCH, signed)
