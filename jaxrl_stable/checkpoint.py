@@ -8,6 +8,7 @@ process that dies while saving leaves the previous checkpoint as the newest.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -15,8 +16,15 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxrl_stable.model.config import ModelConfig
+
 SCORE = "score"
 ABOUT = "about"  # what a checkpoint is of: architecture, and the arrays of each part
+DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.default is not dataclasses.MISSING
+}
 
 
 class Checkpointer:
@@ -27,6 +35,7 @@ class Checkpointer:
       architecture: `ModelConfig.architecture()`; stored, and compared before anything is restored.
       keep: newest checkpoints that are kept, besides the one with the best score.
       data: what the stored data position refers to; compared when a position is restored.
+      reading: only read; else what a killed process began is cleared away (a living one's too).
     """
 
     def __init__(
@@ -35,6 +44,7 @@ class Checkpointer:
         architecture: dict[str, Any],
         keep: int = 2,
         data: str = "",
+        reading: bool = False,
     ):
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -46,7 +56,7 @@ class Checkpointer:
         self._orbax = ocp.training.Checkpointer(
             pathlib.Path(directory).resolve(),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not reading,
         )
 
     def __enter__(self) -> Checkpointer:
@@ -127,10 +137,12 @@ class Checkpointer:
 
     def _check(self, step: int, flat: dict[str, dict[str, Any]], compare_data: bool) -> None:
         about = self._about(step)
-        where, stored = f"checkpoint {self._orbax.directory}/{step}", about["architecture"]
+        where = f"checkpoint {self._orbax.directory}/{step}"
+        # What an older version did not know of was as it is by default.
+        stored = DEFAULTS | about["architecture"]
         differing = [
             f"{name} is {stored.get(name)!r} there and {self._architecture.get(name)!r} here"
-            for name in sorted(stored.keys() | self._architecture.keys())
+            for name in sorted(about["architecture"].keys() | self._architecture.keys())
             if stored.get(name) != self._architecture.get(name)
         ]
         if differing:
@@ -168,7 +180,7 @@ def load_model(
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory} does not exist; give the checkpoints of a finished run")
-    with Checkpointer(directory, architecture) as checkpointer:
+    with Checkpointer(directory, architecture, reading=True) as checkpointer:
         step = checkpointer.best_step if best else None
         loaded = checkpointer.restore({"model": template}, step=step)
     if loaded is None:
@@ -184,7 +196,7 @@ def stored_architecture(directory: str | pathlib.Path) -> dict[str, Any]:
     """
     directory = pathlib.Path(directory)
     if directory.is_dir():
-        with Checkpointer(directory, {}) as checkpointer:
+        with Checkpointer(directory, {}, reading=True) as checkpointer:
             if checkpointer.steps:
                 return checkpointer.architecture(checkpointer.steps[-1])
     raise ValueError(f"{directory} holds no checkpoint; give the working directory of a run")

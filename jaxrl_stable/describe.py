@@ -56,7 +56,7 @@ def describe(experiment: Experiment) -> str:
         ("gradient sum (float32)", _bytes(4 * parameters)),
         ("state while updating", f"{_bytes(state_bytes)}  (the three above, without activations)"),
         (f"sampling copy ({rl.rollout_format})", _bytes(_size(sampler))),
-        ("key/value cache", f"{_bytes(_size(cache))}  {cache.keys.shape} twice"),
+        ("key/value cache", f"{_bytes(_size(cache))}  {cache.keys.shape}, {cache.values.shape}"),
         ("routing of a rollout", f"{_bytes(routing_bytes)}  {routing}"),
         ("logits of a head chunk", f"{_bytes(4 * math.prod(logits))}  {logits}"),
     ]

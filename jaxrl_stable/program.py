@@ -50,7 +50,7 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
     argv = [arg for arg in sys.argv if not arg.startswith(GIN_PREFIX)]
 
     def start(_: Sequence[str]) -> None:
-        with errors_in_one_line():
+        with errors_in_one_line(DEBUG.value):
             if WORKDIR.value is None:
                 raise ValueError("--workdir is missing; say where this run keeps its files")
             if jax.config.jax_compilation_cache_dir is None:  # a resumed run need not compile
@@ -66,13 +66,13 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
+def errors_in_one_line(debug: bool) -> Iterator[None]:
     """What a user can mend ends the program as one line on stderr and exit status 2."""
     _quiet_libraries()
     try:
         yield
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        if DEBUG.value:
+        if debug:
             raise
         print(f"error: {_one_line(error)} (--debug shows where)", file=sys.stderr)
         sys.exit(2)

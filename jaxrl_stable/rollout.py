@@ -156,14 +156,14 @@ def rollout(
         )
 
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=-1) - 1, 0)
-    cache = empty_cache(config, B, T)
+    cache = empty_cache(config, B, P)  # a prompt need not attend to room for its response
     output = model(prompts, positions, prompt_mask.astype(jnp.int32), cache=cache)
     responses = ((0, 0), (0, sampling.max_tokens))
     experts = jnp.zeros((layers, B, T, k), expert_dtype(config.num_experts))
     state = _Decode(
         column=jnp.int32(P),
         hidden=output.hidden[:, -1],
-        cache=output.cache,
+        cache=output.cache.widen(T),
         tokens=jnp.pad(
             jnp.where(prompt_mask, prompts, sampling.pad_id),
             responses,

@@ -29,12 +29,6 @@ class Routing:
     experts: UInt[Array, "L B T K"]
     valid: Bool[Array, "B T"]
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Size of a stored choice: `L * K * itemsize` bytes."""
-        layers, _, _, k = self.experts.shape
-        return layers * k * self.experts.dtype.itemsize
-
 
 def expert_dtype(num_experts: int) -> jnp.dtype:
     """The smallest unsigned type that holds every expert id."""

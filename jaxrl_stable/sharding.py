@@ -23,6 +23,7 @@ AXES = ("data", "fsdp", "expert", "tensor")
 # Logical axis of a parameter -> mesh axis. Axes that are not listed are replicated.
 PARAMETER_RULES = {
     "embed": "fsdp",
+    "latent_in": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",

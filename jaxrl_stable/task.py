@@ -105,12 +105,19 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
     for source in (train, heldout):
         check_prompts(source, tokenizer, data.prompt_width, template)
         check_references(source, data.reward)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    identity = f"{train!r}, tokenizer {zlib.crc32(file.read_bytes()):08x}"
-    if data.chat:
-        identity += f", {template!r}"
+    identity = f"{train!r}, tokenizer {_checksum(path):08x}, template {template!r}"
     reward = load_reward(data.reward, timeout_s=data.reward_timeout, workers=data.reward_workers)
     return Task(train, heldout, tokenizer, reward, identity, template)
+
+
+def _checksum(path: pathlib.Path) -> int:
+    """Of a tokenizer and of the files that name its special tokens."""
+    directory = path if path.is_dir() else path.parent
+    names = ["tokenizer_config.json", "generation_config.json"]
+    files = [directory / name for name in (*names, "tokenizer.json", "tokenizer.model")]
+    if not path.is_dir():
+        files = [path, *files[:2]]
+    return zlib.crc32(b"".join(file.read_bytes() for file in files if file.exists()))
 
 
 def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Path:

@@ -31,12 +31,6 @@ def test_dtype_of_experts():
     validate(Routing(experts, jnp.ones((1, 1), bool)), 1, 256)
 
 
-def test_bytes_per_token():
-    experts = jnp.zeros((48, 1, 2, 8), jnp.uint8)
-    assert Routing(experts, jnp.ones((1, 2), bool)).bytes_per_token == 384  # Qwen3-30B-A3B
-    assert routing(layers=3, k=2, num_experts=512).bytes_per_token == 3 * 2 * 2
-
-
 def test_shift_moves_positions_and_nothing_else():
     one = routing()
     moved = shift(one, 1)

@@ -10,6 +10,7 @@ mapped file pages, which the system can drop, are apart), before and after subtr
 import argparse
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -74,10 +75,11 @@ def measure(kind: str, directory: str) -> dict:
         seconds = time.perf_counter() - begin
     if kind == "export":
         with tempfile.TemporaryDirectory() as target:
-            hf.save(model, target)  # so that the file system's pages exist, as they do for reads
+            hf.save(model, f"{target}/first")  # so that pages exist, as they do for reads
+            shutil.rmtree(f"{target}/first")
             with Peak() as peak:
                 begin = time.perf_counter()
-                hf.save(model, target)
+                hf.save(model, f"{target}/second")
                 seconds = time.perf_counter() - begin
     return {"seconds": seconds, "peak": peak.peak}
 

@@ -5,7 +5,9 @@
     python -m jaxrl_stable.hf export WORKDIR MODEL --like=ORIGINAL
     python -m jaxrl_stable.hf upcycle DENSE MODEL --copies=8 --chosen=2
 
-MODEL is a directory in the layout of transformers, WORKDIR one of a run.
+MODEL is a directory in the layout of transformers, WORKDIR one of a run. All of it happens on the
+host, in its memory: a model that does not fit there starts a run directly, in shards
+(`Experiment.init_from`).
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ import argparse
 import collections
 import math
 import pathlib
+import sys
 
 import jax
-from absl import app
-from absl.flags import argparse_flags
 
 from jaxrl_stable import hf
 from jaxrl_stable.checkpoint import Checkpointer, load_model, stored_architecture
@@ -25,8 +26,7 @@ from jaxrl_stable.configs import MeshShape
 from jaxrl_stable.hf.files import DTYPES, TensorFiles
 from jaxrl_stable.hf.load import plan_of
 from jaxrl_stable.hf.names import LAYOUTS
-from jaxrl_stable.hf.save import COMPANIONS, copy_companions
-from jaxrl_stable.hf.upcycle import upcycle
+from jaxrl_stable.hf.save import companions, copy_companions
 from jaxrl_stable.model import ModelConfig, init_model, parameter_count
 from jaxrl_stable.program import errors_in_one_line
 from jaxrl_stable.sharding import abstract_state, make_mesh
@@ -36,9 +36,10 @@ _TYPES = tuple(dtype.name for dtype in DTYPES.values())
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The four commands and their options."""
-    parser = argparse_flags.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m jaxrl_stable.hf", description="Hugging Face checkpoints in and out."
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("inspect", help="check a checkpoint and say what it is")
@@ -48,8 +49,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("model")
     command.add_argument("workdir")
     command.add_argument("--param_dtype", choices=_TYPES, default="float32")
-    for axis, size in (("data", -1), ("fsdp", 1), ("expert", 1), ("tensor", 1)):
-        command.add_argument(f"--{axis}", type=int, default=size, help="devices of this mesh axis")
 
     command = commands.add_parser("export", help="write the weights of a run for transformers")
     command.add_argument("workdir")
@@ -67,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command.add_argument("--segments", type=int, default=1, help="experts of each copy")
     command.add_argument("--noise", type=float, default=0.0, help="on the copies, relative")
     command.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments[1:])
+    return parser.parse_args(arguments)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -84,19 +83,18 @@ def inspect(arguments: argparse.Namespace) -> None:
     types = ", ".join(f"{count:,} in {code}" for code, count in stored.items())
     print(f"{'parameters':24s}{parameter_count(config):,}")
     print(f"{'stored':24s}{len(files.shapes):,} tensors; {types}")
-    beside = [name for name in COMPANIONS if (directory / name).exists()]
+    beside = [file.name for file in companions(directory)]
     print(f"{'beside':24s}{', '.join(beside) or 'nothing'}")
 
 
 def import_(arguments: argparse.Namespace) -> None:
     """Loads a checkpoint and saves it as step 0 of a run that others can start from."""
-    mesh = make_mesh(MeshShape(arguments.data, arguments.fsdp, arguments.expert, arguments.tensor))
     workdir = pathlib.Path(arguments.workdir)
     checkpoints = workdir / "checkpoints"
     if checkpoints.exists():
         raise ValueError(f"{checkpoints} exists; give a new working directory")
     config = hf.read_config(arguments.model, param_dtype=arguments.param_dtype)
-    model = hf.load(arguments.model, mesh, config)
+    model = hf.load(arguments.model, make_mesh(MeshShape()), config)
     with Checkpointer(checkpoints, config.architecture()) as checkpointer:
         checkpointer.save(0, {"model": model})
     copy_companions(arguments.model, workdir)
@@ -118,7 +116,7 @@ def export(arguments: argparse.Namespace) -> None:
         like=arguments.like,
     )
     if arguments.like is None:
-        copy_companions(arguments.workdir, arguments.model)
+        copy_companions(arguments.workdir, pathlib.Path(arguments.model))
     print(f"wrote {arguments.model}")
 
 
@@ -127,15 +125,16 @@ def upcycle_(arguments: argparse.Namespace) -> None:
     options = {
         name: getattr(arguments, name) for name in ("copies", "chosen", "segments", "noise", "seed")
     }
-    upcycle(arguments.dense, arguments.model, **options)
+    hf.upcycle(arguments.dense, arguments.model, **options)
     print(f"wrote {arguments.model}")
 
 
 def main(arguments: argparse.Namespace) -> None:
     commands = {"inspect": inspect, "import": import_, "export": export, "upcycle": upcycle_}
-    with errors_in_one_line():
+    jax.config.update("jax_platforms", "cpu")
+    with errors_in_one_line(arguments.debug):
         commands[arguments.command](arguments)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    main(parse(sys.argv[1:]))

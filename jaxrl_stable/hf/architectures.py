@@ -97,7 +97,9 @@ def _read_deepseek_v3(content: Json) -> Json:
         chosen_groups=(content["topk_group"] or 1) if groups > 1 else 1,
         routed_scaling=float(content["routed_scaling_factor"]),
         num_shared_experts=content["n_shared_experts"] or 0,
-        mlp_only_layers=tuple(range(content["first_k_dense_replace"])),
+        mlp_only_layers=tuple(
+            range(min(content["first_k_dense_replace"], content["num_hidden_layers"]))
+        ),
         query_key_norm="none",
         latent=LatentAttention(
             key_value_rank=content["kv_lora_rank"],

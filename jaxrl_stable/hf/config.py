@@ -7,11 +7,11 @@ that names the option, never a silent approximation.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
 
+from jaxrl_stable.data.files import read_json
 from jaxrl_stable.hf.architectures import ARCHITECTURES, Architecture, Json, no_experts
 from jaxrl_stable.model.config import EXECUTION_FIELDS, ModelConfig, Yarn
 
@@ -34,7 +34,7 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
             f"read_config got {wrong[0]}, which the checkpoint decides; give only "
             f"{', '.join(EXECUTION_FIELDS)}"
         )
-    content, file = read_json(directory), pathlib.Path(directory) / "config.json"
+    content, file = read_config_json(directory), pathlib.Path(directory) / "config.json"
     try:
         return ModelConfig(**from_json(content), **execution)
     except KeyError as error:
@@ -43,7 +43,7 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from None
 
 
-def read_json(directory: str | pathlib.Path) -> Json:
+def read_config_json(directory: str | pathlib.Path) -> Json:
     """The parsed `config.json` of a directory.
 
     Raises:
@@ -53,13 +53,7 @@ def read_json(directory: str | pathlib.Path) -> Json:
     file = pathlib.Path(directory) / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist; give a Hugging Face model directory")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON object; download it again")
-    return content
+    return read_json(file)
 
 
 def from_json(content: Json) -> Json:
@@ -73,7 +67,12 @@ def from_json(content: Json) -> Json:
     if kind not in known:
         raise ValueError(f"model_type {kind!r} is not supported; supported are {', '.join(known)}")
     _refuse(content)
-    return _common(content) | known[kind].read(content)
+    fields = _common(content) | known[kind].read(content)
+    for field in dataclasses.fields(ModelConfig):
+        value = fields.get(field.name, 0)
+        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{field.name} is {value!r}; it must be a whole number")
+    return fields
 
 
 def to_json(config: ModelConfig) -> tuple[Architecture, Json]:
@@ -177,6 +176,8 @@ def _common_json(config: ModelConfig) -> Json:
     )
     yarn = config.rope_scaling
     if yarn is not None:
+        # Version 4 takes the factor from here; 5.23 from where it stands below.
+        content["max_position_embeddings"] = round(yarn.factor * yarn.original_context)
         content["rope_scaling"] = dict(
             rope_type="yarn",
             factor=yarn.factor,

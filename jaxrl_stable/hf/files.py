@@ -5,15 +5,20 @@ Nothing here holds more than a part of a tensor in memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from jaxrl_stable.data.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Names of the types in the file format, where they are ones that weights come in.
@@ -40,8 +45,8 @@ class TensorFiles:
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = pathlib.Path(directory)
         self._slices: dict[str, Any] = {}
-        wanted = _index(self.directory)
-        for file in dict.fromkeys(wanted.values()):
+        index = _index(self.directory)
+        for file in dict.fromkeys(index.values()) if index else (SINGLE,):
             path = self.directory / file
             try:
                 handle = safetensors.safe_open(path, framework="np")
@@ -49,11 +54,17 @@ class TensorFiles:
                 raise FileNotFoundError(f"{path} is missing; download the rest") from None
             except safetensors.SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); download it again") from None
-            self._slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-        absent = sorted(name for name in wanted if name and name not in self._slices)
+            for name in handle.keys():  # noqa: SIM118
+                if index.get(name, file) != file:
+                    raise ValueError(
+                        f"{path} holds {name}, which {INDEX} places in {index[name]}; download "
+                        "both again"
+                    )
+                self._slices[name] = handle.get_slice(name)
+        absent = sorted(index.keys() - self._slices.keys())
         if absent:
             raise ValueError(
-                f"{self.directory / wanted[absent[0]]} does not hold {absent[0]} as {INDEX} says; "
+                f"{self.directory / index[absent[0]]} does not hold {absent[0]} as {INDEX} says; "
                 "download both again"
             )
         self.shapes = {name: tuple(part.get_shape()) for name, part in self._slices.items()}
@@ -65,30 +76,34 @@ class TensorFiles:
 
 
 def _index(directory: pathlib.Path) -> dict[str, str]:
-    """File of each tensor; without an index, all files, under names that no tensor has."""
+    """File of each tensor; empty where one file holds them all."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist; give a Hugging Face model directory")
-    if (directory / INDEX).exists():
-        try:
-            return dict(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{directory / INDEX} is damaged; download it again") from None
-    if (directory / SINGLE).exists():
-        return {"": SINGLE}
-    raise FileNotFoundError(
-        f"{directory} has neither {SINGLE} nor {INDEX}; give a directory with safetensors weights"
-    )
+    path = directory / INDEX
+    if not path.exists():
+        if (directory / SINGLE).exists():
+            return {}
+        raise FileNotFoundError(
+            f"{directory} has neither {SINGLE} nor {INDEX}; give a directory with safetensors "
+            "weights"
+        )
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(f"{path} has no weight_map; download it again")
+    for file in index.values():  # a name from outside: no way out of the directory
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+            raise ValueError(f"{path} names the file {file!r}; only plain file names are allowed")
+    return index
 
 
 class TensorWriter:
     """New safetensors files whose tensors are written in parts, in any order and by any thread.
 
     The library writes a file from tensors that are all in memory; here a file may be larger than
-    what memory has left. Files appear under their names once all is written (`close`); until then
-    they end in `.partial`, which no loader opens.
+    what memory has left. Leaving the context writes the index, where there are several files.
 
     Args:
-      directory: made if need be.
+      directory: an empty one (`new_directory`).
       shapes: of every tensor, in order.
       dtypes: of every tensor.
       file_bytes: a file is closed before it gets larger than this; a larger tensor has its own.
@@ -102,7 +117,6 @@ class TensorWriter:
         file_bytes: int = 5_000_000_000,
     ):
         self.directory = pathlib.Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
         sizes = {name: int(np.prod(shapes[name])) * dtypes[name].itemsize for name in shapes}
         self._total, groups, filled = sum(sizes.values()), [[]], 0
         for name, size in sizes.items():
@@ -118,7 +132,7 @@ class TensorWriter:
             ]
         self._shapes = dict(shapes)
         self._places: dict[str, tuple[int, int]] = {}
-        self._files: dict[str, int] = {}
+        self._descriptors: list[int] = []
         self._map: dict[str, str] = {}
         for file, group in zip(names, groups, strict=True):
             offset, header = 0, {"__metadata__": {"format": "pt"}}
@@ -131,11 +145,10 @@ class TensorWriter:
                 offset += sizes[name]
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)  # the data starts aligned
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            descriptor = os.open(self._partial(file), flags, 0o644)
+            descriptor = os.open(self.directory / file, os.O_WRONLY | os.O_CREAT, 0o644)
+            self._descriptors.append(descriptor)
             os.truncate(descriptor, 8 + len(text) + offset)
             _write_all(descriptor, len(text).to_bytes(8, "little") + text, 0)
-            self._files[file] = descriptor
             for name in group:
                 begin = 8 + len(text) + header[name]["data_offsets"][0]
                 self._places[name] = (descriptor, begin)
@@ -147,26 +160,38 @@ class TensorWriter:
         row = part.itemsize * int(np.prod(self._shapes[tensor][1:][-1:]))
         _write_all(descriptor, np.ascontiguousarray(part).view(np.uint8).data, begin + first * row)
 
-    def close(self) -> None:
-        """Gives the files their names, and writes the index where there are several."""
-        for descriptor in self._files.values():
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for descriptor in self._descriptors:
             os.close(descriptor)
-        for stale in (*self.directory.glob("model*.safetensors"), self.directory / INDEX):
-            stale.unlink(missing_ok=True)
-        for file in self._files:
-            os.replace(self._partial(file), self.directory / file)
-        if len(self._files) > 1:
+        if kind is None and len(self._descriptors) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._map}
             (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def abandon(self) -> None:
-        """Removes what was written."""
-        for file, descriptor in self._files.items():
-            os.close(descriptor)
-            self._partial(file).unlink(missing_ok=True)
 
-    def _partial(self, file: str) -> pathlib.Path:
-        return self.directory / f"{file}.partial"
+@contextlib.contextmanager
+def new_directory(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A directory that gets its name when all is in it; a failure leaves nothing.
+
+    Raises:
+      ValueError: something is there already. Nothing is ever overwritten.
+    """
+    target = pathlib.Path(target).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is not empty; give a new directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.partial-"))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrl_stable.hf.config import read_config, read_json
+from jaxrl_stable.hf.config import read_config, read_config_json
 from jaxrl_stable.hf.copying import THREADS, all_finite, chunks, copy, page_memory
 from jaxrl_stable.hf.files import DTYPES, TensorFiles
 from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces, tensor_shapes
@@ -80,9 +80,11 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
       ValueError: lists tensors that are missing, extra, misshapen or of an unknown type.
     """
     fused = any(name.endswith(".experts.down_proj") for name in files.shapes)
-    plan = pieces(config, model, read_json(files.directory)["model_type"], LAYOUTS[fused])
+    content = read_config_json(files.directory)
+    plan = pieces(config, model, content["model_type"], LAYOUTS[fused])
     wanted = tensor_shapes(plan)
-    present = {n: s for n, s in files.shapes.items() if not _left_out(n, config)}
+    behind = content.get("num_nextn_predict_layers") or 0
+    present = {n: s for n, s in files.shapes.items() if not _left_out(n, config, behind)}
     faults = {
         "missing": sorted(wanted.keys() - present.keys()),
         "extra": sorted(present.keys() - wanted.keys()),
@@ -106,19 +108,16 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
     return plan
 
 
-def _left_out(tensor: str, config: ModelConfig) -> bool:
+def _left_out(tensor: str, config: ModelConfig, behind: int) -> bool:
     """Tensors that the model does not have but a sound checkpoint may.
 
     A copy of the embedding as `lm_head` where the two are tied, rotary frequencies (recomputed
-    here), and layers behind the last one: DeepSeek-V3's multi-token prediction.
+    here), and the layers behind the last one: DeepSeek-V3's multi-token prediction.
     """
     if tensor == "lm_head.weight":
         return config.tie_embeddings
-    if tensor.endswith("rotary_emb.inv_freq"):
-        return True
-    parts = tensor.split(".")
-    behind = parts[:2] == ["model", "layers"] and parts[2].isdigit()
-    return behind and config.latent is not None and int(parts[2]) >= config.num_layers
+    extra = tuple(f"model.layers.{config.num_layers + i}." for i in range(behind))
+    return tensor.endswith("rotary_emb.inv_freq") or tensor.startswith(extra)
 
 
 def _parameter(
@@ -128,20 +127,20 @@ def _parameter(
     pool: ThreadPoolExecutor,
     broken: set[str],
 ) -> jax.Array:
-    """One parameter as a sharded array."""
-    made: dict[Any, np.ndarray] = {}  # devices that hold the same shard share it
-
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    """One parameter as a sharded array; the host holds one shard of it at a time."""
+    devices: dict[tuple, list[jax.Device]] = {}  # by what they hold: replicas are read once
+    for device, index in value.sharding.addressable_devices_indices_map(value.shape).items():
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, value.shape, strict=True))
-        if bounds not in made:
-            target = page_memory([b - a for a, b in bounds], value.dtype)
-            jobs = [piece for piece in part if _inside(piece, bounds)]
-            for _ in pool.map(lambda piece: _fill(target, bounds, piece, files, broken), jobs):
-                pass
-            made[bounds] = target
-        return made[bounds]
-
-    return jax.make_array_from_callback(value.shape, value.sharding, shard)
+        devices.setdefault(bounds, []).append(device)
+    placed = []
+    for bounds, holders in devices.items():
+        shard = page_memory([b - a for a, b in bounds], value.dtype)
+        jobs = [piece for piece in part if _inside(piece, bounds)]
+        for _ in pool.map(lambda p: _fill(shard, bounds, p, files, broken), jobs):  # noqa: B023
+            pass
+        placed += [jax.device_put(shard, device) for device in holders]
+        jax.block_until_ready(placed)
+    return jax.make_array_from_single_device_arrays(value.shape, value.sharding, placed)
 
 
 def _inside(piece: Piece, bounds: tuple[tuple[int, int], ...]) -> bool:
@@ -167,6 +166,8 @@ def _fill(
     for start, stop in chunks(place.shape, place.itemsize):
         begin = piece.start + first
         chunk = files.read(piece.tensor, piece.lead, slice(begin + start, begin + stop), *ranges)
+        with np.errstate(over="ignore"):  # what becomes infinite is found below
+            chunk = chunk.astype(place.dtype, copy=False)
         if not all_finite(chunk):
             broken.add(piece.tensor)
         copy(place[start:stop], chunk.reshape(stop - start, -1))

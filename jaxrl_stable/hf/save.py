@@ -1,6 +1,7 @@
 """A model as a checkpoint directory of transformers.
 
-Each tensor is fetched from the devices, turned and written a few rows at a time, by a few threads.
+Each parameter is fetched from the devices layer by layer (on a CPU it is where it is), then turned
+and written a few rows at a time, by a few threads.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from jaxrl_stable.hf.config import from_json, read_json, to_json
+from jaxrl_stable.hf.config import read_config, read_config_json, to_json
 from jaxrl_stable.hf.copying import THREADS, all_finite, chunks, copy
-from jaxrl_stable.hf.files import DTYPES, TensorWriter
-from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces
+from jaxrl_stable.hf.files import DTYPES, TensorWriter, new_directory
+from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces, tensor_shapes
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.transformer import Transformer
 
 # Files beside the weights that are taken over from the checkpoint a model descends from.
 COMPANIONS = (
     "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer*",
+    "tokenization_*.py",
+    "tiktoken.model",
+    "*.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -54,7 +56,7 @@ def save(
 
     Args:
       model: the policy, its arrays wholly on this process's devices.
-      directory: where to; made if need be. Weights that are there are replaced at the end.
+      directory: where to; must be new or empty.
       dtype: "float32", "bfloat16" or "float16"; the stored type by default.
       layout: "per-expert", which every version and engine reads, or "fused" (transformers 5).
       like: the checkpoint this model descends from: its `config.json` is kept where it says the
@@ -62,8 +64,9 @@ def save(
       file_bytes: size at which a new file begins.
 
     Raises:
-      ValueError: no architecture of transformers computes this model, `like` is of another one,
-        a value is not finite, or an argument is unknown. Nothing is left behind.
+      ValueError: the directory is not empty, no architecture of transformers computes this model,
+        `like` is of another one, a value is not finite, an array is on other hosts too, or an
+        argument is unknown. Nothing is left behind.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
@@ -72,6 +75,10 @@ def save(
     types = {np.dtype(known).name: np.dtype(known) for known in DTYPES.values()}
     if dtype not in types:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(types)}")
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model)):
+        raise ValueError(
+            "the model is spread over several hosts; restore it on one of them to save it"
+        )
     architecture, content = to_json(config)
     content["torch_dtype"] = content["dtype"] = dtype
     if like is not None:
@@ -79,11 +86,13 @@ def save(
         content = both | _descends(config, like) | {"torch_dtype": dtype, "dtype": dtype}
         architecture = architecture._replace(model_type=content["model_type"])
     plan = pieces(config, model, architecture.model_type, layout)
-    shapes = {piece.tensor: piece.shape for part in plan.values() for piece in part}
+    shapes = dict(sorted(tensor_shapes(plan).items()))
     dtypes = {n: types["float32" if n.endswith(_ALWAYS_FLOAT32) else dtype] for n in shapes}
-    writer = TensorWriter(directory, dict(sorted(shapes.items())), dtypes, file_bytes)
-    try:
-        with ThreadPoolExecutor(THREADS) as pool:
+    with new_directory(directory) as target:
+        with (
+            TensorWriter(target, shapes, dtypes, file_bytes) as writer,
+            ThreadPoolExecutor(THREADS) as pool,
+        ):
             for path, param in parameters(model).items():
                 for index, layer in _layers(param.get_value(), plan[path]):
                     ours = [piece for piece in plan[path] if piece.index[:1] == index]
@@ -92,29 +101,29 @@ def save(
                         _write(writer, piece, layer, dtypes[piece.tensor])
 
                     list(pool.map(one, ours))
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
-    target = pathlib.Path(directory)
-    (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if like is not None:
-        copy_companions(like, target)
+        write_json(target / "config.json", content)
+        if like is not None:
+            copy_companions(like, target)
 
 
-def copy_companions(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
-    """Copies tokenizer, chat template and generation settings."""
-    for name in COMPANIONS:
-        file = pathlib.Path(source, name)
-        if file.is_dir():
-            shutil.copytree(file, pathlib.Path(target, name), dirs_exist_ok=True)
-        elif file.exists() and file.resolve() != pathlib.Path(target, name).resolve():
-            shutil.copyfile(file, pathlib.Path(target, name))
+def write_json(file: pathlib.Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def companions(directory: str | pathlib.Path) -> list[pathlib.Path]:
+    """Tokenizer, chat template and generation settings of a directory."""
+    found = {file for name in COMPANIONS for file in pathlib.Path(directory).glob(name)}
+    return sorted(found)
+
+
+def copy_companions(source: str | pathlib.Path, target: pathlib.Path) -> None:
+    """Copies them (and what links point to)."""
+    for file in companions(source):
+        (shutil.copytree if file.is_dir() else shutil.copyfile)(file, target / file.name)
 
 
 def _descends(config: ModelConfig, like: str | pathlib.Path) -> dict:
-    content = read_json(like)
-    theirs = ModelConfig(**from_json(content)).architecture()
+    content, theirs = read_config_json(like), read_config(like).architecture()
     differing = [name for name, value in config.architecture().items() if theirs[name] != value]
     if differing:
         raise ValueError(

@@ -14,15 +14,18 @@ S = 1 is sparse upcycling by copies (Komatsuzaki et al. 2023, arXiv:2212.05055).
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
-from jaxrl_stable.hf.config import read_config, to_json
-from jaxrl_stable.hf.files import DTYPES, TensorFiles, TensorWriter
-from jaxrl_stable.hf.save import copy_companions
+from jaxrl_stable.hf.config import read_config, read_config_json, to_json
+from jaxrl_stable.hf.copying import all_finite
+from jaxrl_stable.hf.files import DTYPES, TensorFiles, TensorWriter, new_directory
+from jaxrl_stable.hf.load import plan_of
+from jaxrl_stable.hf.save import copy_companions, write_json
+from jaxrl_stable.model.transformer import init_model
 
 _ROUTER_STD = 0.02  # logits of order one behind a norm, of hidden sizes in the thousands
 
@@ -45,7 +48,7 @@ def upcycle(
 
     Args:
       source: directory of the dense checkpoint.
-      target: directory to write.
+      target: directory to write; must be new or empty.
       copies: m, copies of the feed-forward layer.
       chosen: C, copies that a token passes.
       segments: S, parts of each copy; divides the dense width.
@@ -54,8 +57,8 @@ def upcycle(
       seed: of routers and noise.
 
     Raises:
-      FileNotFoundError, ValueError: the source is not a sound dense checkpoint, or the sizes do not
-        fit.
+      FileNotFoundError, ValueError: the source is not a sound dense checkpoint, the sizes do not
+        fit, or the target is not empty. Nothing is left behind.
     """
     dense = read_config(source)
     if dense.num_experts:
@@ -72,23 +75,23 @@ def upcycle(
         moe_intermediate_size=dense.intermediate_size // segments,
         norm_topk_prob=True,
     )
-    _, content = to_json(config)
     files = TensorFiles(source)
+    plan_of(files, dense, jax.eval_shape(lambda: init_model(dense, 0)))
     made = _tensors(files, config.num_layers, copies, segments, noise, seed)
     shapes = {name: shape for name, (shape, _, _) in made.items()}
     dtypes = {name: DTYPES[code] for name, (_, code, _) in made.items()}
-    writer = TensorWriter(target, shapes, dtypes)
-    try:
-        for name, (_, _, value) in made.items():
-            writer.write(name, 0, value().astype(dtypes[name]))
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
+    _, content = to_json(config)
     content["torch_dtype"] = content["dtype"] = next(iter(dtypes.values())).name
-    file = pathlib.Path(target, "config.json")
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    copy_companions(source, target)
+    kept = {name: value for name, value in content.items() if value is not None}
+    with new_directory(target) as directory:
+        with TensorWriter(directory, shapes, dtypes) as writer:
+            for name, (_, _, value) in made.items():
+                part = value().astype(dtypes[name])
+                if not all_finite(part):
+                    raise ValueError(f"{source} has values in {name} that are not finite")
+                writer.write(name, 0, part)
+        write_json(directory / "config.json", read_config_json(source) | kept)
+        copy_companions(source, directory)
 
 
 Made = tuple[tuple[int, ...], str, Callable[[], np.ndarray]]
@@ -107,8 +110,6 @@ def _tensors(
         prefix = f"model.layers.{layer}.mlp."
         for kind, matrix in enumerate(("gate_proj", "up_proj", "down_proj")):
             source = f"{prefix}{matrix}.weight"
-            if source not in files.shapes:
-                raise ValueError(f"{files.directory} does not hold {source}; download it again")
             rows, columns = files.shapes[source]
             axis = 1 if matrix == "down_proj" else 0
             width = (rows, columns)[axis] // segments

@@ -134,8 +134,11 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def attention_implementation(config: ModelConfig) -> str:
-    """Resolves "auto": cuDNN for half precision on NVIDIA GPUs, the plain XLA form elsewhere."""
+    """Resolves "auto": cuDNN for half precision on NVIDIA GPUs, the plain XLA form elsewhere.
+
+    Heads wider than 128, as those of latent attention are, only some GPUs can do with cuDNN.
+    """
     if config.attention != "auto":
         return config.attention
-    half = config.dtype in ("bfloat16", "float16")
-    return "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+    suits = config.dtype in ("bfloat16", "float16") and config.head_dim <= 128
+    return "cudnn" if suits and jax.default_backend() == "gpu" else "xla"

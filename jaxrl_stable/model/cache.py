@@ -57,6 +57,17 @@ class Cache:
         """Moves the write column, once all layers have written."""
         return dataclasses.replace(self, length=self.length + columns)
 
+    def widen(self, columns: int) -> Cache:
+        """The same content with room for `columns` columns."""
+        more = columns - self.segment_ids.shape[1]
+        room = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
+        return dataclasses.replace(
+            self,
+            keys=jnp.pad(self.keys, room),
+            values=jnp.pad(self.values, room),
+            segment_ids=jnp.pad(self.segment_ids, ((0, 0), (0, more))),
+        )
+
 
 def empty_cache(config: ModelConfig, batch: int, columns: int) -> Cache:
     """A cache with room for `columns` columns."""

@@ -33,7 +33,7 @@ class LatentAttention(nnx.Module):
         self.config = config
         source, width = "embed", D
         if sizes.query_rank:
-            source, width = "latent", sizes.query_rank
+            source, width = "latent_in", sizes.query_rank
             self.query_down = matrix(rngs, {"embed": D, "latent": width}, ("embed",), **options)
             self.query_norm = Norm({"latent": width}, **norm)
         self.query = matrix(rngs, {source: width, "heads": H, "head_dim": hd}, (source,), **options)
@@ -41,7 +41,7 @@ class LatentAttention(nnx.Module):
         self.norm = Norm({"latent": rank}, **norm)
         both = hd - rotary + sizes.value_dim
         self.up = matrix(
-            rngs, {"latent": rank, "heads": H, "head_dim": both}, ("latent",), **options
+            rngs, {"latent_in": rank, "heads": H, "head_dim": both}, ("latent_in",), **options
         )
         self.out = matrix(
             rngs,
@@ -77,7 +77,7 @@ class LatentAttention(nnx.Module):
         up = jnp.einsum("bsr,rhk->bshk", latent, read(self.up, q.dtype))
         rotated = jnp.broadcast_to(rotated, (*rotated.shape[:2], H, rotated.shape[3]))
         k, v = jnp.concatenate([up[..., :plain], rotated], axis=-1), up[..., plain:]
-        # Kernels want values as wide as keys, or keys as wide as values.
+        # `dot_product_attention` wants one width for all three.
         width = max(k.shape[-1], v.shape[-1])
         q, k, padded = (
             jnp.pad(y, ((0, 0), (0, 0), (0, 0), (0, width - y.shape[-1]))) for y in (q, k, v)

@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory):
 
 
 def command(*arguments):
-    main(parse(["hf", *map(str, arguments)]))
+    main(parse([*map(str, arguments)]))
 
 
 def test_inspect_says_what_it_is(checkpoint, capsys):

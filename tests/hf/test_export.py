@@ -1,6 +1,7 @@
 """What `save` leaves in a directory: all of a checkpoint, or what was there before."""
 
 import dataclasses
+import importlib
 import json
 
 import jax
@@ -15,6 +16,8 @@ from jaxrl_stable import hf
 from jaxrl_stable.hf import copying
 from jaxrl_stable.hf.config import from_json
 from jaxrl_stable.model import ModelConfig
+
+saving = importlib.import_module("jaxrl_stable.hf.save")  # `hf.save` is the function
 
 INDEX = "model.safetensors.index.json"
 
@@ -41,37 +44,52 @@ def content(directory):
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_failed_save_leaves_what_was_there(value, model, tmp_path):
-    raw.copied("deepseek-v3.v5", tmp_path)
-    before = content(tmp_path)
+def test_failed_save_leaves_nothing(value, model, tmp_path):
     with pytest.raises(ValueError, match="not finite as float32; nothing was saved"):
-        hf.save(damaged(model, value), tmp_path, file_bytes=20_000)
+        hf.save(damaged(model, value), tmp_path / "new", file_bytes=20_000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(model, tmp_path):
+    raw.copied("qwen3-moe.v5", tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match="is not empty; give a new directory"):
+        hf.save(model, tmp_path)
+    with pytest.raises(ValueError, match="is not empty; give a new directory"):
+        hf.save(model, tmp_path, like=tmp_path)
     assert content(tmp_path) == before
+
+
+def test_interrupted_while_the_config_is_written(model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving, "write_json", fail)
+    with pytest.raises(KeyboardInterrupt):
+        hf.save(model, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_values_too_large_for_the_stored_type(model, tmp_path):
     with pytest.raises(ValueError, match="not finite as float16"):
         hf.save(damaged(model, 7e4), tmp_path / "new", dtype="float16")
-    assert not list((tmp_path / "new").iterdir())
+    assert not list(tmp_path.iterdir())
     hf.save(damaged(model, 7e4), tmp_path / "new", dtype="bfloat16")
 
 
-def test_save_replaces_all_of_another_checkpoint(model, tmp_path):
-    """No file of the old index survives to be loaded beside the new ones."""
-    raw.copied("deepseek-v3.v5", tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    hf.save(model, tmp_path)
-    assert content(tmp_path).keys() == {
-        "config.json",
-        "model.safetensors",
-        "expected.npz",
-        "tokenizer.json",
-    }
-    assert_same(ours.load(tmp_path), model)
-    hf.save(model, tmp_path, file_bytes=20_000)
-    assert not (tmp_path / "model.safetensors").exists()
-    assert_same(ours.load(tmp_path), model)
+def test_links_are_followed_and_directories_copied(model, tmp_path):
+    """Links, as in a cache of the hub, are followed; directories are copied whole."""
+    origin, blob = tmp_path / "origin", tmp_path / "blob"
+    raw.copied("qwen3-moe.v5", origin)
+    blob.write_text("{}")
+    (origin / "tokenizer.json").symlink_to(blob)
+    (origin / "additional_chat_templates").mkdir()
+    (origin / "additional_chat_templates" / "tool.jinja").write_text("x")
+    hf.save(model, tmp_path / "new", like=origin)
+    assert not (tmp_path / "new" / "tokenizer.json").is_symlink()
+    assert (tmp_path / "new" / "additional_chat_templates" / "tool.jinja").read_text() == "x"
+    assert not (tmp_path / "new" / "expected.npz").exists()
 
 
 @pytest.mark.parametrize("file_bytes", [1, 5_000, 40_000])

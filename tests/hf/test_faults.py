@@ -133,7 +133,26 @@ def test_index_that_says_what_is_not_so(tmp_path):
 def test_damaged_index(content, tmp_path):
     directory = raw.copied(SHARDS, tmp_path)
     (directory / INDEX).write_text(content)
-    refused(directory, "index.json is damaged")
+    refused(directory, "index.json(: .*JSON| has no weight_map)")
+
+
+@pytest.mark.parametrize("place", ["../other/model.safetensors", "/model.safetensors", 3])
+def test_index_that_leads_out_of_the_directory(place, tmp_path):
+    directory = raw.copied(SHARDS, tmp_path)
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"][NORM] = place
+    (directory / INDEX).write_text(json.dumps(index))
+    refused(directory, "only plain file names are allowed")
+
+
+def test_tensor_in_another_file_than_the_index_says(tmp_path):
+    directory = raw.copied(SHARDS, tmp_path)
+    index = json.loads((directory / INDEX).read_text())
+    there = index["weight_map"][NORM]
+    other = next(file for file in index["weight_map"].values() if file != there)
+    index["weight_map"][NORM] = other
+    (directory / INDEX).write_text(json.dumps(index))
+    refused(directory, f"{there} holds {NORM}, which .* places in {other}")
 
 
 def test_no_weights(tmp_path):
@@ -169,7 +188,10 @@ def test_prediction_layers_and_frequencies_are_ignored(tmp_path):
             tensors[f"model.layers.3.{name}.weight"] = raw.zeros("BF16", 3, 5)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = raw.zeros("F32", 3)
 
-    same(ours.load(raw.changed("deepseek-v3.v4", tmp_path, edit)), "deepseek-v3.v4")
+    changed = raw.changed("deepseek-v3.v4", tmp_path, edit, num_nextn_predict_layers=1)
+    same(ours.load(changed), "deepseek-v3.v4")
+    # A config that says less than the files hold would load half a model.
+    refused(raw.changed("deepseek-v3.v4", tmp_path, edit), "extra: model.layers.3.eh_proj.weight")
 
 
 def same(model, name):

@@ -23,6 +23,7 @@ DEEPSEEK = dict(
     intermediate_size=18_432,
     moe_intermediate_size=2048,
     mlp_only_layers=(0, 1, 2),
+    router_score="sigmoid",
     selection_bias=True,
     num_shared_experts=1,
     query_key_norm="none",

@@ -41,7 +41,7 @@ def test_from_a_checkpoint_through_a_run_to_a_checkpoint(tmp_path):
     assert experiment.model == config
     state = train.train(experiment, tmp_path / "run")
 
-    main(parse(["hf", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype=float32"]))
+    main(parse(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--dtype=float32"]))
     before = load_file(origin / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     expected = jax.device_get(state.model.embedding.get_value())

@@ -47,7 +47,7 @@ YARN = dict(
     factor=4.0,
     original_max_position_embeddings=128,
     beta_fast=4.0,
-    beta_slow=1.0,
+    beta_slow=0.5,
 )
 
 
@@ -124,7 +124,9 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
                 continue
             noise = torch.randn(weight.shape, generator=generator)
             if path.endswith("e_score_correction_bias"):
-                weight.copy_(0.1 * noise)
+                # Version 4 takes experts of masked groups (score 0) before negative scores; version
+                # 5 and DeepSeek's own code never do.
+                weight.copy_(0.1 * noise + (0.4 if VERSION < 5 else 0.0))
             elif weight.ndim == 1:
                 weight.copy_(1 + 0.3 * noise)
             else:
