@@ -9,6 +9,7 @@ mapped file pages, which the system can drop, are apart), before and after subtr
 
 import argparse
 import json
+import math
 import pathlib
 import shutil
 import statistics
@@ -94,7 +95,7 @@ def make(directory: str, gigabytes: float) -> None:
     config = model.ModelConfig(
         vocab_size=32_000,
         hidden_size=2048,
-        num_layers=max(1, round((gigabytes * 1e9 - 2 * 2 * 32_000 * 2048) / layer)),
+        num_layers=max(1, math.ceil((gigabytes * 1e9 - 2 * 2 * 32_000 * 2048) / layer)),
         num_heads=16,
         num_kv_heads=4,
         head_dim=128,

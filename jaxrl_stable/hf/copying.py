@@ -15,11 +15,11 @@ STRIPE_ROWS = 12  # turned at a time: about as many as a first-level cache has w
 THREADS = min(8, os.cpu_count() or 1)
 
 
-def chunks(shape: tuple[int, int], itemsize: int) -> Iterator[tuple[int, int]]:
+def chunks(shape: tuple[int, int], itemsize: int) -> Iterator[slice]:
     """Ranges of rows of about `CHUNK_BYTES`."""
     step = max(1, CHUNK_BYTES // (shape[1] * itemsize))
     for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
+        yield slice(start, min(start + step, shape[0]))
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:

@@ -12,7 +12,6 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -44,7 +43,9 @@ class TensorFiles:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = pathlib.Path(directory)
-        self._slices: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.codes: dict[str, str] = {}
+        self._places: dict[str, tuple[np.memmap, int]] = {}
         index = _index(self.directory)
         for file in dict.fromkeys(index.values()) if index else (SINGLE,):
             path = self.directory / file
@@ -60,19 +61,35 @@ class TensorFiles:
                         f"{path} holds {name}, which {INDEX} places in {index[name]}; download "
                         "both again"
                     )
-                self._slices[name] = handle.get_slice(name)
-        absent = sorted(index.keys() - self._slices.keys())
+                part = handle.get_slice(name)
+                self.shapes[name] = tuple(part.get_shape())
+                self.codes[name] = part.get_dtype()
+            self._places |= _places(path)
+        absent = sorted(index.keys() - self.shapes.keys())
         if absent:
             raise ValueError(
                 f"{self.directory / index[absent[0]]} does not hold {absent[0]} as {INDEX} says; "
                 "download both again"
             )
-        self.shapes = {name: tuple(part.get_shape()) for name, part in self._slices.items()}
-        self.codes = {name: part.get_dtype() for name, part in self._slices.items()}
 
-    def read(self, tensor: str, lead: tuple[int, ...], *ranges: slice) -> np.ndarray:
-        """Copies a part of a tensor: one entry of its leading axes, ranges of the others."""
-        return self._slices[tensor][(*lead, *ranges)]
+    def view(self, tensor: str) -> np.ndarray:
+        """A tensor as it lies in its file: nothing is read before it is looked at."""
+        mapped, begin = self._places[tensor]
+        dtype, shape = DTYPES[self.codes[tensor]], self.shapes[tensor]
+        end = begin + dtype.itemsize * int(np.prod(shape))
+        return np.asarray(mapped[begin:end]).view(dtype).reshape(shape)
+
+
+def _places(path: pathlib.Path) -> dict[str, tuple[np.memmap, int]]:
+    """Where each tensor of a file begins, in the mapped file.
+
+    The library has checked the file, but it copies what it reads, one thread at a time.
+    """
+    mapped = np.memmap(path, np.uint8, "r")
+    length = int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8 : 8 + length].tobytes())
+    header.pop("__metadata__", None)
+    return {name: (mapped, 8 + length + about["data_offsets"][0]) for name, about in header.items()}
 
 
 def _index(directory: pathlib.Path) -> dict[str, str]:

@@ -31,8 +31,9 @@ def load(
 ) -> Transformer:
     """Loads a Hugging Face checkpoint.
 
-    Host memory peaks at this host's shards plus `THREADS` chunks of one MiB. Weights are converted
-    to `config.param_dtype`.
+    A host allocates its own shards (on accelerators one of them at a time) and `THREADS` chunks of
+    one MiB; the files are mapped, so that the system can drop what was read of them. Weights are
+    converted to `config.param_dtype`.
 
     Args:
       directory: `config.json` and safetensors files, per-expert or fused.
@@ -162,15 +163,15 @@ def _fill(
         place = place.reshape(int(np.prod(sizes[: len(rows)])), -1)
     # Of several axes in a group only the first is ever cut, so that a cut is one range.
     first, column = rows[0][0] * _rest(rows), columns[0][0] * _rest(columns) if columns else 0
-    ranges = (slice(column, column + place.shape[1]),) if columns else ()
-    for start, stop in chunks(place.shape, place.itemsize):
-        begin = piece.start + first
-        chunk = files.read(piece.tensor, piece.lead, slice(begin + start, begin + stop), *ranges)
+    first += piece.start
+    source = files.view(piece.tensor)[piece.lead][first : first + place.shape[0]]
+    source = source.reshape(len(source), -1)[:, column : column + place.shape[1]]
+    for rows in chunks(place.shape, place.itemsize):
         with np.errstate(over="ignore"):  # what becomes infinite is found below
-            chunk = chunk.astype(place.dtype, copy=False)
+            chunk = source[rows].astype(place.dtype, copy=False)
         if not all_finite(chunk):
             broken.add(piece.tensor)
-        copy(place[start:stop], chunk.reshape(stop - start, -1))
+        copy(place[rows], chunk)
 
 
 def _rest(group: tuple[tuple[int, int], ...]) -> int:

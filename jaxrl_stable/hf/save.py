@@ -152,11 +152,11 @@ def _write(writer: TensorWriter, piece: Piece, layer: np.ndarray, dtype: np.dtyp
         source = source.reshape(piece.columns, piece.rows).T
     source = source.reshape(piece.rows, piece.columns)
     first = piece.start + (piece.lead[0] * piece.shape[1] if piece.lead else 0)
-    for start, stop in chunks(source.shape, dtype.itemsize):
-        part = np.empty((stop - start, piece.columns), dtype)
-        copy(part, source[start:stop])
+    for rows in chunks(source.shape, dtype.itemsize):
+        part = np.empty((rows.stop - rows.start, piece.columns), dtype)
+        copy(part, source[rows])
         if not all_finite(part):
             raise ValueError(
                 f"{piece.path} holds values that are not finite as {dtype.name}; nothing was saved"
             )
-        writer.write(piece.tensor, first + start, part)
+        writer.write(piece.tensor, first + rows.start, part)

@@ -104,8 +104,7 @@ def _tensors(
     made: dict[str, Made] = {}
     for name, shape in files.shapes.items():
         if ".mlp." not in name:
-            ranges = tuple(slice(0, n) for n in shape)
-            made[name] = (shape, files.codes[name], lambda n=name, r=ranges: files.read(n, (), *r))
+            made[name] = (shape, files.codes[name], lambda n=name: files.view(n))
     for layer in range(layers):
         prefix = f"model.layers.{layer}.mlp."
         for kind, matrix in enumerate(("gate_proj", "up_proj", "down_proj")):
@@ -122,7 +121,7 @@ def _tensors(
                 key = (seed, layer, kind, copy, segment)
 
                 def value(source=source, ranges=ranges, factor=factor, key=key) -> np.ndarray:
-                    return _perturbed(files.read(source, (), *ranges), factor, noise, key)
+                    return _perturbed(files.view(source)[ranges], factor, noise, key)
 
                 name = f"{prefix}experts.{expert}.{matrix}.weight"
                 made[name] = (shape, files.codes[source], value)
