@@ -84,6 +84,8 @@ def _read_mixtral(content: Json) -> Json:
 def _read_deepseek_v3(content: Json) -> Json:
     plain, rotary = content["qk_nope_head_dim"], content["qk_rope_head_dim"]
     groups = content["n_group"] or 1
+    if not content["n_routed_experts"]:
+        raise ValueError("n_routed_experts is 0; transformers has no dense model of this kind")
     return dict(
         head_dim=plain + rotary,
         num_kv_heads=content["num_attention_heads"],  # all share one latent
