@@ -1,14 +1,16 @@
-"""Statistics of held-out accuracy: avg@k, pass@k and the gain of a run, with intervals.
+"""Means with intervals: avg@k, pass@k and the gain of a run over problems; anything over seeds.
 
-The unit of resampling is the *problem*: the k samples of one problem share its difficulty, so they
-are not independent, and an interval that counted them as such would be too narrow. Accuracies are
-fractions in [0, 1]. Numpy only.
+For accuracy the unit of resampling is the *problem*: the k samples of one problem share its
+difficulty, so they are not independent, and an interval that counted them as such would be too
+narrow. Accuracies are fractions in [0, 1]. Numpy and scipy only.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
+from scipy.special import stdtrit
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -16,7 +18,7 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95 % bootstrap interval."""
+    """A mean with its 95 % interval."""
 
     value: float
     low: float
@@ -88,6 +90,20 @@ def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> E
     means = drawn @ distinct / len(values)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return Estimate(float(values.mean()), float(low), float(high))
+
+
+def mean_over_seeds(values: Iterable[float]) -> Estimate:
+    """Mean of one figure per seed, with Student's t interval: seeds are few, problems many.
+
+    Raises:
+      ValueError: fewer than two seeds, which have no interval.
+    """
+    values = np.array(tuple(values), np.float64)
+    if len(values) < 2:
+        raise ValueError(f"statistics: {len(values)} seeds; an interval needs at least 2")
+    mean = values.mean()
+    half = stdtrit(len(values) - 1, 0.5 + LEVEL / 2) * values.std(ddof=1) / np.sqrt(len(values))
+    return Estimate(float(mean), float(mean - half), float(mean + half))
 
 
 def _scores(correct) -> Float[np.ndarray, "problems k"]:

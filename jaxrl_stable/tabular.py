@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.special import stdtrit
 
 from jaxrl_stable.objectives import aggregate, minirl
+from jaxrl_stable.statistics import Estimate, mean_over_seeds
 
 Gradients = Float[np.ndarray, "B prefixes V"]
 
@@ -222,23 +222,15 @@ ESTIMATORS: Mapping[str, Estimator] = {
 }
 
 
-class Interval(NamedTuple):
-    """Mean over seeds with its 95 % confidence interval (Student's t)."""
-
-    mean: float
-    low: float
-    high: float
-
-
 class Row(NamedTuple):
     """One estimator at one distance of the policies; the figures are those of `Quality`."""
 
     estimator: str
     mismatch: float
     staleness: float
-    bias: Interval
-    cosine: Interval
-    noise: Interval
+    bias: Estimate
+    cosine: Estimate
+    noise: Estimate
 
 
 def table(
@@ -261,19 +253,10 @@ def table(
       ValueError: fewer than two seeds, which have no interval.
     """
     seeds, staleness = tuple(seeds), tuple(staleness)
-    if len(seeds) < 2:
-        raise ValueError(f"table: {len(seeds)} seeds; an interval needs at least 2")
     rows = []
     for distances in ((m, s) for m in mismatch for s in staleness):
         problems = [random_problem(seed, *distances, vocab_size, length) for seed in seeds]
         for name, estimator in estimators.items():
             found = [quality(p, estimator(p, centered_rewards(p))) for p in problems]
-            rows.append(Row(name, *distances, *map(_interval, zip(*found))))
+            rows.append(Row(name, *distances, *map(mean_over_seeds, zip(*found))))
     return rows
-
-
-def _interval(values: Iterable[float]) -> Interval:
-    values = np.array(tuple(values))
-    mean = values.mean()
-    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values))
-    return Interval(float(mean), float(mean - half), float(mean + half))

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -88,3 +89,12 @@ def test_errors_say_what_to_do(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.fast
+def test_interval_over_seeds_is_students():
+    """With one degree of freedom: 12.706 standard errors (½ here) either side."""
+    found = dataclasses.astuple(statistics.mean_over_seeds([1.0, 2.0]))
+    np.testing.assert_allclose(found, (1.5, 1.5 - 12.7062 / 2, 1.5 + 12.7062 / 2), rtol=1e-5)
+    with pytest.raises(ValueError, match="1 seeds; an interval needs at least 2"):
+        statistics.mean_over_seeds([1.0])

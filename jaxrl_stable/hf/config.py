@@ -123,7 +123,7 @@ def _refuse(content: Json) -> None:
         if content.get(option) not in values:
             advice = "use a checkpoint without it"
             if option == "quantization_config":
-                advice = "convert the weights to bfloat16 first"
+                advice = "convert the weights to bfloat16, then remove it"
             raise ValueError(f"{option} = {content[option]!r} is not implemented; {advice}")
     window = content.get("sliding_window")
     context = content.get("max_position_embeddings", math.inf)

@@ -166,12 +166,12 @@ def _fill(
     first += piece.start
     source = files.view(piece.tensor)[piece.lead][first : first + place.shape[0]]
     source = source.reshape(len(source), -1)[:, column : column + place.shape[1]]
-    for rows in chunks(place.shape, place.itemsize):
+    for some in chunks(place.shape, place.itemsize):
         with np.errstate(over="ignore"):  # what becomes infinite is found below
-            chunk = source[rows].astype(place.dtype, copy=False)
+            chunk = source[some].astype(place.dtype, copy=False)
         if not all_finite(chunk):
             broken.add(piece.tensor)
-        copy(place[rows], chunk)
+        copy(place[some], chunk)
 
 
 def _rest(group: tuple[tuple[int, int], ...]) -> int:

@@ -45,7 +45,7 @@ def edited(tmp_path, name, **changes):
         (
             "qwen3.v5",
             dict(quantization_config={"bits": 4}),
-            "quantization_config .* bfloat16 first",
+            "quantization_config .* bfloat16, then remove it",
         ),
         ("deepseek-v3.v5", dict(scoring_func="softmax"), "scoring_func = 'softmax'"),
         ("deepseek-v3.v5", dict(topk_method="greedy"), "topk_method = 'greedy'"),
