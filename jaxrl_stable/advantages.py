@@ -1,8 +1,14 @@
-"""Baselines: from one reward per response to one advantage per response."""
+"""Advantages: from one reward per response to one advantage per response.
+
+One signature, `f(rewards, group_ids, valid=None, lengths=None, *, …) -> advantages`. Responses with
+equal id answer the same prompt; ids lie in [0, B). Where `valid` is False the reward is missing (a
+checker that failed is no wrong answer): such a response is left out of every statistic and gets
+advantage 0. A group of one has advantage 0 wherever the group is the baseline.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +23,230 @@ def centered(
     rewards: Float[Array, "B"],
     group_ids: Int[Array, "B"],
     valid: Bool[Array, "B"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B"]:
-    """Group-mean baseline without division by the standard deviation (arXiv:2512.01374, §4.1).
+    """Â_i = R_i − mean_{j in group(i)} R_j (arXiv:2512.01374, §4.1; Dr.GRPO, arXiv:2503.20783).
 
-        Â_i = R_i − mean_{j in group(i)} R_j
-
-    The mean includes the sample itself, as in GRPO (the paper does not say). A group of one has
-    advantage 0.
+    Not divided by the standard deviation. The mean includes the sample itself, as in GRPO (the
+    paper does not say).
 
     Args:
       rewards: one per response.
-      group_ids: responses with equal id answer the same prompt; ids lie in [0, B).
-      valid: False where the reward is missing (a checker that failed is no wrong answer): such a
-        response is left out of the mean and gets advantage 0.
+      group_ids: equal for responses to the same prompt; in [0, B).
+      valid: False where the reward is missing.
+      lengths: not looked at.
     """
+    return _groups(rewards, group_ids, valid).deviation
+
+
+def standardized(
+    rewards: Float[Array, "B"],
+    group_ids: Int[Array, "B"],
+    valid: Bool[Array, "B"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    scale: str = "group",
+    ddof: int = 1,
+    eps: float = 1e-6,
+) -> Float[Array, "B"]:
+    """Â_i = (R_i − group mean) / (std + eps): GRPO's (arXiv:2402.03300, §4.1.2).
+
+    Systems differ in what the paper leaves open: ddof 1 everywhere that was looked at, eps 1e-6
+    (verl, SkyRL, slime) or 1e-4 (TRL).
+
+    Args:
+      rewards, group_ids, valid, lengths: see `centered`.
+      scale: "group", the std of the group's rewards, or "batch", that of all rewards (TRL's
+        `scale_rewards="batch"`).
+      ddof: 1 divides the sum of squares by n − 1, 0 by n.
+      eps: added to the std.
+
+    Raises:
+      ValueError: unknown scale.
+    """
+    if scale not in ("group", "batch"):
+        raise ValueError(f"standardized: scale {scale!r} is unknown; use 'group' or 'batch'")
+    group = _groups(rewards, group_ids, valid)
+    if scale == "group":
+        squares, count = group.sum(jnp.square(group.deviation)), group.count
+    else:
+        count = group.keep.sum()
+        mean = (group.keep * group.rewards).sum() / jnp.maximum(count, 1.0)
+        squares = (group.keep * jnp.square(group.rewards - mean)).sum()
+    std = jnp.sqrt(squares / jnp.maximum(count - ddof, 1.0)) + eps
+    return group.deviation / jnp.where(std > 0, std, 1.0)
+
+
+def leave_one_out(
+    rewards: Float[Array, "B"],
+    group_ids: Int[Array, "B"],
+    valid: Bool[Array, "B"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    standardize: bool = False,
+    eps: float = 1e-6,
+) -> Float[Array, "B"]:
+    """Â_i = R_i − mean_{j≠i} R_j = G/(G − 1) (R_i − group mean): RLOO (arXiv:2402.14740).
+
+    The baseline does not depend on the sample, so that the gradient is unbiased at any group size;
+    `centered` is (1 − 1/G) of it.
+
+    Args:
+      rewards, group_ids, valid, lengths: see `centered`.
+      standardize: divide by the std (ddof 1) of the *others*, plus eps, as NeMo RL does with its
+        leave-one-out baseline; where they are all equal, the difference is left as it is.
+      eps: added to that std.
+    """
+    group = _groups(rewards, group_ids, valid)
+    others = jnp.maximum(group.count - 1, 1.0)
+    difference = group.deviation * group.count / others
+    difference = jnp.where(group.count > 1, difference, 0.0)
+    if not standardize:
+        return difference
+    squares = group.sum(jnp.square(group.deviation)) - jnp.square(group.deviation)
+    # About the mean of the others, which is deviation / others away from the group's.
+    squares -= jnp.square(group.deviation) / others
+    std = jnp.sqrt(jnp.maximum(squares, 0.0) / jnp.maximum(others - 1, 1.0))
+    # The difference of sums above does not reach 0 by itself: equality is decided on the rewards.
+    at_highest, at_lowest = group.rewards == group.highest, group.rewards == group.lowest
+    alone = (at_highest & (group.sum(at_lowest) == others)) | (
+        at_lowest & (group.sum(at_highest) == others)
+    )
+    equal = (group.highest == group.lowest) | alone | (group.count < 3)
+    return jnp.where(equal, difference, difference / jnp.where(equal, 1.0, std + eps))
+
+
+def reinforce_plus_plus(
+    rewards: Float[Array, "B"],
+    group_ids: Int[Array, "B"],
+    valid: Bool[Array, "B"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    baseline: bool = True,
+    eps: float = 1e-8,
+) -> Float[Array, "B"]:
+    """Whitened over the whole batch: Â = (x − mean) / √(var + eps) (arXiv:2501.03262).
+
+    x is R, or R − group mean with `baseline`. Mean and variance (with Bessel's correction) run over
+    tokens, as in verl: a response counts `lengths` times.
+
+    Args:
+      rewards, group_ids, valid: see `centered`.
+      lengths: response tokens; None counts each response once.
+      baseline: subtract the group's mean first (REINFORCE++-baseline).
+      eps: added to the variance.
+    """
+    group = _groups(rewards, group_ids, valid)
+    x = group.deviation if baseline else group.keep * group.rewards
+    weight = group.keep if lengths is None else group.keep * lengths.astype(x.dtype)
+    count = weight.sum()
+    mean = (weight * x).sum() / jnp.maximum(count, 1.0)
+    variance = (weight * jnp.square(x - mean)).sum() / jnp.maximum(count - 1, 1.0)
+    return group.keep * (x - mean) * jax.lax.rsqrt(variance + eps)
+
+
+def maxrl(
+    rewards: Float[Array, "B"],
+    group_ids: Int[Array, "B"],
+    valid: Bool[Array, "B"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Float[Array, "B"]:
+    """Â_i = (R_i − group mean) / (group mean + eps): maximum likelihood RL (arXiv:2602.02710).
+
+    For rewards of 0 and 1: hard problems weigh as 1/p, as in a likelihood. (The form of SkyRL's
+    code; the paper was not read.)
+
+    Args:
+      rewards, group_ids, valid, lengths: see `centered`; rewards are not negative.
+      eps: added to the mean.
+    """
+    group = _groups(rewards, group_ids, valid)
+    return group.deviation / (group.mean + eps)
+
+
+def gpg(
+    rewards: Float[Array, "B"],
+    group_ids: Int[Array, "B"],
+    valid: Bool[Array, "B"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+) -> Float[Array, "B"]:
+    """Â_i = (R_i − group mean) · B / #{j: R_j ≠ 0} (GPG, arXiv:2504.02546, as in verl's code).
+
+    Args:
+      rewards, group_ids, valid, lengths: see `centered`.
+    """
+    group = _groups(rewards, group_ids, valid)
+    nonzero = (group.keep * (group.rewards != 0)).sum()
+    return group.deviation * group.keep.sum() / jnp.maximum(nonzero, 1.0)
+
+
+def clip_filter(
+    rewards: Float[Array, "B"],
+    group_ids: Int[Array, "B"],
+    valid: Bool[Array, "B"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    *,
+    cap: float = 3.0,
+) -> Float[Array, "B"]:
+    """Â_i = (R_i − group mean) · min(cap, groups / groups with spread): CPGD's (arXiv:2505.12504).
+
+    Groups whose rewards are all equal give no gradient; the others make up for them. (The form of
+    siiRL's code; the paper was not read.)
+
+    Args:
+      rewards, group_ids, valid, lengths: see `centered`.
+      cap: largest factor.
+    """
+    group = _groups(rewards, group_ids, valid)
+    spread = (group.keep > 0) & (group.highest > group.lowest)
+    share = 1 / jnp.maximum(group.count, 1.0)  # adds up to 1 in a group
+    groups, informative = (group.keep * share).sum(), (spread * share).sum()
+    return group.deviation * jnp.minimum(cap, groups / jnp.maximum(informative, 1.0))
+
+
+class _Groups(NamedTuple):
+    """Statistics of each response's group, repeated for each response.
+
+    Attributes:
+      rewards: 0 where missing.
+      keep: 1 where the reward is there, else 0.
+      ids: of the groups.
+      count, mean, highest, lowest: over the responses of the group that are there.
+      deviation: rewards − mean, 0 where missing; exactly 0 where all of the group are equal, which
+        a mean in floating point would miss by its last digit, and a division blow up.
+    """
+
+    rewards: Float[Array, "B"]
+    keep: Float[Array, "B"]
+    ids: Int[Array, "B"]
+    count: Float[Array, "B"]
+    mean: Float[Array, "B"]
+    highest: Float[Array, "B"]
+    lowest: Float[Array, "B"]
+    deviation: Float[Array, "B"]
+
+    def sum(self, x: Float[Array, "B"]) -> Float[Array, "B"]:
+        """Sum over the group, of what is there."""
+        return _group_sum(self.keep * x, self.ids)
+
+
+def _groups(rewards, group_ids, valid) -> _Groups:
+    rewards = at_least_float32(rewards)
+    keep = jnp.ones_like(rewards) if valid is None else valid.astype(rewards.dtype)
+    rewards = jnp.where(keep > 0, rewards, 0.0)
+    count = _group_sum(keep, group_ids)
     size = rewards.shape[0]
-    keep = jnp.ones(size, jnp.float32) if valid is None else valid.astype(jnp.float32)
-    rewards = jnp.where(keep > 0, at_least_float32(rewards), 0.0)
-    total = jax.ops.segment_sum(rewards, group_ids, num_segments=size)
-    count = jax.ops.segment_sum(keep, group_ids, num_segments=size)
-    baseline = total / jnp.maximum(count, 1.0)
-    return keep * (rewards - baseline[group_ids])
+    known = jnp.where(keep > 0, rewards, -jnp.inf)
+    highest = jax.ops.segment_max(known, group_ids, num_segments=size)[group_ids]
+    known = jnp.where(keep > 0, rewards, jnp.inf)
+    lowest = jax.ops.segment_min(known, group_ids, num_segments=size)[group_ids]
+    mean = _group_sum(rewards, group_ids) / jnp.maximum(count, 1.0)
+    mean = jnp.where(highest == lowest, highest, mean)
+    deviation = jnp.where(keep > 0, rewards - mean, 0.0)
+    return _Groups(rewards, keep, group_ids, count, mean, highest, lowest, deviation)
+
+
+def _group_sum(x: Float[Array, "B"], group_ids: Int[Array, "B"]) -> Float[Array, "B"]:
+    return jax.ops.segment_sum(x, group_ids, num_segments=x.shape[0])[group_ids]

@@ -1,6 +1,47 @@
-"""Objectives: arrays in, per-token loss out. They know no model, tokenizer or config object."""
+"""Objectives: arrays in, per-token loss out. They know no model, tokenizer or config object.
 
-from jaxrl_stable.objectives.aggregation import MODES, aggregate
-from jaxrl_stable.objectives.minirl import TokenLoss, minirl
+One signature, `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`, and
+`aggregate` after it. Where a paper knows a single old policy, it is `logp_old`; called with
+`logp_old=logp_rollout` an objective takes its ratio to the sampler ("bypass"). `PUBLISHED` has the
+constants, the advantages and the reduction of each paper.
+"""
 
-__all__ = ["MODES", "TokenLoss", "aggregate", "minirl"]
+from jaxrl_stable.objectives.aggregation import MODES, aggregate, divide
+from jaxrl_stable.objectives.bapo import bapo
+from jaxrl_stable.objectives.capo import capo
+from jaxrl_stable.objectives.cispo import cispo, minpro
+from jaxrl_stable.objectives.cpgd import cpgd
+from jaxrl_stable.objectives.dppo import dppo
+from jaxrl_stable.objectives.m2po import m2po
+from jaxrl_stable.objectives.minirl import minirl
+from jaxrl_stable.objectives.ppo import ppo
+from jaxrl_stable.objectives.regularizers import KL_ESTIMATORS, kl_penalty
+from jaxrl_stable.objectives.reinforce import dro, reinforce
+from jaxrl_stable.objectives.sequence import gmpo, gspo, luspo
+from jaxrl_stable.objectives.smooth import sapo, vespo
+from jaxrl_stable.objectives.token_loss import TokenLoss
+
+__all__ = [
+    "KL_ESTIMATORS",
+    "MODES",
+    "TokenLoss",
+    "aggregate",
+    "bapo",
+    "capo",
+    "cispo",
+    "cpgd",
+    "divide",
+    "dppo",
+    "dro",
+    "gmpo",
+    "gspo",
+    "kl_penalty",
+    "luspo",
+    "m2po",
+    "minirl",
+    "minpro",
+    "ppo",
+    "reinforce",
+    "sapo",
+    "vespo",
+]

@@ -18,34 +18,65 @@ if TYPE_CHECKING:
 
 SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
+SEQ_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"
 TOKEN_MEAN = "token-mean"
-MODES = (SEQ_MEAN_TOKEN_SUM, SEQ_MEAN_TOKEN_MEAN, TOKEN_MEAN)
+TOKEN_SUM = "token-sum"
+MODES = (
+    SEQ_MEAN_TOKEN_SUM,
+    SEQ_MEAN_TOKEN_MEAN,
+    SEQ_MEAN_TOKEN_SUM_NORM,
+    TOKEN_MEAN,
+    TOKEN_SUM,
+)
 
 
 def aggregate(
-    loss: Float[Array, "B T"], mask: Bool[Array, "B T"], mode: str = SEQ_MEAN_TOKEN_SUM
+    loss: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    mode: str = SEQ_MEAN_TOKEN_SUM,
+    horizon: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Reduces a token loss; the scalar is total / count, each summed over the whole mini-batch.
 
-        seq-mean-token-sum    Σ_i Σ_t L        /  number of sequences   (eq. 7 of arXiv:2512.01374)
-        seq-mean-token-mean   Σ_i Σ_t L / |y_i| /  number of sequences   (its length-norm ablation)
-        token-mean            Σ_i Σ_t L        /  number of tokens
+        seq-mean-token-sum        Σ_i Σ_t L         / number of sequences   (MiniRL)
+        seq-mean-token-mean       Σ_i Σ_t L / |y_i| / number of sequences   (GRPO; its length-norm)
+        seq-mean-token-sum-norm   Σ_i Σ_t L / H     / number of sequences   (Dr.GRPO)
+        token-mean                Σ_i Σ_t L         / number of tokens      (DAPO)
+        token-sum                 Σ_i Σ_t L, with a count of 0: nothing divides it (see `divide`)
 
     Args:
       loss: per-token loss.
       mask: response tokens.
       mode: one of `MODES` (names as in verl's `agg_loss`).
+      horizon: H, a constant length such as the longest response allowed.
 
     Raises:
-      ValueError: unknown mode.
+      ValueError: unknown mode, or "seq-mean-token-sum-norm" without a horizon.
     """
     loss = jnp.where(mask, at_least_float32(loss), 0.0)
-    tokens = mask.sum(-1, dtype=jnp.float32)
-    sequences = (tokens > 0).sum(dtype=jnp.float32)
+    tokens = mask.sum(-1, dtype=loss.dtype)
+    sequences = (tokens > 0).sum(dtype=loss.dtype)
     if mode == SEQ_MEAN_TOKEN_SUM:
         return loss.sum(), sequences
     if mode == SEQ_MEAN_TOKEN_MEAN:
         return (loss.sum(-1) / jnp.maximum(tokens, 1.0)).sum(), sequences
+    if mode == SEQ_MEAN_TOKEN_SUM_NORM:
+        if horizon is None or horizon <= 0:
+            raise ValueError(
+                f"aggregation {mode!r} divides by a constant length but horizon is {horizon}; "
+                "give a positive one, such as the longest response allowed"
+            )
+        return loss.sum() / horizon, sequences
     if mode == TOKEN_MEAN:
         return loss.sum(), tokens.sum()
+    if mode == TOKEN_SUM:
+        return loss.sum(), jnp.zeros_like(sequences)
     raise ValueError(f"aggregation {mode!r} is unknown; use one of {MODES}")
+
+
+def divide(total: Float[Array, "*n"], count: Float[Array, ""]) -> Float[Array, "*n"]:
+    """total / count, and the total itself where nothing was counted.
+
+    `total` may be a gradient: the gradient of the total, divided, is that of the mean.
+    """
+    return total / jnp.where(count > 0, count, 1.0)

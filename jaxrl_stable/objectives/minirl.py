@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 
-from jaxrl_stable.importance import at_least_float32, clip_masks, importance_weight, log_ratio
+from jaxrl_stable.importance import clip_masks, importance_weight, log_ratio
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_clip,
+    check_option,
+    per_token,
+    score_function,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
-
-
-class TokenLoss(NamedTuple):
-    """Per-token loss and what was decided on the way; everything but `loss` is constant.
-
-    Attributes:
-      loss: to be minimised after `aggregate`; 0 outside the mask.
-      log_weight: log of the importance weight before truncation, 0 outside the mask.
-      weight: the truncated weight, clip mask not yet applied.
-      clipped_high, clipped_low: tokens whose gradient the clip silenced.
-    """
-
-    loss: Float[Array, "B T"]
-    log_weight: Float[Array, "B T"]
-    weight: Float[Array, "B T"]
-    clipped_high: Bool[Array, "B T"]
-    clipped_low: Bool[Array, "B T"]
 
 
 def minirl(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     clip: bool = True,
@@ -57,7 +47,7 @@ def minirl(
       logp: log π_θ of the sampled tokens; carries the gradient.
       logp_old: log π_old. None means that π_old is π_θ (one update per rollout): ratio 1, no clip.
       logp_rollout: log μ_old, as the sampler recorded it.
-      advantages: one per sequence; constants.
+      advantages: one a response, or one a token; constants.
       mask: response tokens, EOS included.
       clip: apply M_t.
       clip_low: ε_low.
@@ -69,25 +59,34 @@ def minirl(
       truncation: C, or None for untruncated weights.
 
     Raises:
-      ValueError: unknown `weight` or `clip_anchor`.
+      ValueError: unknown `weight` or `clip_anchor`, or bounds that are none.
     """
+    check_option("minirl", "weight", weight, ("full", "mismatch", "none"))
+    check_option("minirl", "clip_anchor", clip_anchor, ("old", "rollout"))
+    check_clip("minirl", clip_low, clip_high)
+    if truncation is not None and truncation <= 0:
+        raise ValueError(f"minirl: truncation is {truncation}; it must be positive, or None")
     constant = jax.lax.stop_gradient(logp)
     old = constant if logp_old is None else jax.lax.stop_gradient(logp_old)
     rollout = jax.lax.stop_gradient(logp_rollout)
-    log_weights = {"full": (constant, rollout), "mismatch": (old, rollout), "none": (old, old)}
-    anchors = {"old": old, "rollout": rollout}
-    if weight not in log_weights:
-        raise ValueError(f"weight {weight!r} is unknown; use one of {tuple(log_weights)}")
-    if clip_anchor not in anchors:
-        raise ValueError(f"clip_anchor {clip_anchor!r} is unknown; use one of {tuple(anchors)}")
+    policies = {"full": (constant, rollout), "mismatch": (old, rollout), "none": (old, old)}
+    log_weight = log_ratio(*policies[weight], mask)
+    cap = math.inf if truncation is None else math.log(truncation)
+    advantages, clipped = per_token(advantages, mask), None
+    if clip:
+        anchor = {"old": old, "rollout": rollout}[clip_anchor]
+        trust = log_ratio(constant, anchor, mask)
+        high, low = clip_masks(trust, advantages, mask, clip_low, clip_high)
+        clipped = high | low
+    return score_function(
+        logp,
+        log_weight,
+        importance_weight(log_weight, truncation),
+        advantages,
+        mask,
+        truncated=log_weight > cap,
+        clipped=clipped,
+    )
 
-    advantages = jax.lax.stop_gradient(at_least_float32(advantages))[:, None]
-    log_weight = log_ratio(*log_weights[weight], mask)
-    truncated = importance_weight(log_weight, truncation)
-    trust = log_ratio(constant, anchors[clip_anchor], mask)
-    high, low = clip_masks(trust, advantages, mask, clip_low, clip_high)
-    if not clip:
-        high, low = jnp.zeros_like(high), jnp.zeros_like(low)
-    coefficient = jnp.where(high | low, 0.0, truncated * advantages)
-    loss = -coefficient * jnp.where(mask, at_least_float32(logp), 0.0)
-    return TokenLoss(loss, log_weight, truncated, high, low)
+
+minirl.weighs_mismatch = True

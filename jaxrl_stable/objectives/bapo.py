@@ -1,0 +1,101 @@
+"""BAPO: PPO whose bounds adapt until positive tokens have their share of the loss."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_stable.importance import LOG_RATIO_BOUND, at_least_float32
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_option,
+    clipped_surrogate,
+    per_token,
+    staleness,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+Steps = tuple[float, float, float]  # start, end, step
+
+
+def bapo(
+    logp: Float[Array, "B T"],
+    logp_old: Float[Array, "B T"] | None,
+    logp_rollout: Float[Array, "B T"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    form: str = "paper",
+    low: Steps = (0.6, 0.9, 0.02),
+    high: Steps = (1.2, 3.0, 0.05),
+    target: float = 0.4,
+    dual_clip: float | None = None,
+) -> TokenLoss:
+    """L_t = −min( r Â, clip(r, c_low, c_high) Â ) with bounds found in each call (2510.18927).
+
+        paper:  raise c_high, then c_low, until  Σ_{Â>0} μ |ℓ| / Σ μ |ℓ| ≥ target,
+                ℓ = min( r Â, clip(r, c_low, c_high) Â ),  μ = μ_old(y_t)
+        code:   raise c_low, then c_high, until  P / N ≥ target,
+                P = Σ_{Â>0} min(r, c_high) Â,  N = Σ_{Â<0} max(r, c_low) |Â|
+
+    The code is published with c_low .6 to .8, c_high 1.2 to 2, steps .05, target 1, dual_clip 3.
+    If the ends do not reach the target either, the ends are used. (As noted, raising c_low adds to
+    the negative side alone, so that it never is what reaches the target: doubt the note.)
+
+    The paper's form is taken from a note on it (target .4; the authors' README says .5), the code's
+    from the authors' repository; they are different objectives. Decides on all the tokens it is
+    given, which have to be those of the whole mini-batch. Published with the token mean.
+
+    Args:
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is for the paper's form.
+      form: "paper" or "code".
+      low, high: start, end and step of the absolute bounds c_low and c_high.
+      target: share (paper) or quotient (code) of the positive tokens.
+      dual_clip: see `ppo`.
+
+    Raises:
+      ValueError: unknown form, or bounds that do not rise around a ratio of 1.
+    """
+    check_option("bapo", "form", form, ("paper", "code"))
+    for name, (start, end, step) in {"low": low, "high": high}.items():
+        if not (0 < start <= end and step > 0) or (end >= 1) != (name == "high"):
+            raise ValueError(
+                f"bapo: {name}={(start, end, step)} is (start, end, step) of a bound that rises, "
+                "low below 1 and high above"
+            )
+    advantages = per_token(advantages, mask)
+    log_r = staleness(logp, logp_old, mask)
+    r, size = jax.lax.stop_gradient(jnp.exp(log_r)), jnp.abs(advantages)
+    if form == "paper":
+        rollout = jnp.where(mask, at_least_float32(jax.lax.stop_gradient(logp_rollout)), 0.0)
+        size *= jnp.exp(jnp.clip(rollout, min=-LOG_RATIO_BOUND, max=0.0))
+    up, down = jnp.where(advantages > 0, size, 0.0), jnp.where(advantages < 0, size, 0.0)
+    counts = [math.ceil(round((end - start) / step, 6)) for start, end, step in (low, high)]
+    first, second = (1, 0) if form == "paper" else (0, 1)
+
+    def bounds(i):
+        """The i-th pair of the search: the first bound rises to its end, then the second."""
+        taken = {first: jnp.minimum(i, counts[first]), second: jnp.maximum(i - counts[first], 0)}
+        return tuple(
+            jnp.minimum(start + step * taken[which].astype(r.dtype), end)
+            for which, (start, end, step) in enumerate((low, high))
+        )
+
+    def falls_short(i):
+        c_low, c_high = bounds(i)
+        positive = (up * jnp.minimum(r, c_high)).sum()
+        negative = (down * jnp.maximum(r, c_low)).sum()
+        goal = target * (positive + negative if form == "paper" else negative)
+        return (positive < goal) & (i < sum(counts))
+
+    found = jax.lax.while_loop(falls_short, lambda i: i + 1, jnp.zeros((), jnp.int32))
+    log_low, log_high = map(jnp.log, bounds(found))
+    return clipped_surrogate(log_r, advantages, mask, log_low, log_high, dual_clip)
+
+
+bapo.whole_batch = True

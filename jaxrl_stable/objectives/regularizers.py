@@ -1,0 +1,55 @@
+"""Terms beside the objective: distance to a reference policy. Per token, to be aggregated alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_stable.importance import LOG_RATIO_BOUND, log_ratio
+from jaxrl_stable.objectives.token_loss import check_option, staleness
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3+")
+
+
+def kl_penalty(
+    logp: Float[Array, "B T"],
+    logp_reference: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    estimator: str = "k3",
+    logp_old: Float[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """Per-token estimate of KL(π_θ ‖ π_ref), with d = log π_θ/π_ref of the sampled token.
+
+        estimator   value            gradient by log π_θ    on samples of π_θ that gradient is
+        k1          d                1                      0 in the mean: no penalty at all
+        k2          ½ d²             d                      unbiased
+        k3          e^−d − 1 + d     1 − e^−d               that of KL(π_ref ‖ π_θ)
+        k3+         e^−d − 1 + d     d                      unbiased (value of k3, gradient of k2)
+
+    (http://joschu.net/blog/kl-approx.html for the values; GRPO, arXiv:2402.03300, eq. 4, uses k3.)
+    All are for samples of π_θ. With `logp_old` the estimate is multiplied by r = π_θ/π_old, the
+    gradient flowing through r as well: value and gradient are then unbiased on samples of π_old,
+    for k1 and k3 alike (TRL's `use_bias_correction_kl`; DeepSeek-V3.2, arXiv:2512.02556).
+
+    Args:
+      logp: log π_θ; carries the gradient.
+      logp_reference: log π_ref; a constant.
+      mask: response tokens; the result is 0 elsewhere.
+      estimator: one of `KL_ESTIMATORS`.
+      logp_old: log π_old, or None for no weight.
+
+    Raises:
+      ValueError: unknown estimator.
+    """
+    check_option("kl_penalty", "estimator", estimator, KL_ESTIMATORS)
+    d = log_ratio(logp, jax.lax.stop_gradient(logp_reference), mask)
+    d = jnp.clip(d, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)
+    k2, k3 = 0.5 * jnp.square(d), jnp.expm1(-d) + d
+    values = {"k1": d, "k2": k2, "k3": k3, "k3+": jax.lax.stop_gradient(k3 - k2) + k2}
+    value = values[estimator]
+    return value if logp_old is None else jnp.exp(staleness(logp, logp_old, mask)) * value

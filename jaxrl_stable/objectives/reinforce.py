@@ -1,0 +1,53 @@
+"""REINFORCE, and its direct off-policy relative DRO: no importance ratio."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_stable.objectives.token_loss import TokenLoss, per_token, score_function, staleness
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+
+def reinforce(
+    logp: Float[Array, "B T"],
+    logp_old: Float[Array, "B T"] | None,
+    logp_rollout: Float[Array, "B T"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> TokenLoss:
+    """L_t = −Â log π_θ(y_t) (Williams 1992), exact while π_θ is the policy that sampled.
+
+    With `advantages.leave_one_out` and the token sum it is RLOO (arXiv:2402.14740). The other two
+    policies are not looked at. Arguments: see `minirl`.
+    """
+    zeros = jnp.zeros(mask.shape, per_token(advantages, mask).dtype)
+    return score_function(logp, zeros, zeros + 1.0, per_token(advantages, mask), mask)
+
+
+def dro(
+    logp: Float[Array, "B T"],
+    logp_old: Float[Array, "B T"] | None,
+    logp_rollout: Float[Array, "B T"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    beta: float = 0.05,
+) -> TokenLoss:
+    """L_t = −( Â log π_θ − β/2 (log π_θ/π_old)² ): the ratio is kept near 1 by a square, unclipped.
+
+    The token-level form of verl's `dro`, without the learned value function of direct reward
+    optimisation (arXiv:2405.19107); β is the value of verl's test, no published default.
+
+    Args:
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      beta: β, weight of the square.
+    """
+    log_r = staleness(logp, logp_old, mask)
+    plain = reinforce(logp, logp_old, logp_rollout, advantages, mask)
+    loss = plain.loss + 0.5 * beta * jnp.square(log_r)
+    return plain._replace(loss=loss, log_weight=jax.lax.stop_gradient(log_r))

@@ -1,0 +1,135 @@
+"""GSPO, LUSPO and GMPO: one ratio a response, the geometric mean of its tokens' ratios."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_stable.importance import at_least_float32
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_clip,
+    check_option,
+    clipped_surrogate,
+    per_response,
+    per_token,
+    response_mean,
+    staleness,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+
+def gspo(
+    logp: Float[Array, "B T"],
+    logp_old: Float[Array, "B T"] | None,
+    logp_rollout: Float[Array, "B T"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    form: str = "sequence",
+) -> TokenLoss:
+    """L_i = −min( s_i Â_i, clip(s_i, 1 − ε_low, 1 + ε_high) Â_i ) (arXiv:2507.18071, eqs. 5 and 7).
+
+        s_i = (π_θ(y_i) / π_old(y_i))^(1/|y_i|) = exp( mean_t log r_t )
+        token form:  s_it = sg[s_i] π_θ/sg[π_θ], clipped token by token (eqs. 13 and 14)
+
+    ε 3e-4 / 4e-4 belong to this ratio: with PPO's ε nothing is ever clipped. With them a share of
+    0.1 to 0.3 of the tokens is, where GRPO clips 1e-3. Published with `seq-mean-token-mean` and
+    std-normalised advantages. Both forms have the same gradient if the advantages of a response
+    are equal.
+
+    Args:
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      clip_low, clip_high: ε_low, ε_high.
+      form: "sequence", or "token", which takes one advantage a token as well.
+
+    Raises:
+      ValueError: unknown form, bounds that are none, or an advantage a token in sequence form.
+    """
+    check_option("gspo", "form", form, ("sequence", "token"))
+    check_clip("gspo", clip_low, clip_high)
+    log_s = response_mean(staleness(logp, logp_old, mask), mask)
+    if form == "token":
+        advantages = per_token(advantages, mask)
+        own = jnp.where(mask, at_least_float32(logp), 0.0)
+        log_s = jax.lax.stop_gradient(log_s) + own - jax.lax.stop_gradient(own)
+    else:
+        advantages = per_response(advantages, mask, "gspo (form='sequence')")
+    bounds = math.log1p(-clip_low), math.log1p(clip_high)
+    return clipped_surrogate(log_s, advantages, mask, *bounds)
+
+
+def luspo(
+    logp: Float[Array, "B T"],
+    logp_old: Float[Array, "B T"] | None,
+    logp_rollout: Float[Array, "B T"],
+    advantages: Float[Array, "B"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_low: float = 2e-3,
+    clip_high: float = 2.5e-3,
+) -> TokenLoss:
+    """L_i = −|y_i| min( s_i Â_i, clip(s_i, 1 − ε_low, 1 + ε_high) Â_i ): GSPO times the length.
+
+    Form and ε are those of TRL and its documentation; the paper was not read. Reduce it
+    with `seq-mean-token-mean`.
+
+    Args:
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      clip_low, clip_high: ε_low, ε_high.
+
+    Raises:
+      ValueError: bounds that are none, or an advantage a token.
+    """
+    check_clip("luspo", clip_low, clip_high)
+    advantages = per_response(advantages, mask, "luspo")
+    log_s = response_mean(staleness(logp, logp_old, mask), mask)
+    out = clipped_surrogate(log_s, advantages, mask, math.log1p(-clip_low), math.log1p(clip_high))
+    length = mask.sum(-1, keepdims=True, dtype=out.loss.dtype)
+    return out._replace(loss=out.loss * length, weight=out.weight * length)
+
+
+def gmpo(
+    logp: Float[Array, "B T"],
+    logp_old: Float[Array, "B T"] | None,
+    logp_rollout: Float[Array, "B T"],
+    advantages: Float[Array, "B"],
+    mask: Bool[Array, "B T"],
+    *,
+    clip_low: float = 0.4,
+    clip_high: float = 0.4,
+) -> TokenLoss:
+    """L_i = −Â_i exp( mean_t d̃_t ): the geometric mean of ratios that are clipped one by one.
+
+        d = log π_θ/π_old,   d̃ = min(d, ε_high) if Â > 0, max(d, −ε_low) if Â < 0
+
+    arXiv:2507.20673; ε are bounds of the log-ratio, unlike everywhere else. The form is that of
+    verl's `geo_mean` and of TRL. Reduce it with `seq-mean-token-mean`.
+
+    Args:
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      clip_low, clip_high: ε_low, ε_high, positive.
+
+    Raises:
+      ValueError: an advantage a token, or bounds that are not positive.
+    """
+    if not (clip_low > 0 and clip_high > 0):
+        raise ValueError(
+            f"gmpo: clip_low={clip_low}, clip_high={clip_high} bound a log-ratio around 0; "
+            "use positive ones"
+        )
+    advantages = per_response(advantages, mask, "gmpo")
+    d = staleness(logp, logp_old, mask)
+    high = mask & (advantages > 0) & (d > clip_high)
+    low = mask & (advantages < 0) & (d < -clip_low)
+    clipped = jnp.where(high, clip_high, jnp.where(low, -clip_low, d))
+    mean = jnp.exp(response_mean(clipped, mask))
+    log_weight, weight = jax.lax.stop_gradient((response_mean(d, mask), mean))
+    return TokenLoss(-advantages * mean, log_weight, weight, jnp.zeros_like(mask), high, low)
