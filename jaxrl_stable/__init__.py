@@ -10,14 +10,17 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULES = {
-    "objectives": ("TokenLoss", "aggregate", "minirl"),
-    "advantages": ("centered",),
+    "objectives": ("TokenLoss", "aggregate", "divide", "minirl"),
+    "advantages": ("centered", "leave_one_out", "standardized"),
+    "corrections": ("correct",),
+    "objective": ("Objective",),
+    "published": ("PUBLISHED",),
     "routing": ("Routing",),
     "model": ("ModelConfig", "ModelOutput", "Transformer", "init_model", "token_log_probs"),
     "rollout": ("Sampling", "Trajectory"),
     "optimizer": ("TrainState", "init_state", "make_optimizer"),
     "update": ("TrainBatch", "make_batch", "score", "split", "with_old_policy"),
-    "configs": ("Experiment", "Objective", "Optimizer", "Reinforcement", "Supervised"),
+    "configs": ("Experiment", "Optimizer", "Reinforcement", "Supervised"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

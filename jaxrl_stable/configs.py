@@ -11,11 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrl_stable.model.config import ModelConfig, tiny
-from jaxrl_stable.objectives import MODES, TokenLoss, minirl
+from jaxrl_stable.objective import Objective, one_of
 
-REPLAYS = ("none", "R2", "R3")
 FORMATS = ("none", "int8")  # of the sampler's weights
-LOGP_SOURCES = ("sampler", "rescored")
 
 
 def _positive(config: Any, *fields: str) -> None:
@@ -23,77 +21,6 @@ def _positive(config: Any, *fields: str) -> None:
         if getattr(config, field) < 1:
             name = f"{type(config).__name__}.{field}"
             raise ValueError(f"{name} is {getattr(config, field)}; use at least 1")
-
-
-def _one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(config, field)
-    if value not in allowed:
-        name = f"{type(config).__name__}.{field}"
-        raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(repr, allowed))}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """MiniRL and its ablations (arXiv:2512.01374, eq. 7); see `objectives.minirl`.
-
-    Attributes:
-      mini_batches: N, gradient steps per rollout batch.
-      replay: routing replayed in training: "none", "R2" (the training router's old choice) or "R3"
-        (the sampler's choice).
-      clip, clip_low, clip_high, clip_anchor, weight, truncation: see `minirl`.
-      aggregation: "seq-mean-token-sum" (the paper), "seq-mean-token-mean" (its length-normalised
-        ablation) or "token-mean".
-    """
-
-    mini_batches: int = 4
-    replay: str = "R3"
-    clip: bool = True
-    clip_low: float = 0.2
-    clip_high: float = 0.27
-    clip_anchor: str = "old"
-    weight: str = "full"
-    truncation: float | None = 5.0
-    aggregation: str = "seq-mean-token-sum"
-
-    def __post_init__(self):
-        _one_of(self, "replay", REPLAYS)
-        _one_of(self, "clip_anchor", ("old", "rollout"))
-        _one_of(self, "weight", ("full", "mismatch", "none"))
-        _one_of(self, "aggregation", MODES)
-        if self.mini_batches < 1:
-            raise ValueError(
-                f"Objective.mini_batches is {self.mini_batches}; it must be at least 1"
-            )
-        if not (0 < self.clip_low < 1 and self.clip_high > 0):
-            raise ValueError(
-                f"Objective.clip_low={self.clip_low}, clip_high={self.clip_high} are ε around "
-                "a ratio of 1; use 0 < clip_low < 1 and clip_high > 0"
-            )
-        if self.truncation is not None and self.truncation <= 0:
-            raise ValueError(
-                f"Objective.truncation is {self.truncation}; it must be positive, or None"
-            )
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether π_old needs a pass of its own: not with one update and nothing to replay."""
-        return self.mini_batches > 1 or self.replay != "none"
-
-    def token_loss(self, logp, logp_old, logp_rollout, advantages, mask) -> TokenLoss:
-        """`minirl` with these settings."""
-        return minirl(
-            logp,
-            logp_old,
-            logp_rollout,
-            advantages,
-            mask,
-            clip=self.clip,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            clip_anchor=self.clip_anchor,
-            weight=self.weight,
-            truncation=self.truncation,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,17 +120,18 @@ class Reinforcement:
       prompts: prompts of one rollout batch.
       group_size: responses to each prompt.
       max_tokens: longest response, EOS included.
+      overlong_buffer: share of that limit over whose last tokens the reward falls linearly by 1
+        (DAPO's soft punishment, see `rewards.overlong_penalty`); 0 leaves the reward alone.
+      overlong_filter: responses cut at the limit get advantage 0 (they stay in the baseline and in
+        the denominators).
+      max_rounds: rollouts drawn for a step until all of its groups have rewards that differ
+        (DAPO's dynamic sampling); 1 takes the first as it is.
       temperature: of the sampler, and hence of the policy that is trained.
       top_k, top_p: see `rollout.Sampling`; anything but 0 and 1 biases the gradient.
       rollout_format: weights of the sampler: "none" (the policy itself) or "int8".
       rollout_cache: the sampler keeps keys and values of past tokens. False runs the training
         program over all of them again for every token, for a mismatch of exactly 0: slow, for
         science and debugging; see `uncached`.
-      logp_source: what the loss takes for log μ_old: "sampler", what the sampler recorded, or
-        "rescored", the training program's log π_old (always with a pass of `score`). The mismatch
-        part of the weight is then 1: staleness is corrected, and the bias of sampling from μ_old
-        instead of π_old stays (arXiv:2512.01374, eq. 5). Metrics of the mismatch see what the
-        sampler recorded in either case.
       objective: the loss and its replay.
       optimizer: learning rate and the rest.
       micro_batch_size: rows of one forward and backward pass.
@@ -221,12 +149,14 @@ class Reinforcement:
     prompts: int = 32
     group_size: int = 8
     max_tokens: int = 32
+    overlong_buffer: float = 0.0
+    overlong_filter: bool = False
+    max_rounds: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     rollout_format: str = "int8"
     rollout_cache: bool = True
-    logp_source: str = "sampler"
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     micro_batch_size: int = 64
@@ -238,10 +168,17 @@ class Reinforcement:
     show_every: int = 10
 
     def __post_init__(self):
-        _one_of(self, "rollout_format", FORMATS)
-        _one_of(self, "logp_source", LOGP_SOURCES)
+        one_of(self, "rollout_format", FORMATS)
         _positive(self, "prompts", "group_size", "max_tokens", "micro_batch_size", "max_skipped")
-        _positive(self, "checkpoint_every", "keep_checkpoints", "show_every")
+        _positive(self, "checkpoint_every", "keep_checkpoints", "show_every", "max_rounds")
+        if not 0 <= self.overlong_buffer <= 1:
+            raise ValueError(
+                f"Reinforcement.overlong_buffer is {self.overlong_buffer}; it is a share of "
+                "max_tokens, use 0 to 1"
+            )
+        if self.objective.horizon is None:
+            objective = dataclasses.replace(self.objective, horizon=float(self.max_tokens))
+            object.__setattr__(self, "objective", objective)
         rows, parts = self.prompts * self.group_size, self.objective.mini_batches
         if self.prompts % parts:
             raise ValueError(
@@ -257,21 +194,6 @@ class Reinforcement:
             raise ValueError(
                 f"Reinforcement.temperature is {self.temperature}; training needs a positive one"
             )
-        if self.logp_source == "rescored" and self.objective.weight == "mismatch":
-            raise ValueError(
-                "Objective.weight='mismatch' is 1 everywhere with Reinforcement.logp_source="
-                "'rescored'; say so with weight='none', or use logp_source='sampler'"
-            )
-        if self.logp_source == "rescored" and self.objective.clip_anchor == "rollout":
-            raise ValueError(
-                "Objective.clip_anchor='rollout' needs the sampler's log-probabilities, which "
-                "Reinforcement.logp_source='rescored' replaces; use clip_anchor='old'"
-            )
-
-    @property
-    def needs_score(self) -> bool:
-        """Whether π_old needs a pass of its own."""
-        return self.objective.needs_score or self.logp_source == "rescored"
 
     def gate(self, dtype: str) -> float:
         """Bound of max |π_θ/π_old − 1| right after `score`."""

@@ -13,6 +13,7 @@ from jaxrl_stable.model.cache import empty_cache
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.dispatch import experts_implementation
 from jaxrl_stable.model.transformer import init_model
+from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.optimizer import init_state, make_optimizer
 from jaxrl_stable.quantize import quantize
 from jaxrl_stable.routing import expert_dtype
@@ -51,6 +52,8 @@ def describe(experiment: Experiment) -> str:
         ("rollout batch", f"{rl.prompts} prompts × {rl.group_size} = {rows} rows × {width} tokens"),
         ("gradient step", f"{mini_batch} rows, {rl.micro_batch_size} at a time"),
         ("gradient steps", f"{rl.steps} rollouts × {rl.objective.mini_batches}"),
+        ("objective", objective_line(rl.objective)),
+        (f"the paper at N = {rl.objective.mini_batches}", recommendation(rl.objective, layers)),
         ("weights", _bytes(_size(model))),
         ("optimiser state", _bytes(_size(state.opt_state))),
         ("gradient sum (float32)", _bytes(4 * parameters)),
@@ -63,6 +66,27 @@ def describe(experiment: Experiment) -> str:
     lines.append(("computed by", implementations(model_config)))
     name_width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{name_width}}  {value}" for name, value in lines)
+
+
+def objective_line(objective: Objective) -> str:
+    """Loss, corrections, advantages and reduction, by name."""
+    parts = [objective.loss, *objective.corrections, objective.advantages]
+    return ", ".join([*(name_of(part) for part in parts), objective.aggregation])
+
+
+def recommendation(objective: Objective, moe_layers: int) -> str:
+    """What arXiv:2512.01374 (§4.3, §4.4) recommends for this number of updates a rollout."""
+    n, replay = objective.mini_batches, "none"
+    advice = "token weights truncated at 5, no length normalisation"
+    if n > 1:
+        replay = "R2" if n < 4 else "R3"
+        advice += f", clipping, {replay}"
+    else:
+        advice += ", no replay"
+    if not moe_layers:
+        return f"{advice}; this model has no experts to replay"
+    same = objective.replay == replay
+    return f"{advice}; this run: {'the same replay' if same else f'replay {objective.replay!r}'}"
 
 
 def implementations(config: ModelConfig) -> str:

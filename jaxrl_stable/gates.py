@@ -34,7 +34,8 @@ def check_finite(state: TrainState, limit: int) -> None:
     if in_a_row >= limit:
         raise RuntimeError(
             f"the last {in_a_row} gradients were not finite and were skipped; the weights are as "
-            "before them. Lower the learning rate or look at weight/raw_max and mismatch/abs_max"
+            "before them. Lower the learning rate or look at weight/raw_max and "
+            "mismatch/abs_token_max"
         )
 
 

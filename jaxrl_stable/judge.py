@@ -53,6 +53,13 @@ def judge(task: Task, problems: Sequence[Problem], trajectory: Trajectory) -> Ju
     )
 
 
+def informative(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:
+    """Groups in which the known scores are not all equal: the others give no gradient."""
+    scores, valid = (x.reshape(-1, group_size) for x in (judged.rewards, judged.valid))
+    highest = np.where(valid, scores, -np.inf).max(-1)
+    return highest > np.where(valid, scores, np.inf).min(-1)
+
+
 def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
     """What the host knows of a rollout batch.
 
@@ -64,15 +71,11 @@ def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
     - `response/truncated_share`: share of responses that did not end by themselves
     """
     known = judged.rewards[judged.valid]
-    groups = judged.rewards.reshape(-1, group_size)
-    valid = judged.valid.reshape(-1, group_size)
-    highest = np.where(valid, groups, -np.inf).max(-1)
-    lowest = np.where(valid, groups, np.inf).min(-1)
     return {
         "reward/mean": float(known.mean()) if known.size else 0.0,
         "reward/accuracy": float((known >= 1.0).mean()) if known.size else 0.0,
         "reward/failed_share": float(1.0 - judged.valid.mean()),
-        "reward/zero_variance_share": float((highest <= lowest).mean()),
+        "reward/zero_variance_share": float(1.0 - informative(judged, group_size).mean()),
         "response/length": float(judged.lengths.mean()),
         "response/tokens": float(judged.lengths.sum()),
         "response/truncated_share": float(1.0 - judged.finished.mean()),

@@ -30,7 +30,7 @@ import tensorboardX
 # one, as it is never negative and less noisy.
 COLUMNS = (
     ("reward", "{:.3f}", ("reward/mean",)),
-    ("KL", "{:.1e}", ("mismatch/kl_k3", "mismatch/kl_k1")),
+    ("KL", "{:.1e}", ("mismatch/kl_k3_token_mean", "mismatch/kl_k1_token_mean")),
     ("entropy", "{:.3f}", ("entropy",)),
     ("tok/s", "{:,.0f}", ("throughput/tokens_per_s",)),
 )
@@ -276,7 +276,7 @@ def _shorten(text: str) -> str:
 
 
 class Clock:
-    """Seconds of each phase of one step."""
+    """Seconds of each phase of one step; a phase that comes again adds up."""
 
     def __init__(self) -> None:
         self._start, self._phases = time.perf_counter(), {}
@@ -285,7 +285,8 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self._phases[f"time/{phase}"] = time.perf_counter() - begin
+        name, seconds = f"time/{phase}", time.perf_counter() - begin
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
 
     def values(self) -> dict[str, float]:
         return self._phases | {"time/step": time.perf_counter() - self._start}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -30,12 +31,22 @@ GIN_PREFIX = "--gin."
 # Bindings on the command line know these names, whatever the gin files import.
 PREAMBLE = (
     "from __gin__ import dynamic_registration",
+    "from jaxrl_stable import advantages",
     "from jaxrl_stable import configs",
+    "from jaxrl_stable import corrections",
     "from jaxrl_stable import data",
     "from jaxrl_stable import hf",
+    "from jaxrl_stable import objectives",
     "from jaxrl_stable.model import config as model",
 )
 
+# A function that gin is to configure has to be bound by reference, also where it is the default.
+DEFAULTS = (
+    "configs.Objective.loss = @objectives.minirl",
+    "configs.Objective.advantages = @advantages.centered",
+)
+
+FUNCTIONS = ("advantages", "corrections", "objectives")  # modules whose functions gin passes on
 
 GIN_ERRORS = (ValueError, TypeError, SyntaxError, NameError, ImportError, AttributeError)
 
@@ -97,9 +108,10 @@ def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> confi
     # What a file configures may be orphaned by the command line: that is its purpose.
     for scope, selector, name in sorted(unused_in_files | (_unused_bindings() - in_files)):
         cls = f"{scope}/" * bool(scope) + selector.removeprefix("jaxrl_stable.")
+        call = "" if cls.split(".")[0] in FUNCTIONS else "()"
         raise ValueError(
-            f"{cls}.{name} is bound but nothing uses it; bind @{cls}() where it belongs, name the "
-            "scope that is used, or remove the line"
+            f"{cls}.{name} is bound but nothing uses it; bind @{cls}{call} where it "
+            "belongs, name the scope that is used, or remove the line"
         )
     return experiment
 
@@ -113,8 +125,11 @@ def _build(files: Sequence[str], bindings: Sequence[str]) -> configs.Experiment:
     """Parses and builds; whatever gin or a config objects to is a ValueError of one line."""
     gin.clear_config()
     try:
+        gin.parse_config([*PREAMBLE, *DEFAULTS])
         gin.parse_config_files_and_bindings(list(files), [*PREAMBLE, *bindings])
-        return _configured(configs.Experiment)()
+        experiment = _configured(configs.Experiment)()
+        experiment.reinforcement.objective.check()
+        return experiment
     except GIN_ERRORS as error:
         raise ValueError(_one_line(error)) from error
 
@@ -160,7 +175,8 @@ def _unused_bindings() -> set[Binding]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """The message, without gin's note of the function that it came through."""
+    return re.sub(r" In call to configurable .*$", "", " ".join(str(error).split()))
 
 
 def _quiet_libraries() -> None:

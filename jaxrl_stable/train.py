@@ -8,42 +8,39 @@ Run the same command again to go on from the last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Key
 
-from jaxrl_stable import diagnostics, hf, program, sft
-from jaxrl_stable.advantages import centered
-from jaxrl_stable.checkpoint import Checkpointer, load_model
+from jaxrl_stable import diagnostics, program
+from jaxrl_stable.checkpoint import Checkpointer
 from jaxrl_stable.configs import Experiment, Reinforcement
 from jaxrl_stable.data import prompt_iterator
 from jaxrl_stable.describe import implementations
 from jaxrl_stable.diagnostics import Metrics
+from jaxrl_stable.dynamic_sampling import Round, collect, fill_rows
 from jaxrl_stable.evaluate import evaluate, evaluation_key, make_sampler
 from jaxrl_stable.gates import check_failed_rewards, check_finite, check_first_mini_batch
-from jaxrl_stable.judge import judge, reward_metrics
+from jaxrl_stable.judge import Judged, informative, judge, reward_metrics
 from jaxrl_stable.metrics import Clock, MetricsWriter
-from jaxrl_stable.model.transformer import Transformer, init_model, parameter_count
-from jaxrl_stable.optimizer import TrainState, from_parts, init_state, make_optimizer, to_parts
+from jaxrl_stable.model.transformer import Transformer, parameter_count
+from jaxrl_stable.optimizer import TrainState, make_optimizer, to_parts
 from jaxrl_stable.preemption import Stopped, StopRequest
 from jaxrl_stable.quantize import quantize
 from jaxrl_stable.report import write_report
+from jaxrl_stable.rewards import overlong_penalty
 from jaxrl_stable.rollout import Trajectory, rollout
 from jaxrl_stable.samples import sample_rows
-from jaxrl_stable.sharding import (
-    abstract_state,
-    make_mesh,
-    shard_rows,
-    sharded_init,
-    state_shardings,
-)
+from jaxrl_stable.sharding import make_mesh, shard_rows
+from jaxrl_stable.start import first_policy, restore_or_start
 from jaxrl_stable.task import Task, load_task
 from jaxrl_stable.uncached import uncached_rollout
 from jaxrl_stable.update import (
@@ -62,8 +59,10 @@ class Programs(NamedTuple):
 
     quantize: Callable[[Transformer], Transformer]
     rollout: Callable[..., Trajectory]
+    fill: Callable[..., Trajectory]
     advantages: Callable[..., jax.Array]
     score: Callable[..., Scored]
+    reference: Callable[..., jax.Array]
     update: Callable[..., tuple[TrainState, Metrics]]
     split: Callable[[TrainBatch], list[TrainBatch]]
     summarize: Callable[[list[Metrics], Metrics], dict[str, jax.Array]]
@@ -89,18 +88,35 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
         update,
         objective=rl.objective,
         optimizer=make_optimizer(rl.optimizer),
-        logp_source=rl.logp_source,
         **passes,
     )
+
+    def advantages(kept, *rewards) -> jax.Array:
+        return jnp.where(kept, rl.objective.advantages(*rewards), 0.0)
+
+    def reference(model: Transformer, batch: TrainBatch) -> jax.Array:
+        return score(model, batch, replay="none", **passes).logp_old  # other weights, other routes
+
     return Programs(
         quantize=jax.jit(partial(quantize, format=rl.rollout_format)),
         rollout=jax.jit(sample),
-        advantages=jax.jit(centered),
+        fill=jax.jit(fill_rows),
+        advantages=jax.jit(advantages),
         score=jax.jit(partial(score, replay=rl.objective.replay, **passes)),
+        reference=jax.jit(reference),
         update=jax.jit(step, donate_argnums=0),
         split=jax.jit(mini_batches),
         summarize=jax.jit(summarize),
     )
+
+
+def advantage_inputs(rl: Reinforcement, judged: Judged) -> tuple[np.ndarray, ...]:
+    """What `Programs.advantages` takes: which rows keep theirs, then the arrays of `advantages`."""
+    kept = judged.finished if rl.overlong_filter else np.ones_like(judged.finished)
+    buffer = round(rl.overlong_buffer * rl.max_tokens)
+    penalty = overlong_penalty(judged.lengths, rl.max_tokens, buffer)
+    groups = np.repeat(np.arange(rl.prompts), rl.group_size)
+    return kept, judged.rewards + penalty, groups, judged.valid, judged.lengths
 
 
 def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
@@ -135,6 +151,9 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             template=task.template,
         )
         state, key, start = restore_or_start(experiment, task, workdir, checkpoints, prompts)
+        reference = None
+        if rl.objective.kl_coefficient:
+            reference = first_policy(experiment, task, workdir)
         (workdir / "config.gin").write_text(program.resolved_config())
         programs = make_programs(rl, task)
         sampler = make_sampler(task, experiment.evaluation, rl.max_tokens)
@@ -151,35 +170,42 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             writer.write(step, metrics | gradient_steps)
             return metrics["eval/avg_at_k"]
 
-        if start == 0:
-            checkpoints.save(0, to_parts(state) | {"key": key}, prompts, run_evaluation(0))
-
-        for step in range(start + 1, rl.steps + 1):
-            clock = Clock()
+        def draw(step: int, clock: Clock, number: int) -> Round:
             with clock("rollout"):
                 batch = next(prompts)
                 problems = [p for p in batch["problems"] for _ in range(rl.group_size)]
                 tokens, mask = (
                     np.repeat(batch[name], rl.group_size, axis=0) for name in ("tokens", "mask")
                 )
-                sampling_policy = programs.quantize(state.model)
+                step_key = jax.random.fold_in(key, step)
                 trajectory = programs.rollout(
-                    sampling_policy,
+                    programs.quantize(state.model),
                     *shard_rows(mesh, (tokens, mask)),
-                    jax.random.fold_in(key, step),
+                    jax.random.fold_in(step_key, number) if number else step_key,
                 )
                 jax.block_until_ready(trajectory)
             with clock("reward"):
-                judged = judge(task, problems, trajectory)
-                groups = np.repeat(np.arange(rl.prompts), rl.group_size)
-                advantages = programs.advantages(
-                    *shard_rows(mesh, (judged.rewards, groups, judged.valid))
-                )
+                return Round(problems, trajectory, judge(task, problems, trajectory))
+
+        if start == 0:
+            checkpoints.save(0, to_parts(state) | {"key": key}, prompts, run_evaluation(0))
+
+        for step in range(start + 1, rl.steps + 1):
+            clock = Clock()
+            (problems, trajectory, judged), rounds = collect(
+                partial(draw, step, clock), programs.fill, rl.group_size, rl.max_rounds
+            )
+            with clock("reward"):
+                arrays = shard_rows(mesh, advantage_inputs(rl, judged))
+                advantages = programs.advantages(*arrays)
             with clock("score"):
                 train_batch, scored = make_batch(trajectory, advantages), None
-                if rl.needs_score:
+                if rl.objective.needs_score:
                     scored = programs.score(state.model, train_batch)
                     train_batch = with_old_policy(train_batch, scored)
+                if reference is not None:
+                    logp_reference = programs.reference(reference, train_batch)
+                    train_batch = dataclasses.replace(train_batch, logp_reference=logp_reference)
                 jax.block_until_ready(train_batch)
             with clock("update"), jax.transfer_guard("disallow"):
                 updates: list[Metrics] = []
@@ -191,7 +217,10 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             if scored is not None and step == start + 1:
                 check_first_mini_batch(updates[0], rl.gate(experiment.model.dtype), step)
             check_finite(state, rl.max_skipped)
-            values = clock.values() | reward_metrics(judged, rl.group_size)
+            values = clock.values() | reward_metrics(rounds[0], rl.group_size)
+            values["response/tokens"] = float(sum(each.lengths.sum() for each in rounds))
+            values["sampling/rounds"] = float(len(rounds))
+            values["sampling/informative_share"] = informative(judged, rl.group_size).mean()
             measured = programs.summarize(updates, scored.metrics if scored else {})
             values |= diagnostics.as_floats(measured)
             values["gradient/skipped"] = float(jax.device_get(state.skipped))
@@ -215,44 +244,6 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             if stop.requested:
                 raise Stopped(step, str(workdir))
     return state
-
-
-def restore_or_start(
-    experiment: Experiment,
-    task: Task,
-    workdir: pathlib.Path,
-    checkpoints: Checkpointer,
-    prompts: Iterator,
-) -> tuple[TrainState, Key[jax.Array, ""], int]:
-    """The newest checkpoint of this run, or a start: from other weights, a cold start, or nothing.
-
-    Returns:
-      The state, the key of the rollouts, and the number of finished steps.
-    """
-    rl, mesh = experiment.reinforcement, make_mesh(experiment.mesh)
-    optimizer = make_optimizer(rl.optimizer)
-
-    def fresh_model() -> Transformer:
-        return init_model(experiment.model, experiment.seed)
-
-    template = abstract_state(mesh, lambda: init_state(fresh_model(), optimizer))
-    key_template = abstract_state(mesh, lambda: jax.random.key(0))
-    restored = checkpoints.restore(to_parts(template) | {"key": key_template}, prompts)
-    if restored:
-        return from_parts(restored), restored["key"], checkpoints.steps[-1]
-    origin = pathlib.Path(experiment.init_from)
-    if experiment.init_from and (origin / "config.json").exists():
-        model = hf.load(origin, mesh, experiment.model)
-    elif experiment.init_from:
-        model = load_model(origin / "checkpoints", experiment.model.architecture(), template.model)
-    elif experiment.cold_start is not None:
-        model = sft.train(experiment, task, workdir / "cold_start")
-    else:
-        model = sharded_init(mesh, fresh_model)
-    start = jax.jit(
-        partial(init_state, optimizer=optimizer), out_shardings=state_shardings(mesh, template)
-    )
-    return start(model), jax.random.key(experiment.seed), 0
 
 
 def main(experiment: Experiment, workdir: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,12 +12,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable import diagnostics
-from jaxrl_stable.configs import Objective
 from jaxrl_stable.diagnostics import Mean, Metrics
 from jaxrl_stable.model.experts import RouterOutput
 from jaxrl_stable.model.head import HeadOutput, token_log_probs
 from jaxrl_stable.model.transformer import Transformer
-from jaxrl_stable.objectives import aggregate
+from jaxrl_stable.objective import Decided, Objective
+from jaxrl_stable.objectives import divide
 from jaxrl_stable.optimizer import TrainState, apply_gradients
 from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing, overlap
@@ -33,6 +34,7 @@ class TrainBatch:
       advantages: one per response.
       routing: the experts to replay, or those of the rollout to compare with.
       logp_old: log π_old; None when the update itself stands for it (one update per rollout).
+      logp_reference: log-probabilities of the policy that a KL term keeps to; None without one.
       prompt_width: P, static.
     """
 
@@ -43,6 +45,7 @@ class TrainBatch:
     advantages: Float[Array, "B"]
     routing: Routing
     logp_old: Float[Array, "B T"] | None
+    logp_reference: Float[Array, "B T"] | None
     prompt_width: int = dataclasses.field(metadata=dict(static=True))
 
 
@@ -72,6 +75,7 @@ def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBa
         advantages=advantages,
         routing=trajectory.routing,
         logp_old=None,
+        logp_reference=None,
         prompt_width=trajectory.prompt_width,
     )
 
@@ -86,13 +90,15 @@ def split(batch: TrainBatch, parts: int) -> TrainBatch:
     if batch.routing is None:
         raise ValueError("TrainBatch.routing is None; without it there is nothing to replay")
 
-    def rows(x: Array, axis: int) -> Array:
-        shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-        return constrain_rows(jnp.moveaxis(x.reshape(shape), axis, 0), axis + 1)
-
-    routing = Routing(rows(batch.routing.experts, 1), rows(batch.routing.valid, 0))
+    rows = partial(_split_rows, parts=parts)
+    routing = Routing(rows(batch.routing.experts, axis=1), rows(batch.routing.valid))
     others = dataclasses.replace(batch, routing=None)
-    return dataclasses.replace(jax.tree.map(lambda x: rows(x, 0), others), routing=routing)
+    return dataclasses.replace(jax.tree.map(rows, others), routing=routing)
+
+
+def _split_rows(x: Array, parts: int, axis: int = 0) -> Array:
+    shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+    return constrain_rows(jnp.moveaxis(x.reshape(shape), axis, 0), axis + 1)
 
 
 def policy_log_probs(
@@ -175,9 +181,12 @@ def update(
     optimizer: optax.GradientTransformation,
     micro_batch_size: int,
     temperature: float,
-    logp_source: str = "sampler",
 ) -> tuple[TrainState, Metrics]:
     """One gradient step on one mini-batch; gradients of micro-batches add up, then divide once.
+
+    An objective that decides on the whole mini-batch (`Objective.whole_batch`) gets it: a forward
+    pass first scores all micro-batches, the loss is differentiated by those log-probabilities, and
+    the backward passes carry on from there. That costs one forward pass more.
 
     Args:
       state: weights and moments.
@@ -186,62 +195,79 @@ def update(
       optimizer: see `make_optimizer`.
       micro_batch_size: rows of one forward and backward pass.
       temperature: the sampler's.
-      logp_source: what the loss takes for log μ_old: "sampler", or "rescored" for log π_old.
-        Metrics of mismatch and validity always see what the sampler recorded.
 
     Raises:
-      ValueError: "rescored", and the batch was not scored.
+      ValueError: the objective needs a pass of `score`, or a reference, and the batch has none.
     """
-    if logp_source == "rescored" and batch.logp_old is None:
-        raise ValueError(
-            "update: logp_source='rescored' takes TrainBatch.logp_old for the sampler's, but it is "
-            "None; call score and with_old_policy first"
-        )
-    if batch.logp_old is None and (objective.mini_batches > 1 or objective.replay == "R2"):
+    if batch.logp_old is None and objective.needs_old_policy:
         raise ValueError(
             "update: this objective needs the π_old (under R2 the experts too) of a score pass, "
             "but TrainBatch.logp_old is None; call score and with_old_policy first"
         )
-
-    def loss(model: Transformer, micro: TrainBatch):
-        routing = None if objective.replay == "none" else micro.routing
-        scored, router = policy_log_probs(model, micro, routing, temperature)
-        token_loss = objective.token_loss(
-            scored.logp,
-            micro.logp_old,
-            micro.logp_old if logp_source == "rescored" else micro.logp_rollout,
-            micro.advantages,
-            micro.response_mask,
+    if batch.logp_reference is None and objective.kl_coefficient:
+        raise ValueError(
+            "update: Objective.kl_coefficient is not 0 but TrainBatch.logp_reference is None; "
+            "score the batch with the reference policy first"
         )
-        total, count = aggregate(token_loss.loss, micro.response_mask, objective.aggregation)
-        mask, logp = micro.response_mask, jax.lax.stop_gradient(scored.logp)
-        metrics = {
-            "loss": Mean(total, count),
-            "entropy": diagnostics.masked_mean(scored.entropy, mask),
-            **diagnostics.weight_metrics(token_loss, mask, objective.truncation),
-            **diagnostics.validity_metrics(
-                logp, micro.logp_old, micro.logp_rollout, micro.advantages, mask
-            ),
-            **diagnostics.load_metrics(router.load, router.confidence, micro.real),
-        }
-        if micro.logp_old is None:
-            metrics |= mismatch(micro, logp, router)
+
+    def forward(model: Transformer, micro: TrainBatch) -> tuple[HeadOutput, RouterOutput]:
+        routing = None if objective.replay == "none" else micro.routing
+        return policy_log_probs(model, micro, routing, temperature)
+
+    def objective_of(scored: HeadOutput, rows: TrainBatch):
+        total, decided = objective.total(scored.logp, scored.entropy, rows)
+        return total, measure(decided, jax.lax.stop_gradient(scored), rows)
+
+    def loss(model: Transformer, micro: TrainBatch, pull: HeadOutput | None):
+        scored, router = forward(model, micro)
+        if pull is None:
+            total, metrics = objective_of(scored, micro)
         else:
-            metrics |= diagnostics.staleness_metrics(logp, micro.logp_old, mask)
+            total, metrics = sum(map(jnp.vdot, pull, scored)), {}
+        metrics |= diagnostics.load_metrics(router.load, router.confidence, micro.real)
+        if micro.logp_old is None:
+            metrics |= mismatch(micro, jax.lax.stop_gradient(scored.logp), router)
         return total, metrics
 
-    def accumulate(gradients, micro: TrainBatch):
-        (_, metrics), more = jax.value_and_grad(loss, has_aux=True)(state.model, micro)
+    parts = batch.tokens.shape[0] // micro_batch_size
+    micro_batches, pulls, whole = split(batch, parts), None, {}
+    if objective.whole_batch and parts > 1:
+        scored = jax.lax.map(lambda micro: forward(state.model, micro)[0], micro_batches)
+        scored = jax.tree.map(lambda x: x.reshape(batch.tokens.shape), scored)
+        pull, whole = jax.grad(objective_of, has_aux=True)(scored, batch)
+        pulls = jax.tree.map(partial(_split_rows, parts=parts), pull)
+
+    def accumulate(gradients, micro):
+        (_, metrics), more = jax.value_and_grad(loss, has_aux=True)(state.model, *micro)
         return jax.tree.map(jnp.add, gradients, more), metrics
 
-    parts = batch.tokens.shape[0] // micro_batch_size
     zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), state.model)
-    gradients, metrics = jax.lax.scan(accumulate, zeros, split(batch, parts))
-    metrics = diagnostics.collapse(metrics)
-    count = jnp.maximum(metrics["loss"].count, 1.0)
-    gradients = jax.tree.map(lambda g: g / count, gradients)
+    gradients, metrics = jax.lax.scan(accumulate, zeros, (micro_batches, pulls))
+    metrics = diagnostics.collapse(metrics) | whole
+    gradients = jax.tree.map(lambda g: divide(g, metrics["loss"].count), gradients)
     state, norm = apply_gradients(state, gradients, optimizer)
     return state, metrics | {"gradient/norm": Mean(norm, jnp.ones(()))}
+
+
+def measure(decided: Decided, scored: HeadOutput, batch: TrainBatch) -> Metrics:
+    """Metrics of a loss that was decided on some rows."""
+    mask, logp = batch.response_mask, scored.logp
+    metrics = {
+        "loss": Mean(decided.total, decided.count),
+        "entropy": diagnostics.masked_mean(scored.entropy, mask),
+        **diagnostics.weight_metrics(decided.token_loss, mask),
+        **diagnostics.validity_metrics(
+            logp, batch.logp_old, batch.logp_rollout, batch.advantages, mask
+        ),
+    }
+    if decided.factor is not None:
+        old = logp if batch.logp_old is None else batch.logp_old
+        metrics |= diagnostics.correction_metrics(decided.factor, old, batch.logp_rollout, mask)
+    if batch.logp_old is not None:
+        metrics |= diagnostics.staleness_metrics(logp, batch.logp_old, mask)
+    if decided.kl is not None:
+        metrics["reference/kl"] = diagnostics.masked_mean(decided.kl, mask)
+    return metrics
 
 
 def mismatch(batch: TrainBatch, logp_old: Float[Array, "B T"], router: RouterOutput) -> Metrics:

@@ -105,7 +105,7 @@ CORRUPTION = {
     "routers disagree, nobody sees how often (Megatron-LM#4168)": [
         "test_update.py::test_r2_and_r3_differ_when_the_sampler_is_quantized",
         "test_update.py::test_r3_lowers_the_mismatch",
-        "test_diagnostics.py::test_routing_agreement_by_hand",
+        "diagnostics/test_router_metrics.py::test_routing_agreement_by_hand",
     ],
     "settings that exclude each other accepted (verl#7805)": [
         "test_bugs_of_replay.py::test_objectives_that_replay_score_first",

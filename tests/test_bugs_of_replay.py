@@ -47,8 +47,8 @@ def values(scored):
 def assert_noticed(scored, good):
     """Both alarms ring: the mismatch of sampler and trainer, and their agreement on experts."""
     bad, fine = values(scored), values(good)
-    assert fine["mismatch/kl_k3"] < 1e-7 and fine["routing/agreement"] == 1.0
-    assert bad["mismatch/kl_k3"] > 1e-4
+    assert fine["mismatch/kl_k3_token_mean"] < 1e-7 and fine["routing/agreement"] == 1.0
+    assert bad["mismatch/kl_k3_token_mean"] > 1e-4
     assert bad["routing/agreement"] < 0.9
 
 

@@ -120,7 +120,7 @@ def test_temperature_on_one_side_is_stopped(model, trajectory, advantages, passe
     with pytest.raises(RuntimeError, match=r"score and update disagree.*temperature"):
         check_first_mini_batch(metrics, GATE, 1)
     # The sampler's side shows in the mismatch: the rollout was at 1.
-    assert finalize(scored.metrics)["mismatch/abs_mean"] > 0.05
+    assert finalize(scored.metrics)["mismatch/abs_token_mean"] > 0.05
     good = passes.scored_batch(model, trajectory, advantages)
     check_first_mini_batch(passes.step(passes.init(model), good)[1], GATE, 1)
 

@@ -147,7 +147,7 @@ def test_tensorboard_gets_the_values_and_the_purge_step(tmp_path):
     assert 5 in [e.step for e in events if e.HasField("session_log")]
 
 
-SCALARS = {"reward/mean": 0.5, "mismatch/kl_k3": 1e-3, "entropy": 0.7}
+SCALARS = {"reward/mean": 0.5, "mismatch/kl_k3_token_mean": 1e-3, "entropy": 0.7}
 
 
 def test_plain_lines_without_a_terminal(tmp_path, capsys):

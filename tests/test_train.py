@@ -119,19 +119,19 @@ def test_run_leaves_everything_behind(finished):
         "response/length",
         "response/truncated_share",
         "entropy",
-        "mismatch/kl_k1",
-        "mismatch/kl_k3",
-        "mismatch/abs_mean",
-        "mismatch/abs_max",
+        "mismatch/kl_k1_token_mean",
+        "mismatch/kl_k3_token_mean",
+        "mismatch/abs_token_mean",
+        "mismatch/abs_token_max",
         "weight/raw_mean",
         "weight/raw_max",
-        "weight/truncated_mean",
-        "weight/truncated_max",
-        "weight/over_cap_share",
+        "weight/used_mean",
+        "weight/used_max",
+        "weight/truncated_share",
         "weight/ess",
         "clip/high_share",
         "clip/low_share",
-        "staleness/kl_k3",
+        "staleness/kl_k3_token_mean",
         "staleness/ratio_deviation_max",
         "validity/violating_share",
         "validity/value_error",
@@ -152,7 +152,7 @@ def test_run_leaves_everything_behind(finished):
     }
     assert expected <= trained[0].keys()
     assert all(row[name] is not None for row in trained for name in expected)
-    assert trained[0]["mismatch/kl_k3"] > 0  # the int8 sampler is not the trainer
+    assert trained[0]["mismatch/kl_k3_token_mean"] > 0  # the int8 sampler is not the trainer
 
 
 def test_sampled_tokens_are_explained(finished):
@@ -236,8 +236,9 @@ def test_start_from_another_run(finished, tmp_path, environment):
     for name in ("eval/avg_at_k", "eval/length", "eval/truncated_share"):  # same weights and key
         assert first[name] == last[name], name
     trained = read_jsonl(tmp_path / "metrics.jsonl")[1]
-    assert trained["mismatch/abs_max"] < 1e-4  # measured in the update: there was no score pass
-    assert "staleness/kl_k3" not in trained
+    # Measured in the update: there was no score pass.
+    assert trained["mismatch/abs_token_max"] < 1e-4
+    assert "staleness/kl_k3_token_mean" not in trained
 
 
 def test_resume_with_another_seed_is_refused(finished, environment):

@@ -54,7 +54,7 @@ PAPER_PANELS = (
         "nats per token",
         # Two estimators of one KL. The paper plots k1, whose mean over a batch can be below zero:
         # on this axis it is drawn as |k1|. k3 = e^Δ − 1 − Δ is never negative.
-        {"mismatch/kl_k3": "k3", "mismatch/kl_k1": "|k1|"},
+        {"mismatch/kl_k3_token_mean": "k3", "mismatch/kl_k1_token_mean": "|k1|"},
         log=True,
     ),
     Panel("reward", "Training reward", "mean reward", {"reward/mean": "reward"}),
@@ -83,15 +83,21 @@ MORE_PANELS = (
     Panel("ess", "Effective sample size", "share of tokens", {"weight/ess": "ESS"}),
     Panel(
         "clip",
-        "Clipped and capped tokens",
+        "Clipped and truncated tokens",
         "share of tokens",
         {
             "clip/high_share": "clipped, high",
             "clip/low_share": "clipped, low",
-            "weight/over_cap_share": "capped",
+            "weight/truncated_share": "truncated",
         },
     ),
-    Panel("staleness", "Staleness, KL", "nats per token", {"staleness/kl_k3": "k3"}, log=True),
+    Panel(
+        "staleness",
+        "Staleness, KL",
+        "nats per token",
+        {"staleness/kl_k3_token_mean": "k3"},
+        log=True,
+    ),
     Panel(
         "validity",
         "First-order approximation",

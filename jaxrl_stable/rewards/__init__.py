@@ -2,6 +2,7 @@
 
 from jaxrl_stable.rewards.exact import exact_reward
 from jaxrl_stable.rewards.numeric import numeric_reward, parse_number
+from jaxrl_stable.rewards.overlong import overlong_penalty
 from jaxrl_stable.rewards.reward import Reward, check_references, load_reward
 from jaxrl_stable.rewards.verdict import Status, Verdict
 
@@ -13,5 +14,6 @@ __all__ = [
     "exact_reward",
     "load_reward",
     "numeric_reward",
+    "overlong_penalty",
     "parse_number",
 ]

@@ -38,10 +38,10 @@ def synthetic_run(workdir, steps=400, updates=4, layers=8):
             load = 0.6 + 0.3 * rng.random()
             scalars = {
                 "gradient_steps": step * updates,
-                "mismatch/kl_k3": kl,
-                "mismatch/kl_k1": kl + rng.normal(0, 6e-4),
+                "mismatch/kl_k3_token_mean": kl,
+                "mismatch/kl_k1_token_mean": kl + rng.normal(0, 6e-4),
                 "mismatch/extreme_share": 0.4 * kl,
-                "staleness/kl_k3": 0.1 * kl,
+                "staleness/kl_k3_token_mean": 0.1 * kl,
                 "validity/violating_share": min(1.0, 40 * kl),
                 "validity/value_error": 11 * kl,
                 "validity/gradient_error": 3 * math.sqrt(kl),
@@ -53,7 +53,7 @@ def synthetic_run(workdir, steps=400, updates=4, layers=8):
                 "response/length": 40 + 60 * t + rng.normal(0, 3),
                 "response/truncated_share": max(0, 0.12 - 0.2 * t + rng.normal(0, 0.01)),
                 "weight/raw_max": math.exp(abs(rng.normal(0.6, 0.5))),
-                "weight/over_cap_share": 2e-4 * rng.random(),
+                "weight/truncated_share": 2e-4 * rng.random(),
                 "weight/ess": 0.99 - 0.05 * rng.random(),
                 "clip/high_share": 0.004 * rng.random() + 0.002,
                 "clip/low_share": 0.003 * rng.random(),

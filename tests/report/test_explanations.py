@@ -10,8 +10,8 @@ from jaxrl_stable.report.explanations import METRICS, interval_names
 from jaxrl_stable.report.run import LAYER
 
 PACKAGE = pathlib.Path(jaxrl_stable.__file__).parent
-# Named in the code, but not in the rows: `finalize` turns it into weight/ess.
-INTERNAL = {"weight/square_mean", "experts/load"}
+# Named in the code, but not in the rows: `finalize` turns it into violations.
+INTERNAL = {"experts/load"}
 
 
 def recorded_names(groups):
@@ -44,12 +44,12 @@ def test_names_are_those_that_are_recorded():
 
 def test_values_outside_the_healthy_range_are_flagged(tmp_path):
     with metrics.MetricsWriter(tmp_path, console=False) as writer:
-        writer.write(1, {"weight/ess": 0.9, "mismatch/kl_k3": 0.4, "entropy": math.nan})
+        writer.write(1, {"weight/ess": 0.9, "mismatch/kl_k3_token_mean": 0.4, "entropy": math.nan})
     text = report.write_report(tmp_path).read_text()
     verdicts = dict(
         re.findall(r"<code>([^<]*)</code></td><td[^>]*>[^<]*</td><td><b[^>]*>(\w+)", text)
     )
-    assert verdicts == {"weight/ess": "ok", "mismatch/kl_k3": "look"}
+    assert verdicts == {"weight/ess": "ok", "mismatch/kl_k3_token_mean": "look"}
     assert '<code>entropy</code></td><td class="n">not finite' in text
 
 

@@ -1,0 +1,76 @@
+"""Metrics: each with its formula and its names elsewhere, as parts that combine exactly.
+
+One file a family, and one for what they share:
+
+    parts.py      Mean, Max, Min, Sum, Spread, Correlation; how they combine and become figures
+    mismatch.py   sampler against trainer (`mismatch/…`), policy against that of the rollout
+                  (`staleness/…`)
+    weights.py    importance weights (`weight/…`), the clip (`clip/…`), corrections (`correction/…`)
+    validity.py   whether the token-level objective stands for the sequence-level one (`validity/…`)
+    routing.py    agreement of routers (`routing/…`), load and confidence (`experts/…`)
+"""
+
+from jaxrl_stable.diagnostics.mismatch import (
+    mismatch_metrics,
+    probability_mismatch,
+    response_mismatch,
+    staleness_metrics,
+    token_mismatch,
+)
+from jaxrl_stable.diagnostics.parts import (
+    Correlation,
+    EffectiveShare,
+    Max,
+    Mean,
+    Metrics,
+    Min,
+    Spread,
+    Sum,
+    as_floats,
+    collapse,
+    finalize,
+    is_metric,
+    masked_correlation,
+    masked_max,
+    masked_mean,
+    masked_min,
+    masked_spread,
+    merge,
+    weighted_mean,
+)
+from jaxrl_stable.diagnostics.routing import load_metrics, routing_metrics
+from jaxrl_stable.diagnostics.validity import validity_metrics
+from jaxrl_stable.diagnostics.weights import clip_metrics, correction_metrics, weight_metrics
+
+__all__ = [
+    "Correlation",
+    "EffectiveShare",
+    "Max",
+    "Mean",
+    "Metrics",
+    "Min",
+    "Spread",
+    "Sum",
+    "as_floats",
+    "clip_metrics",
+    "collapse",
+    "correction_metrics",
+    "finalize",
+    "is_metric",
+    "load_metrics",
+    "masked_correlation",
+    "masked_max",
+    "masked_mean",
+    "masked_min",
+    "masked_spread",
+    "merge",
+    "mismatch_metrics",
+    "probability_mismatch",
+    "response_mismatch",
+    "routing_metrics",
+    "staleness_metrics",
+    "token_mismatch",
+    "validity_metrics",
+    "weight_metrics",
+    "weighted_mean",
+]

@@ -1,0 +1,248 @@
+"""The parts that metrics are made of: what micro-batches, mini-batches and devices add up.
+
+A part holds sums, not results, so that any cut of the rows gives the figures of the whole, and
+`value` divides once. `collapse` combines the entries of a leading axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jaxtyping import Array, Bool, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """total / count; combines by addition."""
+
+    total: Float[Array, "*n"]
+    count: Float[Array, "*n"]
+
+    def collapse(self) -> Mean:
+        return Mean(self.total.sum(0), self.count.sum(0))
+
+    def value(self) -> Float[Array, "*n"]:
+        # A count may be a sum of weights below 1; where nothing was counted the mean is 0.
+        return self.total / jnp.where(self.count > 0, self.count, 1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Max:
+    """Largest value; combines by maximum. −∞ of nothing."""
+
+    maximum: Float[Array, "*n"]
+
+    def collapse(self) -> Max:
+        return Max(self.maximum.max(0))
+
+    def value(self) -> Float[Array, "*n"]:
+        return self.maximum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Min:
+    """Smallest value; combines by minimum. ∞ of nothing."""
+
+    minimum: Float[Array, "*n"]
+
+    def collapse(self) -> Min:
+        return Min(self.minimum.min(0))
+
+    def value(self) -> Float[Array, "*n"]:
+        return self.minimum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """Total; combines by addition."""
+
+    total: Float[Array, "*n"]
+
+    def collapse(self) -> Sum:
+        return Sum(self.total.sum(0))
+
+    def value(self) -> Float[Array, "*n"]:
+        return self.total
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Standard deviation √(Σ (x − x̄)² / n), of the population: n, not n − 1. 0 of nothing.
+
+    Squares are taken around the mean of each part and moved to the common one on combining (Chan,
+    Golub and LeVeque 1979). E[x²] − E[x]² would drown in float32's rounding where x is near 1.
+    """
+
+    count: Float[Array, "*n"]
+    mean: Float[Array, "*n"]
+    squares: Float[Array, "*n"]
+
+    def collapse(self) -> Spread:
+        count, mean = self.count.sum(0), _common_mean(self.count, self.mean)
+        squares = self.squares + self.count * jnp.square(self.mean - mean)
+        return type(self)(count, mean, squares.sum(0))
+
+    def variance(self) -> Float[Array, "*n"]:
+        return self.squares / jnp.maximum(self.count, 1.0)
+
+    def value(self) -> Float[Array, "*n"]:
+        return jnp.sqrt(self.variance())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EffectiveShare(Spread):
+    """Effective sample size as a share: (mean w)² / mean w² = x̄² / (x̄² + variance), Kish 1965.
+
+    1 when all weights are equal, 1/n when one of them is alone; 0 of nothing.
+    """
+
+    def value(self) -> Float[Array, "*n"]:
+        square = jnp.square(self.mean)
+        return square / jnp.maximum(square + self.variance(), 1e-30)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Pearson's Σ (x − x̄)(y − ȳ) / √(Σ (x − x̄)² Σ (y − ȳ)²); combines like `Spread`.
+
+    NaN where x or y does not vary: what is undefined is not 0.
+    """
+
+    count: Float[Array, "*n"]
+    mean_x: Float[Array, "*n"]
+    mean_y: Float[Array, "*n"]
+    squares_x: Float[Array, "*n"]
+    squares_y: Float[Array, "*n"]
+    products: Float[Array, "*n"]
+
+    def collapse(self) -> Correlation:
+        x, y = _common_mean(self.count, self.mean_x), _common_mean(self.count, self.mean_y)
+        dx, dy = self.mean_x - x, self.mean_y - y
+        return Correlation(
+            self.count.sum(0),
+            x,
+            y,
+            (self.squares_x + self.count * dx * dx).sum(0),
+            (self.squares_y + self.count * dy * dy).sum(0),
+            (self.products + self.count * dx * dy).sum(0),
+        )
+
+    def value(self) -> Float[Array, "*n"]:
+        return quotient(self.products, jnp.sqrt(self.squares_x) * jnp.sqrt(self.squares_y))
+
+
+Part = Mean | Max | Min | Sum | Spread | Correlation
+Metrics = dict[str, Part]
+
+
+def is_metric(x: object) -> bool:
+    return isinstance(x, Part)
+
+
+def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Mean:
+    """Σ m x over Σ m."""
+    x = jnp.where(mask, x.astype(jnp.float32), 0.0)
+    return Mean(x.sum(), mask.sum(dtype=jnp.float32))
+
+
+def weighted_mean(x: Float[Array, "*n"], weight: Float[Array, "*n"]) -> Mean:
+    """Σ w x over Σ w; the weights are not negative."""
+    return Mean((weight * x).sum(), weight.sum())
+
+
+def masked_max(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Max:
+    return Max(jnp.where(mask, x.astype(jnp.float32), -jnp.inf).max())
+
+
+def masked_min(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Min:
+    return Min(jnp.where(mask, x.astype(jnp.float32), jnp.inf).min())
+
+
+def masked_spread(
+    x: Float[Array, "*n"], mask: Bool[Array, "*n"], kind: type[Spread] = Spread
+) -> Spread:
+    """Spread of x, or its `EffectiveShare`."""
+    mean, deviation = _centred(x, mask)
+    return kind(mask.sum(dtype=jnp.float32), mean, jnp.square(deviation).sum())
+
+
+def masked_correlation(
+    x: Float[Array, "*n"], y: Float[Array, "*n"], mask: Bool[Array, "*n"]
+) -> Correlation:
+    (mean_x, dx), (mean_y, dy) = _centred(x, mask), _centred(y, mask)
+    sums = ((dx * dx).sum(), (dy * dy).sum(), (dx * dy).sum())
+    return Correlation(mask.sum(dtype=jnp.float32), mean_x, mean_y, *sums)
+
+
+def response_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    """Mean over the tokens of each response; 0 for a row without any."""
+    total = jnp.where(mask, x.astype(jnp.float32), 0.0).sum(-1)
+    return total / jnp.maximum(mask.sum(-1, dtype=jnp.float32), 1.0)
+
+
+def quotient(a: Float[Array, "*n"], b: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """a / b where b > 0, else NaN."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), jnp.nan)
+
+
+def collapse(metrics: Metrics) -> Metrics:
+    """Combines metrics that were stacked along a leading axis (the output of a scan)."""
+    return jax.tree.map(lambda m: m.collapse(), metrics, is_leaf=is_metric)
+
+
+def merge(parts: list[Metrics]) -> Metrics:
+    """Combines metrics of several mini-batches."""
+    return collapse(jax.tree.map(lambda *x: jnp.stack(x), *parts))
+
+
+def finalize(metrics: Metrics) -> dict[str, Float[Array, ""]]:
+    """The figures. What takes more than one part is derived here:
+
+    - `experts/…_violation`, `experts/idle_share`: see `load_metrics`
+    - `mismatch/kl_entropy_ratio`: `mismatch/kl_k3_token_mean` / `entropy`, the mismatch in units of
+      what the policy itself is undecided about (prime-rl `kl_ent_ratio/mean`)
+    """
+    values = {name: metric.value() for name, metric in metrics.items()}
+    if "experts/load" in values:
+        load = values.pop("experts/load")
+        share = load / jnp.maximum(load.sum(-1, keepdims=True), 1.0)
+        violation = share * load.shape[-1] - 1.0
+        values["experts/max_violation"] = violation.max()
+        values["experts/min_violation"] = violation.min()
+        values["experts/avg_violation"] = jnp.abs(violation).mean()
+        values["experts/idle_share"] = (load == 0).mean()
+    if "entropy" in values and "mismatch/kl_k3_token_mean" in values:
+        ratio = quotient(values["mismatch/kl_k3_token_mean"], values["entropy"])
+        values["mismatch/kl_entropy_ratio"] = ratio
+    return values
+
+
+def as_floats(values: Mapping[str, Array]) -> dict[str, float]:
+    """One transfer to the host."""
+    return {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+
+
+def _common_mean(count: Float[Array, "n *m"], mean: Float[Array, "n *m"]) -> Float[Array, "*m"]:
+    return (count * mean).sum(0) / jnp.maximum(count.sum(0), 1.0)
+
+
+def _centred(
+    x: Float[Array, "*n"], mask: Bool[Array, "*n"]
+) -> tuple[Float[Array, ""], Float[Array, "*n"]]:
+    """Mean over the mask, and what x is off it; 0 outside."""
+    mean = masked_mean(x, mask).value()
+    return mean, jnp.where(mask, x.astype(jnp.float32) - mean, 0.0)

@@ -1,0 +1,72 @@
+"""Whether the routers agree with the sampler's choice, and how they spread the load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+
+from jaxrl_stable.diagnostics.parts import Sum, masked_mean
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+    from jaxrl_stable.diagnostics.parts import Metrics
+
+
+def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"]) -> Metrics:
+    """Agreement of the sampler's experts with the training router's own choice.
+
+    Args:
+      agreement: share of the K experts in common, of each layer and token (`routing.overlap`).
+      valid: tokens that have a choice to compare.
+
+    - `routing/agreement`: mean over layers and valid tokens
+    - `routing/agreement_layer_XX`: the same of one MoE layer
+    - `routing/differing_tokens_share`: share of tokens with at least one differing layer
+      (94 % at 48 layers in arXiv:2510.11370)
+    - `routing/zero_overlap_share`: share of layers and tokens whose choices have no expert in
+      common. Routers seldom part that far: routes that are shifted, stale or of another row do.
+      miles' replay check counts the same
+    """
+    if agreement.shape[0] == 0:
+        return {}
+    everywhere = jnp.broadcast_to(valid, agreement.shape)
+    differs = (agreement < 1.0).any(0)
+    return {
+        "routing/agreement": masked_mean(agreement, everywhere),
+        "routing/differing_tokens_share": masked_mean(differs, valid),
+        "routing/zero_overlap_share": masked_mean(agreement == 0, everywhere),
+        **{
+            f"routing/agreement_layer_{i:02d}": masked_mean(layer, valid)
+            for i, layer in enumerate(agreement)
+        },
+    }
+
+
+def load_metrics(
+    load: Float[Array, "L E"], confidence: Float[Array, "L B T"], real: Bool[Array, "B T"]
+) -> Metrics:
+    """Balance of the experts and decidedness of the routers; padding is no load.
+
+    With the violation v = E · (share of its layer's load) − 1 of each expert, 0 when all get the
+    same (arXiv:2408.15664, eq. 4), `finalize` derives from the total load:
+
+    - `experts/max_violation`: largest v of all layers, up to E − 1. verl `max_vio/max`; prime-rl's
+      `max_vio` leaves out the K busiest experts of each layer
+    - `experts/min_violation`: smallest v of all layers, −1 for an expert without tokens. verl's
+      `min_vio`, of which it reports the largest and the mean of the layers
+    - `experts/avg_violation`: mean of |v| over layers and experts. verl `avg_vio/avg`
+    - `experts/idle_share`: share of experts that got no token
+
+    and recorded as it is:
+
+    - `experts/confidence`: mean probability mass of the experts used; prime-rl's routing confidence
+    """
+    if load.shape[0] == 0:
+        return {}
+    everywhere = jnp.broadcast_to(real, confidence.shape)
+    return {
+        "experts/load": Sum(load),
+        "experts/confidence": masked_mean(confidence, everywhere),
+    }

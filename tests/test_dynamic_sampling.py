@@ -1,0 +1,98 @@
+"""Dynamic sampling: later rounds fill the places of groups that give no gradient."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_stable.dynamic_sampling import Round, collect, fill_rows
+from jaxrl_stable.judge import Judged, informative
+from jaxrl_stable.rewards import Verdict
+from jaxrl_stable.rollout import Trajectory
+from jaxrl_stable.routing import Routing
+
+G, T, L, K = 2, 5, 3, 2
+
+
+def make_round(number, scores, valid=None):
+    """Everything in row i is 100 · number + i."""
+    scores = np.asarray(scores, np.float32)
+    ids = 100 * number + np.arange(len(scores))
+    column = np.repeat(ids[:, None], T, 1)
+    experts = np.broadcast_to(ids[None, :, None, None], (L, len(ids), T, K)).astype(np.uint16)
+    trajectory = Trajectory(
+        tokens=column,
+        real=column % 2 == 0,
+        response_mask=column % 2 == 1,
+        logp_rollout=column.astype(np.float32),
+        routing=Routing(experts, column % 2 == 0),
+        finished=ids % 2 == 0,
+        prompt_width=2,
+    )
+    valid = np.ones(len(ids), bool) if valid is None else np.asarray(valid)
+    judged = Judged(
+        [str(i) for i in ids],
+        [Verdict(float(s), "ok") for s in scores],
+        scores,
+        valid,
+        ids.astype(np.float32),
+        ids % 2 == 0,
+    )
+    return Round([{"id": i} for i in ids], trajectory, judged)
+
+
+def run(rounds, max_rounds=9):
+    drawn = []
+
+    def draw(number):
+        drawn.append(number)
+        return rounds[number]
+
+    batch, verdicts = collect(draw, jax.jit(fill_rows), G, max_rounds)
+    assert drawn == list(range(len(verdicts)))
+    return batch, len(verdicts)
+
+
+@pytest.mark.fast
+def test_rows_of_a_later_round_move_together():
+    rounds = [
+        make_round(0, [1, 0, 1, 1, 0, 0, 0, 1]),  # groups 1 and 2 say nothing
+        make_round(1, [0, 0, 0, 0, 0, 0, 1, 0]),  # its last group does
+        make_round(2, [1, 0, 0, 1, 0, 1, 1, 0]),  # more than is needed
+    ]
+    batch, drawn = run(rounds)
+    assert drawn == 3
+    rows = [0, 1, 106, 107, 200, 201, 6, 7]
+    assert [p["id"] for p in batch.problems] == rows
+    assert batch.judged.responses == [str(i) for i in rows]
+    np.testing.assert_array_equal(batch.judged.lengths, rows)
+    np.testing.assert_array_equal(batch.judged.rewards, [1, 0, 1, 0, 1, 0, 0, 1])
+    trajectory = batch.trajectory
+    np.testing.assert_array_equal(np.asarray(trajectory.tokens)[:, 0], rows)
+    np.testing.assert_array_equal(np.asarray(trajectory.logp_rollout)[:, 3], rows)
+    np.testing.assert_array_equal(np.asarray(trajectory.routing.experts)[1, :, 2, 0], rows)
+    np.testing.assert_array_equal(trajectory.finished, np.asarray(rows) % 2 == 0)
+    np.testing.assert_array_equal(np.asarray(trajectory.routing.valid)[:, 1], trajectory.finished)
+    assert trajectory.prompt_width == 2
+
+
+@pytest.mark.fast
+def test_one_round_changes_nothing():
+    first = make_round(0, [1, 1, 0, 1])
+    batch, drawn = run([first], max_rounds=1)
+    assert drawn == 1
+    for a, b in zip(jax.tree.leaves(batch.trajectory), jax.tree.leaves(first.trajectory)):
+        assert a is b
+
+
+@pytest.mark.fast
+def test_it_gives_up_and_keeps_what_it_has():
+    batch, drawn = run([make_round(i, [1, 1, 0, 0]) for i in range(3)], max_rounds=3)
+    assert drawn == 3 and [p["id"] for p in batch.problems] == [0, 1, 2, 3]
+
+
+@pytest.mark.fast
+def test_missing_rewards_do_not_make_a_group_informative():
+    judged = make_round(0, [1, 0, 1, 0], [True, False, True, True]).judged
+    assert informative(judged, G).tolist() == [False, True]
+    none = judged._replace(valid=np.zeros(4, bool))
+    assert not informative(none, G).any()
