@@ -1,0 +1,108 @@
+"""What each paper published: its token loss with its constants, advantages, reduction, corrections.
+
+`PUBLISHED["gspo"](logp, logp_old, logp_rollout, advantages, mask)` is the whole loss; the same as
+experiments are `experiments/recipes/*.gin`. Constants are those of the source; where it has none,
+`note` says whose they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxrl_stable import advantages, corrections, objectives
+from jaxrl_stable.objectives import TokenLoss
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
+
+class Published(NamedTuple):
+    """One recipe.
+
+    Attributes:
+      source: paper, or the code that the form is from.
+      token_loss: a function of `objectives` with the published constants.
+      advantages: a function of `jaxrl_stable.advantages` with them.
+      aggregation: one of `objectives.MODES`; "seq-mean-token-sum-norm" wants a horizon.
+      corrections: functions of `jaxrl_stable.corrections` with them.
+      note: what is not from the source.
+    """
+
+    source: str
+    token_loss: Callable[..., TokenLoss]
+    advantages: Callable[..., Array] = advantages.standardized
+    aggregation: str = "token-mean"
+    corrections: tuple[Callable[..., Array], ...] = ()
+    note: str = ""
+
+    def __call__(
+        self,
+        logp: Float[Array, "B T"],
+        logp_old: Float[Array, "B T"] | None,
+        logp_rollout: Float[Array, "B T"],
+        advantages: Float[Array, "B"],
+        mask: Bool[Array, "B T"],
+        horizon: float | None = None,
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """(total, count) of the loss; see `objectives.aggregate`."""
+        arrays = logp, logp_old, logp_rollout, advantages, mask
+        out = self.token_loss(*arrays)
+        for correction in self.corrections:
+            out = corrections.correct(out, correction(*arrays))
+        return objectives.aggregate(out.loss, mask, self.aggregation, horizon)
+
+
+SUM, MEAN = "seq-mean-token-sum", "seq-mean-token-mean"
+_loo, _centered = advantages.leave_one_out, advantages.centered
+
+PUBLISHED: Mapping[str, Published] = {
+    "minirl": Published("arXiv:2512.01374", objectives.minirl, _centered, SUM),
+    "reinforce": Published("Williams 1992", objectives.reinforce, _centered, SUM),
+    "rloo": Published("arXiv:2402.14740", objectives.reinforce, _loo, SUM),
+    "reinforce_plus_plus": Published(
+        "arXiv:2501.03262", objectives.ppo, advantages.reinforce_plus_plus
+    ),
+    "ppo": Published("arXiv:1707.06347", partial(objectives.ppo, dual_clip=3.0), note="verl"),
+    "grpo": Published("arXiv:2402.03300", objectives.ppo, aggregation=MEAN),
+    "dr_grpo": Published("arXiv:2503.20783", objectives.ppo, _centered, "seq-mean-token-sum-norm"),
+    "dapo": Published("arXiv:2503.14476", partial(objectives.ppo, clip_high=0.28)),
+    "decoupled_ppo": Published(
+        "arXiv:2505.24298", objectives.ppo, corrections=(partial(corrections.token_tis, cap=5.0),)
+    ),
+    "cispo": Published("arXiv:2506.13585", objectives.cispo, note="bounds of arXiv:2510.13786"),
+    "gspo": Published("arXiv:2507.18071", objectives.gspo, aggregation=MEAN),
+    "gspo_token": Published(
+        "arXiv:2507.18071", partial(objectives.gspo, form="token"), aggregation=MEAN
+    ),
+    "luspo": Published("TRL", objectives.luspo, aggregation=MEAN, note="the paper was not read"),
+    "sapo": Published("arXiv:2511.20347", objectives.sapo, aggregation=MEAN),
+    "gmpo": Published("arXiv:2507.20673", objectives.gmpo, aggregation=MEAN),
+    "dppo_tv": Published("arXiv:2602.04879", objectives.dppo, _centered),
+    "dppo_kl": Published(
+        "arXiv:2602.04879", partial(objectives.dppo, divergence="kl", threshold=0.05), _centered
+    ),
+    "m2po": Published("arXiv:2510.01161", objectives.m2po, note="form of AReaL, threshold ours"),
+    "vespo": Published("arXiv:2602.10693", objectives.vespo, note="constants of the authors' code"),
+    "minpro": Published("arXiv:2601.22718", objectives.minpro, note="bounds ours (CISPO's)"),
+    "bapo": Published("arXiv:2510.18927", objectives.bapo, note="form of a note on the paper"),
+    "bapo_code": Published(
+        "WooooDyy/BAPO",
+        partial(
+            objectives.bapo,
+            form="code",
+            low=(0.6, 0.8, 0.05),
+            high=(1.2, 2.0, 0.05),
+            target=1.0,
+            dual_clip=3.0,
+        ),
+    ),
+    "cpgd": Published(
+        "arXiv:2505.12504",
+        objectives.cpgd,
+        advantages.clip_filter,
+        note="siiRL's form and constants",
+    ),
+    "dro": Published("verl", objectives.dro, note="β of verl's test, no published default"),
+}

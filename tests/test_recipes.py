@@ -1,0 +1,118 @@
+"""The recipes: each gin file is what its paper published, and trains."""
+
+import pathlib
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_stable import program
+from jaxrl_stable.objectives import aggregate
+from jaxrl_stable.optimizer import init_state, make_optimizer
+from jaxrl_stable.published import PUBLISHED
+from jaxrl_stable.train import train
+from jaxrl_stable.update import make_batch, update
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.gin"))
+INDEX = (ROOT / "experiments" / "recipes" / "README.md").read_text()
+# Variations on a published loss: other regimes of MiniRL, and corrections on top of PPO's clip.
+VARIATIONS = {
+    "minirl_on_policy": "minirl",
+    "minirl_r2": "minirl",
+    "minirl_r3": "minirl",
+    "tis": None,
+    "icepop": None,
+    "geometric_mask": None,
+    "off_policy_sequence_mask": None,
+}
+
+
+def load(recipe, *bindings):
+    files = [str(ROOT / "tests" / "experiment.gin"), str(recipe)]
+    return program.load_experiment(files, bindings)
+
+
+@pytest.mark.fast
+def test_every_published_objective_has_a_recipe_and_a_line_in_the_index():
+    names = {recipe.stem for recipe in RECIPES}
+    assert names - set(VARIATIONS) == set(PUBLISHED) - {"minirl", "gspo_token"}
+    for recipe in RECIPES:
+        assert f"[`{recipe.name}`]({recipe.name})" in INDEX
+        text = recipe.read_text()
+        assert f"experiments/recipes/{recipe.name}" in text
+        for heading in ("# When: ", "# Expect: "):
+            assert heading in text, (recipe.name, heading)
+    assert set(re.findall(r"\]\(([a-z0-9_]+\.gin)\)", INDEX)) == {r.name for r in RECIPES}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_recipe_is_what_was_published(recipe):
+    """Loss, constants, corrections, advantages and reduction give the numbers of `PUBLISHED`."""
+    published = PUBLISHED.get(VARIATIONS.get(recipe.stem, recipe.stem))
+    if published is None:
+        return
+    objective = load(recipe).reinforcement.objective
+    rng = np.random.default_rng(0)
+    B, T = 12, 9
+    mask = np.arange(T) < rng.integers(1, T + 1, B)[:, None]
+    rollout = rng.uniform(-3, -0.1, (B, T))
+    old = rollout + 0.4 * rng.normal(size=(B, T))
+    near = recipe.stem in ("gspo", "luspo")
+    logp = old + (2e-3 if near else 0.5) * rng.normal(size=(B, T))
+    rewards, groups = jnp.asarray(rng.integers(0, 2, B), jnp.float32), np.arange(B) // 4
+    lengths = mask.sum(-1)
+    advantages = published.advantages(rewards, groups, None, lengths)
+    ours = objective.advantages(rewards, groups, None, lengths)
+    np.testing.assert_allclose(ours, advantages, rtol=1e-6)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (logp, old, rollout)]
+
+    def theirs_of(x):
+        return published(x, *arrays[1:], advantages, mask, horizon=objective.horizon)[0]
+
+    def ours_of(x):
+        out, _ = objective.token_loss(x, *arrays[1:], advantages, mask)
+        return aggregate(out.loss, mask, objective.aggregation, objective.horizon)[0]
+
+    ours, theirs = (jax.value_and_grad(f)(arrays[0]) for f in (ours_of, theirs_of))
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-7)
+    assert np.abs(theirs[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_recipe_fits_the_update(recipe, model, trajectory, advantages):
+    """Traced, not run: shapes, signatures and metrics of the whole gradient step."""
+    objective = load(recipe).reinforcement.objective
+    batch = make_batch(trajectory, advantages)
+    batch = batch.__class__(
+        **vars(batch) | {"logp_old": batch.logp_rollout, "logp_reference": batch.logp_rollout}
+    )
+    optimizer = make_optimizer(load(recipe).reinforcement.optimizer)
+    step = partial(
+        update, objective=objective, optimizer=optimizer, micro_batch_size=4, temperature=1.0
+    )
+    _, metrics = jax.eval_shape(step, init_state(model, optimizer), batch)
+    assert "clip/high_share" in metrics
+    assert ("reference/kl" in metrics) == bool(objective.kl_coefficient)
+    assert ("correction/dropped_share" in metrics) == bool(objective.corrections)
+
+
+@pytest.mark.parametrize("name", ["dapo", "off_policy_sequence_mask"])
+def test_recipe_trains(name, tmp_path):
+    """Two whole steps: dynamic sampling and overlong punishment; reference policy and KL."""
+    recipe = ROOT / "experiments" / "recipes" / f"{name}.gin"
+    bindings = ["configs.Reinforcement.steps=2", "configs.Objective.mini_batches=2"]
+    state = train(load(recipe, *bindings), tmp_path)
+    assert int(state.step) == 4 and int(state.skipped) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
+def test_every_recipe_trains(recipe, tmp_path):
+    bindings = ["configs.Reinforcement.steps=1", "configs.Objective.mini_batches=2"]
+    state = train(load(recipe, *bindings), tmp_path)
+    assert int(state.step) == 2 and int(state.skipped) == 0
