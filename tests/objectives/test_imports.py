@@ -1,25 +1,62 @@
 """The loss must be usable in other code bases: it pulls in jax and numpy only."""
 
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
-SCRIPT = """
+NEW_MODULES = """
 import sys
 import jax, numpy
 before = set(sys.modules)
 import jaxrl_stable.objectives, jaxrl_stable.importance, jaxrl_stable.advantages
-import jaxrl_stable.diagnostics
+import jaxrl_stable.corrections, jaxrl_stable.diagnostics
 new = {name.split('.')[0] for name in set(sys.modules) - before}
 third_party = new - set(sys.stdlib_module_names) - {'jaxrl_stable'}
 assert not third_party, third_party
 inside = {name for name in sys.modules if name.startswith('jaxrl_stable.')}
-allowed = ('objectives', 'importance', 'advantages', 'diagnostics')
+allowed = ('objectives', 'importance', 'advantages', 'corrections', 'diagnostics')
 assert all(name.split('.')[1] in allowed for name in inside), inside
+"""
+
+# Whatever is installed here, imports of anything else fail from now on, also late ones inside
+# functions: the environment of somebody who has jax alone.
+WALL = """
+import runpy, sys
+needs_of_jax = {'jax', 'jaxlib', 'numpy', 'scipy', 'ml_dtypes', 'opt_einsum'}
+allowed = needs_of_jax | {'jaxrl_stable'} | set(sys.stdlib_module_names)
+
+class Only:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        top = name.split('.')[0]
+        if top in allowed or top.startswith('_sysconfigdata'):  # stdlib, named by the platform
+            return self.finder.find_spec(name, path, target)
+
+for name in list(sys.modules):  # loaded when the interpreter started
+    if name.split('.')[0] not in allowed | {'__main__'}:
+        del sys.modules[name]
+sys.meta_path[:] = map(Only, sys.meta_path)
+for name in ('flax', 'jaxtyping', 'optax', 'absl', 'pytest'):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(f'{name} came through')
+runpy.run_path(sys.argv[1])
 """
 
 
 @pytest.mark.fast
 def test_objectives_import_jax_and_numpy_only():
-    subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+    subprocess.run([sys.executable, "-c", NEW_MODULES], check=True)
+
+
+@pytest.mark.fast
+def test_a_loss_where_nothing_else_can_be_imported():
+    script = pathlib.Path(__file__).with_name("nothing_but_jax.py")
+    command = [sys.executable, "-c", WALL, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout.strip() == "a loss with nothing but jax", result.stderr
