@@ -176,9 +176,6 @@ class Reinforcement:
                 f"Reinforcement.overlong_buffer is {self.overlong_buffer}; it is a share of "
                 "max_tokens, use 0 to 1"
             )
-        if self.objective.horizon is None:
-            objective = dataclasses.replace(self.objective, horizon=float(self.max_tokens))
-            object.__setattr__(self, "objective", objective)
         rows, parts = self.prompts * self.group_size, self.objective.mini_batches
         if self.prompts % parts:
             raise ValueError(
@@ -194,6 +191,14 @@ class Reinforcement:
             raise ValueError(
                 f"Reinforcement.temperature is {self.temperature}; training needs a positive one"
             )
+
+    @property
+    def resolved_objective(self) -> Objective:
+        """The objective with a horizon: that of its own, or the longest response."""
+        horizon = self.objective.horizon
+        return dataclasses.replace(
+            self.objective, horizon=float(self.max_tokens) if horizon is None else horizon
+        )
 
     def gate(self, dtype: str) -> float:
         """Bound of max |π_θ/π_old − 1| right after `score`."""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.importance import LOG_RATIO_BOUND, log_ratio
-from jaxrl_stable.objectives.token_loss import TokenLoss, per_token, response_mean
+from jaxrl_stable.importance import LOG_RATIO_BOUND, bounded, log_ratio, response_mean
+from jaxrl_stable.objectives.token_loss import TokenLoss, per_token, repeated
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -51,6 +51,7 @@ def token_tis(
       cap: C; 2 is usual.
       floor: smallest weight, or None.
     """
+    _check("token_tis", None if floor is None else ("floor", floor), ("cap", cap))
     lower = -LOG_RATIO_BOUND if floor is None else math.log(floor)
     log_w = jnp.clip(_mismatch(logp, logp_old, logp_rollout, mask), min=lower, max=math.log(cap))
     return _constant(jnp.exp(log_w), mask)
@@ -71,9 +72,10 @@ def sequence_tis(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       cap: C.
     """
-    log_w = _mismatch(logp, logp_old, logp_rollout, mask).sum(-1, keepdims=True)
+    _check("sequence_tis", None, ("cap", cap))
+    log_w = _mismatch(logp, logp_old, logp_rollout, mask).sum(-1)
     weight = jnp.exp(jnp.clip(log_w, min=-LOG_RATIO_BOUND, max=math.log(cap)))
-    return _constant(jnp.broadcast_to(weight, mask.shape), mask)
+    return jax.lax.stop_gradient(repeated(weight, mask))
 
 
 def icepop(
@@ -98,7 +100,7 @@ def icepop(
       weigh: multiply by w as well; False is the mask alone (SkyRL's).
     """
     log_w = _mismatch(logp, logp_old, logp_rollout, mask)
-    return _inside(log_w, low, high, weigh, mask)
+    return _inside("icepop", log_w, low, high, weigh, mask)
 
 
 def sequence_mis(
@@ -119,8 +121,8 @@ def sequence_mis(
       low, high: bounds of W.
       weigh: multiply by W as well.
     """
-    log_w = _mismatch(logp, logp_old, logp_rollout, mask).sum(-1, keepdims=True)
-    return _inside(jnp.broadcast_to(log_w, mask.shape), low, high, weigh, mask)
+    log_w = repeated(_mismatch(logp, logp_old, logp_rollout, mask).sum(-1), mask)
+    return _inside("sequence_mis", log_w, low, high, weigh, mask)
 
 
 def geometric_mask(
@@ -141,8 +143,8 @@ def geometric_mask(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       low, high: bounds of the geometric mean.
     """
-    log_w = response_mean(_mismatch(logp, logp_old, logp_rollout, mask), mask)
-    return _inside(log_w, low, high, False, mask)
+    log_w = repeated(response_mean(_mismatch(logp, logp_old, logp_rollout, mask), mask), mask)
+    return _inside("geometric_mask", log_w, low, high, False, mask)
 
 
 def veto(
@@ -160,6 +162,7 @@ def veto(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       threshold: smallest w that is believed; 1e-4 to 1e-6 are usual (slime).
     """
+    _check("veto", None, ("threshold", threshold))
     log_w = _mismatch(logp, logp_old, logp_rollout, mask)
     vetoed = (mask & (log_w < math.log(threshold))).any(-1, keepdims=True)
     return _constant(jnp.where(vetoed, jnp.zeros_like(log_w), 1.0), mask)
@@ -183,7 +186,7 @@ def off_policy_sequence_mask(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       delta: δ, nats.
     """
-    distance = response_mean(log_ratio(logp_rollout, logp, mask), mask)
+    distance = repeated(response_mean(log_ratio(logp_rollout, logp, mask), mask), mask)
     stale = (per_token(advantages, mask) < 0) & (distance > delta)
     return _constant(jnp.where(stale, jnp.zeros_like(distance), 1.0), mask)
 
@@ -231,10 +234,12 @@ def normalized_sequence_tis(
     return weight / jnp.maximum(weight.max(-1).sum() / jnp.maximum(responses, 1), 1e-8)
 
 
-for _weight in (token_tis, sequence_tis, icepop, sequence_mis):
-    _weight.weighs_mismatch = True
-for _weight in (normalized_token_tis, normalized_sequence_tis):
-    _weight.weighs_mismatch = _weight.whole_batch = True
+for _f in (token_tis, sequence_tis, normalized_token_tis, normalized_sequence_tis):
+    _f.weighs_mismatch = _f.needs_mismatch = True
+for _f in (icepop, sequence_mis):
+    _f.weighs_mismatch, _f.needs_mismatch = (lambda weigh=True, **_: weigh), True
+geometric_mask.needs_mismatch = veto.needs_mismatch = True
+normalized_token_tis.whole_batch = normalized_sequence_tis.whole_batch = True
 
 
 def _mismatch(logp, logp_old, logp_rollout, mask) -> Float[Array, "B T"]:
@@ -243,12 +248,21 @@ def _mismatch(logp, logp_old, logp_rollout, mask) -> Float[Array, "B T"]:
     return jax.lax.stop_gradient(log_ratio(old, logp_rollout, mask))
 
 
-def _inside(log_w, low, high, weigh, mask) -> Float[Array, "B T"]:
-    lower = -math.inf if low <= 0 else math.log(low)
+def _inside(name, log_w, low, high, weigh, mask) -> Float[Array, "B T"]:
+    _check(name, ("low", low) if low else None, ("high", high))
+    lower = math.log(low) if low else -math.inf
     upper = math.log(high)
-    bounded = jnp.clip(log_w, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)
-    weight = jnp.exp(bounded) if weigh else jnp.ones_like(log_w)
+    weight = jnp.exp(bounded(log_w)) if weigh else jnp.ones_like(log_w)
     return _constant(jnp.where((log_w >= lower) & (log_w <= upper), weight, 0.0), mask)
+
+
+def _check(name: str, lower: tuple[str, float] | None, upper: tuple[str, float]) -> None:
+    """Raises ValueError unless 0 < lower < upper, each a name and its value."""
+    bounds = [bound for bound in (lower, upper) if bound is not None]
+    values = [value for _, value in bounds]
+    if min(values) <= 0 or (len(values) == 2 and values[0] >= values[1]):
+        shown = ", ".join(f"{option}={value}" for option, value in bounds)
+        raise ValueError(f"{name}: {shown} bounds a ratio; use positive ones, the lower one first")
 
 
 def _constant(factor, mask) -> Float[Array, "B T"]:

@@ -58,6 +58,7 @@ def describe(experiment: Experiment) -> str:
         ("optimiser state", _bytes(_size(state.opt_state))),
         ("gradient sum (float32)", _bytes(4 * parameters)),
         ("state while updating", f"{_bytes(state_bytes)}  (the three above, without activations)"),
+        *([("reference policy", _bytes(_size(model)))] if rl.objective.kl_coefficient else []),
         (f"sampling copy ({rl.rollout_format})", _bytes(_size(sampler))),
         ("key/value cache", f"{_bytes(_size(cache))}  {cache.keys.shape}, {cache.values.shape}"),
         ("routing of a rollout", f"{_bytes(routing_bytes)}  {routing}"),

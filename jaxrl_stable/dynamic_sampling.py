@@ -1,8 +1,9 @@
 """Dynamic sampling: rollouts are drawn until every group of the batch has rewards that differ.
 
-A group whose rewards are all equal has advantages of 0 and gives no gradient (DAPO,
-arXiv:2503.14476, §3.2). Groups of later rounds take the places of such groups, so that shapes never
-change; what is left over of a round is dropped, as in DAPO.
+A group whose scores are all equal has advantages of 0 and gives no gradient (DAPO,
+arXiv:2503.14476, §3.2), unless lengths are punished too or the batch is the baseline.
+Groups of later rounds take the places of such groups, so that shapes never change; what is left
+over of a round is dropped, as in DAPO.
 """
 
 from __future__ import annotations

@@ -28,6 +28,17 @@ def at_least_float32(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def bounded(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """A log-ratio within ±20: what is exponentiated next cannot overflow."""
+    return jnp.clip(x, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)
+
+
+def response_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    """Mean over the tokens of each response; 0 for a row without any."""
+    x = jnp.where(mask, at_least_float32(x), 0.0)
+    return x.sum(-1) / jnp.maximum(mask.sum(-1, dtype=x.dtype), 1.0)
+
+
 def log_ratio(
     numerator: Float[Array, "B T"], denominator: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:

@@ -54,10 +54,19 @@ def judge(task: Task, problems: Sequence[Problem], trajectory: Trajectory) -> Ju
 
 
 def informative(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:
-    """Groups in which the known scores are not all equal: the others give no gradient."""
+    """Groups in which the known scores are not all equal.
+
+    The others give no gradient, as long as their group is the baseline and nothing but the score is
+    rewarded.
+    """
     scores, valid = (x.reshape(-1, group_size) for x in (judged.rewards, judged.valid))
     highest = np.where(valid, scores, -np.inf).max(-1)
     return highest > np.where(valid, scores, np.inf).min(-1)
+
+
+def failed_share(rounds: Sequence[Judged]) -> float:
+    """Share of the responses of all rounds whose checker timed out or broke."""
+    return float(1.0 - np.concatenate([judged.valid for judged in rounds]).mean())
 
 
 def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
@@ -66,7 +75,7 @@ def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
     - `reward/mean`: mean score of the responses whose checker did not fail
     - `reward/accuracy`: share of them with score 1 or more
     - `reward/failed_share`: share of responses whose checker timed out or broke
-    - `reward/zero_variance_share`: share of groups whose scores are all equal (no gradient)
+    - `reward/zero_variance_share`: share of groups whose scores are all equal
     - `response/length`: mean tokens, EOS included; `response/tokens`: their sum
     - `response/truncated_share`: share of responses that did not end by themselves
     """
@@ -74,7 +83,7 @@ def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
     return {
         "reward/mean": float(known.mean()) if known.size else 0.0,
         "reward/accuracy": float((known >= 1.0).mean()) if known.size else 0.0,
-        "reward/failed_share": float(1.0 - judged.valid.mean()),
+        "reward/failed_share": failed_share([judged]),
         "reward/zero_variance_share": float(1.0 - informative(judged, group_size).mean()),
         "response/length": float(judged.lengths.mean()),
         "response/tokens": float(judged.lengths.sum()),

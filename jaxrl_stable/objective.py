@@ -44,14 +44,17 @@ def one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
 
 
 def has_trait(function: Callable, trait: str) -> bool:
-    """Whether a function, or the one that it is a `functools.partial` of, is marked by a trait.
+    """Whether a function is marked by a trait, with the options that a `partial` binds.
 
     `whole_batch`: it decides on all tokens of a mini-batch together. `weighs_mismatch`: it weighs
-    by π_old/μ_old.
+    by π_old/μ_old. `needs_mismatch`: it says nothing where that is made 1. A trait that hangs on
+    options is a function of them.
     """
+    options = {}
     while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, trait, False)
+        options, function = function.keywords | options, function.func
+    marked = getattr(function, trait, False)
+    return marked(**options) if callable(marked) else marked
 
 
 def name_of(function: Callable) -> str:
@@ -80,9 +83,10 @@ class Objective:
         "bypass" (log μ_old stands for log π_old too: ratio and trust region are to the sampler).
         Metrics always see all three.
       kl_coefficient: β of the distance to the policy that the run started from; 0 keeps no such
-        policy in memory.
+        policy in memory. It is scored on its own routes, as in verl and ROLL: under replay the
+        distance is not quite 0 even where the weights are equal.
       kl_estimator: one of `objectives.KL_ESTIMATORS`; see `kl_penalty`.
-      kl_weighted: multiply that distance by π_θ/π_old, gradient and all.
+      kl_weighted: multiply that distance by π_θ/π_old, gradient and all ("k1" and "k3" alone).
       entropy_coefficient: weight of the entropy (nats a token) that is rewarded.
     """
 
@@ -109,17 +113,9 @@ class Objective:
             raise ValueError(
                 f"Objective.mini_batches is {self.mini_batches}; it must be at least 1"
             )
-        weights = [name_of(c) for c in self.corrections if has_trait(c, "weighs_mismatch")]
-        if weights and has_trait(self.loss, "weighs_mismatch"):
+        if self.kl_weighted and self.kl_estimator not in ("k1", "k3"):
             raise ValueError(
-                f"Objective.loss {name_of(self.loss)} weighs the mismatch of sampler and trainer "
-                f"itself; with {', '.join(weights)} it would count twice. Correct by masks, or "
-                "take another loss"
-            )
-        if weights and self.policies != "all":
-            raise ValueError(
-                f"Objective.policies={self.policies!r} makes the mismatch 1 that "
-                f"{', '.join(weights)} would weigh; use 'all', or remove the correction"
+                f"Objective.kl_weighted biases kl_estimator={self.kl_estimator!r}; use 'k1' or 'k3'"
             )
 
     @property
@@ -139,17 +135,59 @@ class Objective:
         return any(has_trait(f, "whole_batch") for f in (self.loss, *self.corrections))
 
     def check(self) -> None:
-        """Tries the functions on one response, so that their options fail before anything runs.
+        """Whether the functions go together, and what `try_functions` finds.
 
         Raises:
-          ValueError, TypeError: an option that a function refuses, or another signature.
+          ValueError: the mismatch would count twice, or is 1 where a function looks at it.
+        """
+        functions = (self.loss, *self.corrections)
+        weights = [name_of(f) for f in functions if has_trait(f, "weighs_mismatch")]
+        if len(weights) > 1:
+            raise ValueError(
+                f"Objective: {' and '.join(weights)} both weigh the mismatch of sampler and "
+                "trainer; it would count twice. Keep one, and correct by masks"
+            )
+        needing = [name_of(f) for f in functions if has_trait(f, "needs_mismatch")]
+        if needing and self.policies != "all":
+            raise ValueError(
+                f"Objective.policies={self.policies!r} makes the mismatch 1 that "
+                f"{', '.join(needing)} looks at; use 'all', or another function"
+            )
+        self.try_functions()
+
+    def try_functions(self) -> None:
+        """Traces the functions on one response, so that what is wrong fails before anything runs.
+
+        Raises:
+          ValueError: an option that a function refuses, another signature, another result.
         """
         one, row = jax.ShapeDtypeStruct((1,), jnp.float32), (1, 2)
         mask, ids = jax.ShapeDtypeStruct(row, bool), jax.ShapeDtypeStruct((1,), jnp.int32)
         row, valid = jax.ShapeDtypeStruct(row, jnp.float32), jax.ShapeDtypeStruct((1,), bool)
-        # Fresh functions: jax remembers traces by function, and gin's settings are not part of it.
-        jax.eval_shape(lambda *x: self.token_loss(*x), row, row, row, one, mask)
-        jax.eval_shape(lambda *x: self.advantages(*x), one, ids, valid, ids)
+
+        def tried(function: Callable, *arrays) -> object:
+            try:  # by a fresh function: jax remembers traces, and gin's settings are no part of it
+                return jax.eval_shape(lambda *x: function(*x), *arrays)
+            except Exception as error:
+                if isinstance(error, ValueError):
+                    raise
+                kind = type(error).__name__
+                raise ValueError(
+                    f"Objective: {name_of(function)} raised {kind}: {error}"
+                ) from error
+
+        def check_shapes(function: Callable, got: object, expected: object) -> None:
+            shapes = (jax.tree.map(lambda x: x.shape, tree) for tree in (got, expected))
+            if jax.tree.structure(got) != jax.tree.structure(expected) or len(set(shapes)) > 1:
+                raise ValueError(
+                    f"Objective: {name_of(function)} gives {got}, where {expected} is expected"
+                )
+
+        arrays = row, row, row, one, mask
+        for correction in self.corrections:
+            check_shapes(correction, tried(correction, *arrays), row)
+        check_shapes(self.loss, tried(self.loss, *arrays), TokenLoss(row, row, row, *[mask] * 3))
+        check_shapes(self.advantages, tried(self.advantages, one, ids, valid, ids), one)
         jax.eval_shape(lambda *x: aggregate(*x, self.aggregation, self.horizon), row, mask)
 
     def token_loss(
@@ -191,7 +229,8 @@ class Objective:
         )
         loss, kl = out.loss, None
         if self.kl_coefficient:
-            old = batch.logp_old if self.kl_weighted else None
+            old = logp if batch.logp_old is None else batch.logp_old
+            old = old if self.kl_weighted else None
             kl = kl_penalty(logp, batch.logp_reference, mask, self.kl_estimator, old)
             loss += self.kl_coefficient * kl
         if self.entropy_coefficient:

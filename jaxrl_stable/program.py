@@ -7,6 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import inspect
 import os
 import re
 import sys
@@ -47,6 +50,8 @@ DEFAULTS = (
 )
 
 FUNCTIONS = ("advantages", "corrections", "objectives")  # modules whose functions gin passes on
+
+_default_values: list[object] = []  # what they bound when gin last read files
 
 GIN_ERRORS = (ValueError, TypeError, SyntaxError, NameError, ImportError, AttributeError)
 
@@ -99,14 +104,17 @@ def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> confi
     for path in files:
         if not os.path.exists(path):
             raise FileNotFoundError(f"gin file {path} does not exist; check --gin_file")
-    try:
-        _build(files, ())
-        unused_in_files, in_files = _unused_bindings(), _bindings()
-    except (ValueError, OSError):  # files that need the command line to be complete
-        unused_in_files, in_files = set(), set()
+    # What a file configures may be orphaned by a later one or by the command line: that is their
+    # purpose. So a binding has to be read with the files up to its own, or with all there is.
+    read = set()
+    for last in range(1, len(files) + 1):
+        try:
+            _build(files[:last], ())
+            read |= _read_bindings()
+        except (ValueError, OSError):  # files that need more to be complete
+            continue
     experiment = _build(files, bindings)
-    # What a file configures may be orphaned by the command line: that is its purpose.
-    for scope, selector, name in sorted(unused_in_files | (_unused_bindings() - in_files)):
+    for scope, selector, name in sorted(_bindings() - read - _read_bindings()):
         cls = f"{scope}/" * bool(scope) + selector.removeprefix("jaxrl_stable.")
         call = "" if cls.split(".")[0] in FUNCTIONS else "()"
         raise ValueError(
@@ -126,12 +134,43 @@ def _build(files: Sequence[str], bindings: Sequence[str]) -> configs.Experiment:
     gin.clear_config()
     try:
         gin.parse_config([*PREAMBLE, *DEFAULTS])
+        _default_values[:] = [v for values in gin.config._CONFIG.values() for v in values.values()]
         gin.parse_config_files_and_bindings(list(files), [*PREAMBLE, *bindings])
         experiment = _configured(configs.Experiment)()
-        experiment.reinforcement.objective.check()
-        return experiment
+        rl = experiment.reinforcement
+        rl.resolved_objective.try_functions()  # through gin, which notes what they read
+        rl = dataclasses.replace(rl, objective=_settled(rl.objective))
+        rl.resolved_objective.check()
+        return dataclasses.replace(experiment, reinforcement=rl)
     except GIN_ERRORS as error:
         raise ValueError(_one_line(error)) from error
+
+
+def _settled(objective: configs.Objective) -> configs.Objective:
+    """The objective with its functions as they are bound now, whatever gin reads later.
+
+    Raises:
+      ValueError: a function under a scope.
+    """
+
+    def settled(function: Callable) -> Callable:
+        original = inspect.unwrap(function)
+        if original is function:
+            return function
+        if function is not gin.get_configurable(original):
+            raise ValueError(
+                f"@…/{original.__name__} has a scope, which the functions of an Objective do not "
+                "take; bind it without one"
+            )
+        options = gin.get_bindings(original)
+        return functools.partial(original, **options) if options else original
+
+    return dataclasses.replace(
+        objective,
+        loss=settled(objective.loss),
+        advantages=settled(objective.advantages),
+        corrections=tuple(map(settled, objective.corrections)),
+    )
 
 
 def _configured(cls: type) -> Callable:
@@ -146,16 +185,17 @@ Binding = tuple[str, str, str]  # scope, selector, name
 
 
 def _bindings() -> set[Binding]:
+    """All but macros and what `DEFAULTS` bound."""
     return {
         (scope, selector, name)
         for (scope, selector), values in gin.config._CONFIG.items()
-        for name in values
-        if selector != "gin.macro"
+        for name, value in values.items()
+        if selector != "gin.macro" and not any(value is default for default in _default_values)
     }
 
 
-def _unused_bindings() -> set[Binding]:
-    """Bindings that nothing reads: mistakes that would otherwise pass in silence.
+def _read_bindings() -> set[Binding]:
+    """Bindings that something reads; the others are mistakes that would pass in silence.
 
     gin has no public view of single bindings; these two tables are what `gin.config_str` and
     `gin.operative_config_str` print. A use in scope "a/b" takes the value of the longest of "a/b",
@@ -171,7 +211,7 @@ def _unused_bindings() -> set[Binding]:
                 if candidate in bound:
                     read.add(candidate)
                     break
-    return bound - read
+    return read
 
 
 def _one_line(error: Exception) -> str:

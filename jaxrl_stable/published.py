@@ -1,8 +1,9 @@
 """What each paper published: its token loss with its constants, advantages, reduction, corrections.
 
 `PUBLISHED["gspo"](logp, logp_old, logp_rollout, advantages, mask)` is the whole loss; the same as
-experiments are `experiments/recipes/*.gin`. Constants are those of the source; where it has none,
-`note` says whose they are.
+experiments, with what a run adds (a KL term, dynamic sampling, the number of updates), are
+`experiments/recipes/*.gin`. Constants are those of the source; where it has none, `note` says whose
+they are.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Published(NamedTuple):
 
 SUM, MEAN = "seq-mean-token-sum", "seq-mean-token-mean"
 _loo, _centered = advantages.leave_one_out, advantages.centered
+_dapo = partial(objectives.ppo, clip_high=0.28)
 
 PUBLISHED: Mapping[str, Published] = {
     "minirl": Published("arXiv:2512.01374", objectives.minirl, _centered, SUM),
@@ -67,9 +69,12 @@ PUBLISHED: Mapping[str, Published] = {
     "ppo": Published("arXiv:1707.06347", partial(objectives.ppo, dual_clip=3.0), note="verl"),
     "grpo": Published("arXiv:2402.03300", objectives.ppo, aggregation=MEAN),
     "dr_grpo": Published("arXiv:2503.20783", objectives.ppo, _centered, "seq-mean-token-sum-norm"),
-    "dapo": Published("arXiv:2503.14476", partial(objectives.ppo, clip_high=0.28)),
+    "dapo": Published("arXiv:2503.14476", _dapo),
     "decoupled_ppo": Published(
-        "arXiv:2505.24298", objectives.ppo, corrections=(partial(corrections.token_tis, cap=5.0),)
+        "arXiv:2505.24298",
+        objectives.ppo,
+        corrections=(partial(corrections.token_tis, cap=5.0),),
+        note="cap ours",
     ),
     "cispo": Published("arXiv:2506.13585", objectives.cispo, note="bounds of arXiv:2510.13786"),
     "gspo": Published("arXiv:2507.18071", objectives.gspo, aggregation=MEAN),
@@ -103,6 +108,20 @@ PUBLISHED: Mapping[str, Published] = {
         objectives.cpgd,
         advantages.clip_filter,
         note="siiRL's form and constants",
+    ),
+    "tis": Published("Yao et al. 2025", _dapo, corrections=(corrections.token_tis,)),
+    "icepop": Published("Ring-1T", _dapo, corrections=(corrections.icepop,), note="bounds of verl"),
+    "geometric_mask": Published(
+        "SkyRL",
+        _dapo,
+        corrections=(partial(corrections.geometric_mask, low=0.99, high=1.01), corrections.veto),
+    ),
+    "off_policy_sequence_mask": Published(
+        "arXiv:2512.02556",
+        objectives.ppo,
+        aggregation=MEAN,
+        corrections=(corrections.off_policy_sequence_mask,),
+        note="threshold of TRL's example",
     ),
     "dro": Published("verl", objectives.dro, note="β of verl's test, no published default"),
 }

@@ -29,7 +29,7 @@ from jaxrl_stable.diagnostics import Metrics
 from jaxrl_stable.dynamic_sampling import Round, collect, fill_rows
 from jaxrl_stable.evaluate import evaluate, evaluation_key, make_sampler
 from jaxrl_stable.gates import check_failed_rewards, check_finite, check_first_mini_batch
-from jaxrl_stable.judge import Judged, informative, judge, reward_metrics
+from jaxrl_stable.judge import Judged, failed_share, informative, judge, reward_metrics
 from jaxrl_stable.metrics import Clock, MetricsWriter
 from jaxrl_stable.model.transformer import Transformer, parameter_count
 from jaxrl_stable.optimizer import TrainState, make_optimizer, to_parts
@@ -86,7 +86,7 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
         sample = partial(uncached_rollout, sampling=sampling, micro_batch_size=rl.micro_batch_size)
     step = partial(
         update,
-        objective=rl.objective,
+        objective=rl.resolved_objective,
         optimizer=make_optimizer(rl.optimizer),
         **passes,
     )
@@ -218,6 +218,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 check_first_mini_batch(updates[0], rl.gate(experiment.model.dtype), step)
             check_finite(state, rl.max_skipped)
             values = clock.values() | reward_metrics(rounds[0], rl.group_size)
+            values["reward/failed_share"] = failed_share(rounds)
             values["response/tokens"] = float(sum(each.lengths.sum() for each in rounds))
             values["sampling/rounds"] = float(len(rounds))
             values["sampling/informative_share"] = informative(judged, rl.group_size).mean()

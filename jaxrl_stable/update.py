@@ -223,7 +223,8 @@ def update(
         if pull is None:
             total, metrics = objective_of(scored, micro)
         else:
-            total, metrics = sum(map(jnp.vdot, pull, scored)), {}
+            total = sum((weight * x).sum() for weight, x in zip(pull, scored, strict=True))
+            metrics = {}
         metrics |= diagnostics.load_metrics(router.load, router.confidence, micro.real)
         if micro.logp_old is None:
             metrics |= mismatch(micro, jax.lax.stop_gradient(scored.logp), router)

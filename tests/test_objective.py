@@ -31,15 +31,7 @@ def test_defaults_are_minirl():
         ({"aggregation": "mean"}, r"Objective\.aggregation is 'mean'"),
         ({"kl_estimator": "k4"}, r"Objective\.kl_estimator is 'k4'"),
         ({"mini_batches": 0}, r"Objective\.mini_batches is 0; it must be at least 1"),
-        ({"corrections": [corrections.token_tis]}, "minirl weighs the mismatch .* count twice"),
-        (
-            {
-                "loss": objectives.ppo,
-                "corrections": [corrections.sequence_mis],
-                "policies": "bypass",
-            },
-            r"policies='bypass' makes the mismatch 1 that sequence_mis",
-        ),
+        ({"kl_weighted": True, "kl_estimator": "k2"}, "kl_weighted biases kl_estimator='k2'"),
     ],
     ids=str,
 )
@@ -48,15 +40,71 @@ def test_settings_that_make_no_sense(options, message):
         Objective(**options)
 
 
+TIS, ICEPOP = corrections.token_tis, corrections.icepop
+
+
 @pytest.mark.fast
-def test_masks_may_stand_on_minirl():
-    Objective(corrections=[corrections.veto, corrections.geometric_mask]).check()
+@pytest.mark.parametrize(
+    ("together", "message"),
+    [
+        ({"corrections": [TIS]}, "minirl and token_tis both weigh the mismatch"),
+        ({"corrections": [ICEPOP]}, "minirl and icepop both weigh"),
+        ({"corrections": [partial(ICEPOP, weigh=False)]}, None),
+        ({"corrections": [corrections.veto, corrections.geometric_mask]}, None),
+        ({"loss": partial(objectives.minirl, weight="none"), "corrections": [TIS]}, None),
+        ({"loss": objectives.ppo, "corrections": [TIS, ICEPOP]}, "token_tis and icepop both weigh"),
+        ({"loss": objectives.vespo, "corrections": [corrections.sequence_tis]}, None),
+        (
+            {"loss": partial(objectives.vespo, tis_cap=2.0), "corrections": [TIS]},
+            "vespo and token_tis both weigh",
+        ),
+        (
+            {"corrections": [corrections.geometric_mask], "policies": "bypass"},
+            "policies='bypass' makes the mismatch 1 that geometric_mask looks at",
+        ),
+        ({"loss": objectives.m2po, "policies": "recomputed"}, "1 that m2po looks at"),
+        ({"loss": partial(objectives.m2po, moment="full"), "policies": "recomputed"}, None),
+        (
+            {"loss": partial(objectives.minirl, weight="mismatch"), "policies": "recomputed"},
+            "1 that minirl looks at",
+        ),
+        ({"corrections": [corrections.off_policy_sequence_mask], "policies": "bypass"}, None),
+    ],
+    ids=str,
+)
+def test_functions_that_go_together_and_those_that_do_not(together, message):
+    objective = Objective(**together)
+    if message is None:
+        return objective.check()
+    with pytest.raises(ValueError, match=message):
+        objective.check()
+
+
+def wrong_result(*arrays):
+    return arrays[0]
+
+
+def wrong_shape(*arrays):
+    return 1.0
+
+
+def broken(*arrays):
+    return {}["key"]
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
+        (Objective(loss=wrong_result), r"wrong_result gives .* where TokenLoss.* is expected"),
+        (Objective(corrections=[wrong_shape]), "wrong_shape gives"),
+        (Objective(advantages=broken), "broken raised KeyError: 'key'"),
+        (Objective(loss=estimators.centered), "centered raised TypeError"),
+        (Objective(corrections=[partial(TIS, cap=0.0)], loss=objectives.ppo), "token_tis: cap=0.0"),
+        (
+            Objective(corrections=[partial(ICEPOP, low=5.0, high=0.5, weigh=False)]),
+            "icepop: low=5.0, high=0.5 bounds a ratio",
+        ),
         (Objective(loss=partial(objectives.gspo, form="x")), "form 'x' is unknown"),
         (Objective(loss=partial(objectives.minirl, clip_low=1.2)), "clip_low=1.2"),
         (Objective(advantages=partial(estimators.standardized, scale="x")), "scale 'x' is unknown"),
@@ -191,5 +239,22 @@ def test_terms_beside_the_loss(model, perturbed, trajectory, advantages, passes)
     assert kl > 1e-3
     for a, b in zip(gradient(state), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a / 0.1, b, rtol=2e-3, atol=2e-5)
+    # One update and no pass of `score`: π_old is π_θ, and the weight of the KL has a gradient.
+    weighted = dataclasses.replace(objective, kl_estimator="k1", kl_weighted=True)
+    steps = [
+        passes.step(passes.init(perturbed), b, weighted)
+        for b in (
+            batch,
+            dataclasses.replace(
+                batch, logp_old=policy_log_probs(perturbed, batch, None, 1.0)[0].logp
+            ),
+        )
+    ]
+    for a, b in zip(*(gradient(s) for s, _ in steps), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    plain, _ = passes.step(
+        passes.init(perturbed), batch, dataclasses.replace(weighted, kl_weighted=False)
+    )
+    assert max(np.abs(a - b).max() for a, b in zip(gradient(plain), gradient(steps[0][0]))) > 1e-4
     with pytest.raises(ValueError, match="logp_reference is None"):
         passes.step(passes.init(model), make_batch(trajectory, advantages), objective)

@@ -26,19 +26,13 @@ from jaxrl_stable.diagnostics.parts import (
     masked_mean,
     masked_min,
     masked_spread,
-    response_mean,
 )
-from jaxrl_stable.importance import LOG_RATIO_BOUND, at_least_float32, log_ratio
+from jaxrl_stable.importance import at_least_float32, bounded, log_ratio, response_mean
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
     from jaxrl_stable.diagnostics.parts import Metrics
-
-
-def bounded(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """x within ±20, so that exp(2x) is far inside float32."""
-    return jnp.clip(x, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)
 
 
 def k3(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:

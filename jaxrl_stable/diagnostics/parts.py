@@ -188,12 +188,6 @@ def masked_correlation(
     return Correlation(mask.sum(dtype=jnp.float32), mean_x, mean_y, *sums)
 
 
-def response_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-    """Mean over the tokens of each response; 0 for a row without any."""
-    total = jnp.where(mask, x.astype(jnp.float32), 0.0).sum(-1)
-    return total / jnp.maximum(mask.sum(-1, dtype=jnp.float32), 1.0)
-
-
 def quotient(a: Float[Array, "*n"], b: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """a / b where b > 0, else NaN."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), jnp.nan)

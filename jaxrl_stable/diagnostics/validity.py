@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from jaxrl_stable.diagnostics.mismatch import bounded
 from jaxrl_stable.diagnostics.parts import Mean, masked_mean, weighted_mean
-from jaxrl_stable.importance import at_least_float32, log_ratio
+from jaxrl_stable.importance import at_least_float32, bounded, log_ratio
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float

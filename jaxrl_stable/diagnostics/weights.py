@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from jaxrl_stable.diagnostics.mismatch import bounded, k3
+from jaxrl_stable.diagnostics.mismatch import k3
 from jaxrl_stable.diagnostics.parts import (
     EffectiveShare,
     masked_max,
     masked_mean,
     masked_min,
     masked_spread,
-    response_mean,
 )
-from jaxrl_stable.importance import log_ratio
+from jaxrl_stable.importance import bounded, log_ratio, response_mean
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -113,7 +112,7 @@ def clip_metrics(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
     - `clip/high_seq_max`, `clip/low_seq_min`: the largest high share and the smallest low share of
       one response. TRL `clip_ratio/high_max`, `low_min`
     - `clip/kl_k3_clipped`, `clip/kl_k3_kept`: mean(w − 1 − ln w) over the silenced tokens and over
-      the others. prime-rl `masked_mismatch_kl`, `unmasked_mismatch_kl`
+      the others. prime-rl `masked_mismatch_kl`, `unmasked_mismatch_kl` where w is π_θ/μ_old
     """
     clipped = loss.clipped_high | loss.clipped_low
     divergence = k3(loss.log_weight)

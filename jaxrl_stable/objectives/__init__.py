@@ -8,7 +8,7 @@ constants, the advantages and the reduction of each paper.
 
 from jaxrl_stable.objectives.aggregation import MODES, aggregate, divide
 from jaxrl_stable.objectives.bapo import bapo
-from jaxrl_stable.objectives.capo import capo
+from jaxrl_stable.objectives.capo import CapoHead, capo
 from jaxrl_stable.objectives.cispo import cispo, minpro
 from jaxrl_stable.objectives.cpgd import cpgd
 from jaxrl_stable.objectives.dppo import dppo
@@ -24,6 +24,7 @@ from jaxrl_stable.objectives.token_loss import TokenLoss
 __all__ = [
     "KL_ESTIMATORS",
     "MODES",
+    "CapoHead",
     "TokenLoss",
     "aggregate",
     "bapo",

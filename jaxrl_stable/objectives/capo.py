@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 
-class Head(NamedTuple):
+class CapoHead(NamedTuple):
     """What the output head saw and where the optimiser is about to move it.
 
     Attributes:
@@ -50,7 +50,7 @@ class Curvature(NamedTuple):
 
 
 def curvature(
-    head: Head, advantages: Float[Array, "B"], mask: Bool[Array, "B T"], discount: float = 1.0
+    head: CapoHead, advantages: Float[Array, "B"], mask: Bool[Array, "B T"], discount: float = 1.0
 ) -> Curvature:
     """m_H = g̃ᵀΔψ + ½ ΔψᵀH̃Δψ and m_F = ½ ΔψᵀF̃Δψ, token by token (arXiv:2510.00819).
 
@@ -83,7 +83,7 @@ def capo(
     logp_rollout: Float[Array, "B T"],
     advantages: Float[Array, "B"],
     mask: Bool[Array, "B T"],
-    head: Head,
+    head: CapoHead,
     *,
     hessian: tuple[float, float] = (-0.01, 0.01),
     fisher: float = 1e-4,
@@ -100,7 +100,7 @@ def capo(
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
-      head: see `Head`; constants.
+      head: see `CapoHead`; constants.
       hessian: δ_low and δ_high of m_H.
       fisher: δ_F of m_F.
       discount: γ.

@@ -58,6 +58,7 @@ def m2po(
 
 
 m2po.whole_batch = True
+m2po.needs_mismatch = lambda moment="mismatch", **_: moment == "mismatch"
 
 
 def _smallest_below(

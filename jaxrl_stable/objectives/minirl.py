@@ -89,4 +89,5 @@ def minirl(
     )
 
 
-minirl.weighs_mismatch = True
+minirl.weighs_mismatch = lambda weight="full", **_: weight != "none"
+minirl.needs_mismatch = lambda weight="full", **_: weight == "mismatch"

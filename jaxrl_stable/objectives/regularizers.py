@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.importance import LOG_RATIO_BOUND, log_ratio
+from jaxrl_stable.importance import bounded, log_ratio
 from jaxrl_stable.objectives.token_loss import check_option, staleness
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def kl_penalty(
     (http://joschu.net/blog/kl-approx.html for the values; GRPO, arXiv:2402.03300, eq. 4, uses k3.)
     All are for samples of π_θ. With `logp_old` the estimate is multiplied by r = π_θ/π_old, the
     gradient flowing through r as well: value and gradient are then unbiased on samples of π_old,
-    for k1 and k3 alike (TRL's `use_bias_correction_kl`; DeepSeek-V3.2, arXiv:2512.02556).
+    for k1 and k3 (TRL's `use_bias_correction_kl`; DeepSeek-V3.2, arXiv:2512.02556).
 
     Args:
       logp: log π_θ; carries the gradient.
@@ -44,11 +44,14 @@ def kl_penalty(
       logp_old: log π_old, or None for no weight.
 
     Raises:
-      ValueError: unknown estimator.
+      ValueError: unknown estimator, or one that a weight would bias.
     """
     check_option("kl_penalty", "estimator", estimator, KL_ESTIMATORS)
-    d = log_ratio(logp, jax.lax.stop_gradient(logp_reference), mask)
-    d = jnp.clip(d, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)
+    if logp_old is not None and estimator not in ("k1", "k3"):
+        raise ValueError(
+            f"kl_penalty: estimator {estimator!r} times π_θ/π_old is biased; use 'k1' or 'k3'"
+        )
+    d = bounded(log_ratio(logp, jax.lax.stop_gradient(logp_reference), mask))
     k2, k3 = 0.5 * jnp.square(d), jnp.expm1(-d) + d
     values = {"k1": d, "k2": k2, "k3": k3, "k3+": jax.lax.stop_gradient(k3 - k2) + k2}
     value = values[estimator]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.importance import at_least_float32
+from jaxrl_stable.importance import at_least_float32, response_mean
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_clip,
@@ -16,7 +16,7 @@ from jaxrl_stable.objectives.token_loss import (
     clipped_surrogate,
     per_response,
     per_token,
-    response_mean,
+    repeated,
     staleness,
 )
 
@@ -40,8 +40,8 @@ def gspo(
         s_i = (π_θ(y_i) / π_old(y_i))^(1/|y_i|) = exp( mean_t log r_t )
         token form:  s_it = sg[s_i] π_θ/sg[π_θ], clipped token by token (eqs. 13 and 14)
 
-    ε 3e-4 / 4e-4 belong to this ratio: with PPO's ε nothing is ever clipped. With them a share of
-    0.1 to 0.3 of the tokens is, where GRPO clips 1e-3. Published with `seq-mean-token-mean` and
+    ε 3e-4 / 4e-4 belong to this ratio: with PPO's ε nothing is ever clipped. With them users see 10
+    to 30 % of the tokens clipped, against .03 % for GRPO. Published with `seq-mean-token-mean` and
     std-normalised advantages. Both forms have the same gradient if the advantages of a response
     are equal.
 
@@ -55,7 +55,7 @@ def gspo(
     """
     check_option("gspo", "form", form, ("sequence", "token"))
     check_clip("gspo", clip_low, clip_high)
-    log_s = response_mean(staleness(logp, logp_old, mask), mask)
+    log_s = repeated(response_mean(staleness(logp, logp_old, mask), mask), mask)
     if form == "token":
         advantages = per_token(advantages, mask)
         own = jnp.where(mask, at_least_float32(logp), 0.0)
@@ -90,7 +90,7 @@ def luspo(
     """
     check_clip("luspo", clip_low, clip_high)
     advantages = per_response(advantages, mask, "luspo")
-    log_s = response_mean(staleness(logp, logp_old, mask), mask)
+    log_s = repeated(response_mean(staleness(logp, logp_old, mask), mask), mask)
     out = clipped_surrogate(log_s, advantages, mask, math.log1p(-clip_low), math.log1p(clip_high))
     length = mask.sum(-1, keepdims=True, dtype=out.loss.dtype)
     return out._replace(loss=out.loss * length, weight=out.weight * length)
@@ -130,6 +130,7 @@ def gmpo(
     high = mask & (advantages > 0) & (d > clip_high)
     low = mask & (advantages < 0) & (d < -clip_low)
     clipped = jnp.where(high, clip_high, jnp.where(low, -clip_low, d))
-    mean = jnp.exp(response_mean(clipped, mask))
-    log_weight, weight = jax.lax.stop_gradient((response_mean(d, mask), mean))
+    mean = jnp.exp(repeated(response_mean(clipped, mask), mask))
+    log_weight = repeated(response_mean(d, mask), mask)
+    log_weight, weight = jax.lax.stop_gradient((log_weight, mean))
     return TokenLoss(-advantages * mean, log_weight, weight, jnp.zeros_like(mask), high, low)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.importance import LOG_RATIO_BOUND, log_ratio
+from jaxrl_stable.importance import LOG_RATIO_BOUND, bounded, log_ratio
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     per_response,
     per_token,
+    repeated,
     score_function,
     staleness,
 )
@@ -90,9 +91,11 @@ def vespo(
         old = logp if logp_old is None else logp_old
         mismatch = jax.lax.stop_gradient(log_ratio(old, logp_rollout, mask))
         log_r += jnp.clip(mismatch, min=-LOG_RATIO_BOUND, max=math.log(tis_cap)) * mask
-    log_W = jnp.where(mask, log_r.sum(-1, keepdims=True), 0.0)
+    log_W = repeated(log_r.sum(-1), mask)
     advantages = per_response(advantages, mask, "vespo")
     k, decay = (jnp.where(advantages >= 0, *pair) for pair in zip(positive, negative))
-    bounded = jnp.clip(log_W, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)
-    weight = jnp.exp(decay + k * bounded - decay * jnp.exp(bounded))
+    weight = jnp.exp(decay + k * bounded(log_W) - decay * jnp.exp(bounded(log_W)))
     return score_function(logp, log_W, weight, advantages, mask)
+
+
+vespo.weighs_mismatch = lambda tis_cap=None, **_: tis_cap is not None

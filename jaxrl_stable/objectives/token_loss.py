@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.importance import LOG_RATIO_BOUND, at_least_float32, log_ratio
+from jaxrl_stable.importance import at_least_float32, bounded, log_ratio
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -71,15 +71,12 @@ def staleness(
     Bounded at ±20, against overflow alone.
     """
     old = logp if logp_old is None else logp_old
-    ratio = log_ratio(logp, jax.lax.stop_gradient(old), mask)
-    return jnp.clip(ratio, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)
+    return bounded(log_ratio(logp, jax.lax.stop_gradient(old), mask))
 
 
-def response_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """Mean over the tokens of a response, repeated in each of them; 0 outside the mask."""
-    length = mask.sum(-1, keepdims=True, dtype=x.dtype)
-    mean = jnp.where(mask, x, 0.0).sum(-1, keepdims=True) / jnp.maximum(length, 1.0)
-    return jnp.where(mask, mean, 0.0)
+def repeated(x: Float[Array, "B"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    """What belongs to a response, in each of its tokens; 0 outside the mask."""
+    return jnp.where(mask, x[:, None], 0.0)
 
 
 def score_function(
@@ -136,12 +133,12 @@ def clipped_surrogate(
     high = mask & (advantages > 0) & (log_r > log_upper)
     low = mask & (advantages < 0) & (log_r < log_lower)
     r = jnp.exp(log_r)
-    bounded = jnp.where(high, jnp.exp(log_upper), jnp.where(low, jnp.exp(log_lower), r))
+    clipped = jnp.where(high, jnp.exp(log_upper), jnp.where(low, jnp.exp(log_lower), r))
     if dual_clip is not None:
         over = mask & (advantages < 0) & (log_r > math.log(dual_clip))
-        bounded, low = jnp.where(over, dual_clip, bounded), low | over
+        clipped, low = jnp.where(over, dual_clip, clipped), low | over
     log_r, r = jax.lax.stop_gradient((log_r, r))
-    return TokenLoss(-bounded * advantages, log_r, r, jnp.zeros_like(mask), high, low)
+    return TokenLoss(-clipped * advantages, log_r, r, jnp.zeros_like(mask), high, low)
 
 
 def check_option(objective: str, option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_stable.objectives import capo, ppo
-from jaxrl_stable.objectives.capo import Head, curvature
+from jaxrl_stable.objectives import CapoHead, capo, ppo
+from jaxrl_stable.objectives.capo import curvature
 
 B, T, D, V = 3, 4, 3, 5
 MASK = np.arange(T) < np.array([4, 2, 3])[:, None]
@@ -19,7 +19,7 @@ def head():
     weight = rng.normal(size=(D, V))
     step = 0.1 * rng.normal(size=(D, V))
     tokens = rng.integers(0, V, (B, T))
-    return Head(rng.normal(size=(B, T, D)), weight, step, tokens, temperature=0.8)
+    return CapoHead(rng.normal(size=(B, T, D)), weight, step, tokens, temperature=0.8)
 
 
 def kronecker(head, b, t, advantage):

@@ -10,7 +10,7 @@ from inputs import SEEDS, B, T, make_batches, make_inputs, stack, to_jax, token_
 
 from jaxrl_stable import objectives
 from jaxrl_stable.objectives import TokenLoss, aggregate, divide
-from jaxrl_stable.objectives.capo import Head, capo
+from jaxrl_stable.objectives.capo import CapoHead, capo
 
 # (objective, options, scale of the inputs, what has to be at work over the seeds). The scales put
 # some tokens or responses inside the bounds and some outside; GSPO's are narrow.
@@ -154,7 +154,7 @@ def make_heads(scale):
         rng = np.random.default_rng(seed)
         hidden, weight = rng.normal(size=(B, T, 3)), rng.normal(size=(3, 5))
         step = scale * rng.normal(size=(3, 5))
-        heads.append(Head(hidden, weight, step, rng.integers(0, 5, (B, T)), np.float64(1.3)))
+        heads.append(CapoHead(hidden, weight, step, rng.integers(0, 5, (B, T)), np.float64(1.3)))
     return heads
 
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl_stable import corrections, objectives
 from jaxrl_stable.objectives import MODES, aggregate, divide
-from jaxrl_stable.objectives.capo import Head, capo
+from jaxrl_stable.objectives.capo import CapoHead, capo
 
 ARRAYS = ("logp", "logp_old", "logp_rollout", "advantages", "mask")
 HORIZON = 12.0
@@ -47,7 +47,7 @@ def with_made_up_head(logp, logp_old, logp_rollout, advantages, mask):
     hidden = jnp.stack([jnp.sin(7 * clean), jnp.cos(5 * clean), jnp.ones_like(clean)], axis=-1)
     tokens = (jnp.abs(clean) * 100).astype(jnp.int32) % 5
     weight, step = rng.normal(size=(2, 3, 5)).astype(np.float32)
-    head = Head(hidden, jnp.asarray(weight), 0.01 * jnp.asarray(step), tokens)
+    head = CapoHead(hidden, jnp.asarray(weight), 0.01 * jnp.asarray(step), tokens)
     return capo(logp, logp_old, logp_rollout, advantages, mask, head)
 
 
@@ -68,7 +68,7 @@ def test_the_family_is_what_it_is_said_to_be():
     }
     assert {"m2po", "bapo", "normalized_token_tis", "normalized_sequence_tis"} == WHOLE_BATCH
     takes_arrays = {n for n in objectives.__all__ if callable(getattr(objectives, n))}
-    others = {"TokenLoss", "aggregate", "divide", "kl_penalty"}
+    others = {"CapoHead", "TokenLoss", "aggregate", "divide", "kl_penalty"}
     assert takes_arrays - others == set(OBJECTIVES)
 
 
