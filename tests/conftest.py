@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,6 +23,18 @@ from jaxrl_stable.update import make_batch, score, update, with_old_policy
 
 OBJECTIVE = configs.Objective()
 ROWS, WIDTH, MAX_TOKENS, EOS = 16, 7, 9, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs(request):
+    """Frees what the modules of the subfolders compiled; those beside this file share theirs.
+
+    Every program holds memory maps, and Linux gives a process 65,530 of them: beyond that XLA
+    aborts, in whichever test happens to compile next.
+    """
+    yield
+    if request.path.parent != pathlib.Path(__file__).parent:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
