@@ -1,12 +1,18 @@
 """From tokens to rewards: decoding, verdicts, missing verdicts, and evaluation."""
 
+import types
+from functools import partial
+
 import numpy as np
 import pytest
 
+from jaxrl_stable import configs
 from jaxrl_stable.evaluate import Result
-from jaxrl_stable.judge import Judged, judge, reward_metrics
+from jaxrl_stable.judge import Judged, failed_share, judge, reward_metrics
 from jaxrl_stable.rewards import Verdict
+from jaxrl_stable.rollout import Sampling
 from jaxrl_stable.task import Task
+from jaxrl_stable.train import advantage_inputs, make_programs
 
 
 class Words:
@@ -71,3 +77,31 @@ def test_evaluation_counts_a_failed_checker_as_wrong_and_says_so():
     assert metrics["eval/pass_at_k"] == pytest.approx(2 / 3)
     assert metrics["eval/failed_share"] == pytest.approx(1 / 6)
     assert metrics["eval/avg_at_k_low"] <= metrics["eval/avg_at_k"] <= metrics["eval/avg_at_k_high"]
+
+
+@pytest.mark.fast
+def test_overlong_responses_are_punished_or_filtered():
+    """Limit 8, of which the last half punishes; the fourth response was cut off at the limit."""
+    judged = judged_of([1, 0, 1, 1], ["ok"] * 4)._replace(lengths=np.array([4.0, 6.0, 7.0, 8.0]))
+    make = partial(configs.Reinforcement, prompts=2, group_size=2, max_tokens=8, micro_batch_size=1)
+    objective = configs.Objective(mini_batches=1)
+    kept, rewards, groups, valid, lengths = advantage_inputs(make(objective=objective), judged)
+    np.testing.assert_array_equal(rewards, judged.rewards)
+    assert kept.all() and groups.tolist() == [0, 0, 1, 1]
+    assert valid is judged.valid and lengths is judged.lengths
+    rl = make(objective=objective, overlong_buffer=0.5, overlong_filter=True)
+    kept, rewards, *_ = advantage_inputs(rl, judged)
+    np.testing.assert_allclose(rewards, [1, -0.5, 0.25, 0])
+    assert kept.tolist() == [True, True, True, False]
+    task = types.SimpleNamespace(sampling=lambda tokens, temperature, *_: Sampling(tokens))
+    advantages = make_programs(rl, task).advantages
+    got = advantages(*advantage_inputs(rl, judged))
+    np.testing.assert_allclose(got, [0.75, -0.75, 0.125, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="overlong_buffer is 2; it is a share of max_tokens"):
+        make(objective=objective, overlong_buffer=2)
+
+
+@pytest.mark.fast
+def test_failed_rewards_of_every_round_count():
+    rounds = [judged_of([1, 0], ["ok", "timeout"]), judged_of([1, 0], ["ok", "ok"])]
+    assert failed_share(rounds) == 0.25

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from jaxrl_stable import program
+from jaxrl_stable.describe import describe, recommendation
+from jaxrl_stable.objective import Objective
 from jaxrl_stable.objectives import cispo, gspo, minirl
 from jaxrl_stable.program import load_experiment
 
@@ -95,3 +97,28 @@ def test_a_loss_of_ones_own(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="broken raised KeyError: 'key'"):
         objective("import own_losses", "configs.Objective.loss=@own_losses.broken")
     sys.modules.pop("own_losses")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("n", "replay", "expected"),
+    [
+        (1, "none", ("no replay", "the same replay")),
+        (2, "R2", ("clipping, R2", "the same replay")),
+        (4, "R2", ("clipping, R3", "replay 'R2'")),
+        (8, "R3", ("clipping, R3", "the same replay")),
+    ],
+)
+def test_the_papers_advice_for_this_many_updates(n, replay, expected):
+    advice = recommendation(Objective(mini_batches=n, replay=replay), moe_layers=2)
+    assert all(part in advice for part in expected), advice
+    assert "no experts" in recommendation(Objective(mini_batches=n, replay=replay), moe_layers=0)
+
+
+@pytest.mark.fast
+def test_a_dry_run_says_what_is_minimised():
+    experiment = load_experiment([TINY, str(RECIPES / "grpo.gin")])
+    text = describe(experiment)
+    assert "ppo, standardized, seq-mean-token-mean" in text and "the paper at N = 4" in text
+    assert "reference policy" in text
+    assert "reference policy" not in describe(load_experiment([TINY]))
