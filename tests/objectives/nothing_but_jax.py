@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 import jaxrl_stable
 from jaxrl_stable import advantages, corrections, diagnostics, objectives
+from jaxrl_stable.published import PUBLISHED
 
 logp = jnp.log(jnp.array([[0.5, 0.25], [0.125, 0.5]]))
 mask = jnp.array([[True, True], [True, False]])
@@ -27,4 +28,6 @@ assert abs(float(value)) < 1e-6, value
 assert jnp.allclose(gradient, jnp.array([[-0.25, -0.25], [0.25, 0.0]])), gradient
 assert jaxrl_stable.minirl is objectives.minirl  # the flat names load what they name, no more
 assert diagnostics.Mean(jnp.float32(1), jnp.float32(2)).value() == 0.5
+total, count = PUBLISHED["minirl"](logp, logp, logp, advantage, mask)
+assert abs(float(objectives.divide(total, count)) - float(value)) < 1e-6
 print("a loss with nothing but jax")

@@ -11,13 +11,13 @@ import sys
 import jax, numpy
 before = set(sys.modules)
 import jaxrl_stable.objectives, jaxrl_stable.importance, jaxrl_stable.advantages
-import jaxrl_stable.corrections, jaxrl_stable.diagnostics
+import jaxrl_stable.corrections, jaxrl_stable.diagnostics, jaxrl_stable.published
 new = {name.split('.')[0] for name in set(sys.modules) - before}
 third_party = new - set(sys.stdlib_module_names) - {'jaxrl_stable'}
 assert not third_party, third_party
 inside = {name for name in sys.modules if name.startswith('jaxrl_stable.')}
-allowed = ('objectives', 'importance', 'advantages', 'corrections', 'diagnostics')
-assert all(name.split('.')[1] in allowed for name in inside), inside
+modules = 'objectives importance advantages corrections diagnostics published'.split()
+assert all(name.split('.')[1] in modules for name in inside), inside
 """
 
 # Whatever is installed here, imports of anything else fail from now on, also late ones inside
