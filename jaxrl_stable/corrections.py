@@ -160,7 +160,7 @@ def veto(
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
-      threshold: smallest w that is believed; 1e-4 to 1e-6 are usual (slime).
+      threshold: smallest w that is believed; 1e-4 to 1e-6 are usual (slime, once).
     """
     _check("veto", None, ("threshold", threshold))
     log_w = _mismatch(logp, logp_old, logp_rollout, mask)

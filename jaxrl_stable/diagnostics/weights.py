@@ -47,10 +47,9 @@ def weight_metrics(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
     """The ratio w before any bound (but ±20 in log space, against overflow).
 
-    - `weight/raw_mean`, `raw_max`, `raw_min`, `raw_std`: of w. verl `rollout_is_mean`, …; its std
-      is that of w clamped to [1/C, C]
+    - `weight/raw_mean`, `raw_max`, `raw_min`, `raw_std`: of w
     - `weight/raw_seq_mean`, `raw_seq_max`, `raw_seq_min`, `raw_seq_std`: of each response's mean of
-      w. verl `rollout_is_seq_…` (its std divides by n − 1)
+      w. verl `rollout_is_seq_…` where it does not truncate (its std divides by n − 1)
     - `weight/abs_log_mean`: mean |ln w|. SkyRL `minibatch_rollout_train_logprobs_abs_diff_mean`
       where w is π_θ/μ_old: against `mismatch/abs_token_mean` it shows what updates add
     - `weight/share_above_2`, `share_below_half`: mean 1[w > 2], mean 1[w < 1/2]. verl
@@ -87,10 +86,11 @@ def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 def used_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
     """What stands before −Â ∇log π_θ where nothing is clipped: w after its bounds or its gate.
 
-    - `weight/used_mean`, `used_max`, `used_min`, `used_std`
+    - `weight/used_mean`, `used_max`, `used_min`, `used_std`. verl `rollout_is_mean`, …, which are
+      of the truncated weights, other than its fractions
     - `weight/truncated_share`: share of tokens whose weight met a bound and keeps its gradient
     - `weight/ess`: (mean w)² / mean w², the effective sample size as a share (Kish 1965); 1 when
-      all weights are equal. verl `rollout_is_eff_sample_size`, which clamps w to [1/C, C] first
+      all weights are equal. verl `rollout_is_eff_sample_size`
     """
     return {
         "weight/used_mean": masked_mean(loss.weight, mask),
@@ -107,8 +107,9 @@ def clip_metrics(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
     - `clip/high_share`, `clip/low_share`: share of tokens with Â > 0, and with Â < 0. TRL
       `clip_ratio/high_mean`, `low_mean`; for a trust region, prime-rl `is_masked_high`, `…_low`
-    - `clip/region_share`: their sum. TRL `clip_ratio/region_mean`, verl `pg_clipfrac`, prime-rl
-      `is_masked`
+    - `clip/region_share`: their sum. TRL `clip_ratio/region_mean`, prime-rl `is_masked`; verl
+      `pg_clipfrac` + `pg_clipfrac_lower` (the dual clip's share), but for CISPO and DPPO, where
+      they count truncated tokens
     - `clip/high_seq_max`, `clip/low_seq_min`: the largest high share and the smallest low share of
       one response. TRL `clip_ratio/high_max`, `low_min`
     - `clip/kl_k3_clipped`, `clip/kl_k3_kept`: mean(w − 1 − ln w) over the silenced tokens and over

@@ -41,7 +41,7 @@ def dro(
     """L_t = −( Â log π_θ − β/2 (log π_θ/π_old)² ): the ratio is kept near 1 by a square, unclipped.
 
     The token-level form of verl's `dro`, without the learned value function of direct reward
-    optimisation (arXiv:2405.19107); β is the value of verl's test, no published default.
+    optimisation (arXiv:2405.19107); β has no published default, ours is that of verl's test.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
