@@ -8,8 +8,8 @@ Needs torch, and their repositories, of which single functions are run, without 
 `--verl-dro` is a verl that has DRO, `--slime-veto` slime while it still had the veto. A directory
 that is no git checkout takes the commit of each file from `--commits`: JSON, option -> path ->
 commit. Beside the commits the file records a digest of each function without its docstrings,
-comments, and annotations of arguments: what is frozen came from functions transcribed by hand, which a
-checkout of the same commits has to confirm.
+comments, and annotations of arguments: what is frozen came from functions transcribed by hand,
+which a checkout of the same commits has to confirm.
 """
 
 import __future__
