@@ -198,6 +198,8 @@ METRICS = (
     Metric("correction/dropped_response_share", "Responses of which it leaves no token."),
     Metric("correction/kl_k3_dropped", "Mismatch KL (k3) of the tokens that it drops."),
     Metric("correction/kl_k3_kept", "Mismatch KL (k3) of the tokens that it keeps."),
+    Metric("sampling/rounds", "Rollouts drawn for the batch (dynamic sampling)."),
+    Metric("sampling/informative_share", "Groups of the batch whose scores differ."),
     Metric("reference/kl", "KL to the reference policy, before its coefficient.", "grows slowly"),
     Metric("gradient/norm", "Global norm before clipping.", "finite, without spikes"),
     Metric("gradient/skipped", "Updates left out so far, as not finite.", "0", 0, 0),
