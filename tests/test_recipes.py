@@ -24,7 +24,7 @@ REGIMES = {f"minirl_{regime}": "minirl" for regime in ("on_policy", "r2", "r3")}
 
 def load(recipe, *bindings):
     files = [str(ROOT / "tests" / "experiment.gin"), str(recipe)]
-    return program.load_experiment(files, bindings)
+    return program.load_experiment(files, ["configs.Reinforcement.prompts=8", *bindings])
 
 
 @pytest.mark.fast
