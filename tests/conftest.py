@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,19 +21,21 @@ from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.update import make_batch, score, update, with_old_policy
 
 OBJECTIVE = configs.Objective()
+FOLDERS = pytest.StashKey[set]()  # of which tests have run
 ROWS, WIDTH, MAX_TOKENS, EOS = 16, 7, 9, 2
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs(request):
-    """Frees what the modules of the subfolders compiled; those beside this file share theirs.
+    """Frees what one folder of tests compiled before the next one begins.
 
     Every program holds memory maps, and Linux gives a process 65,530 of them: beyond that XLA
     aborts, in whichever test happens to compile next.
     """
-    yield
-    if request.path.parent != pathlib.Path(__file__).parent:
+    folders = request.session.stash.setdefault(FOLDERS, set())
+    if request.path.parent not in folders:
         jax.clear_caches()
+    folders.add(request.path.parent)
 
 
 @pytest.fixture(scope="session")

@@ -167,27 +167,22 @@ def test_corrections_multiply():
     np.testing.assert_allclose(out.loss, objectives.ppo(*arrays).loss * expected, rtol=1e-6)
 
 
-WHOLE = {
-    "bapo": Objective(
-        loss=partial(objectives.bapo, low=(0.9, 0.99, 0.01), high=(1.01, 1.2, 0.01), target=0.45)
-    ),
-    "normalized": Objective(
-        loss=objectives.ppo,
-        corrections=[partial(corrections.normalized_token_tis, cap=1.02)],
-    ),
-}
+# The bounds of BAPO are near 1 here, so that a policy moved by a few percent meets them.
+WHOLE = Objective(
+    loss=partial(objectives.bapo, low=(0.9, 0.99, 0.01), high=(1.01, 1.2, 0.01), target=0.45),
+    corrections=[partial(corrections.normalized_token_tis, cap=1.02)],
+)
 
 
 def gradient(state):
     return [np.asarray(x) for x in jax.tree.leaves(state.opt_state[1][0].mu)]
 
 
-@pytest.mark.parametrize("name", WHOLE)
 def test_whole_batch_objectives_do_not_see_micro_batches(
-    name, model, perturbed, quantized_trajectory, advantages, passes
+    model, perturbed, quantized_trajectory, advantages, passes
 ):
     """Micro-batches of 4 rows give the step of all 16, unlike deciding within each of them."""
-    whole = WHOLE[name]
+    whole = WHOLE
     assert whole.whole_batch
     batch = passes.scored_batch(model, quantized_trajectory, advantages)
     (one, metrics), (four, metrics4) = (

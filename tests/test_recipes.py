@@ -1,8 +1,8 @@
 """The recipes: each gin file is what its paper published, and trains."""
 
+import dataclasses
 import pathlib
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import program
+from jaxrl_stable.model.head import HeadOutput
 from jaxrl_stable.objectives import aggregate
-from jaxrl_stable.optimizer import init_state, make_optimizer
 from jaxrl_stable.published import PUBLISHED
 from jaxrl_stable.train import train
-from jaxrl_stable.update import make_batch, update
+from jaxrl_stable.update import make_batch, measure
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.gin"))
@@ -22,8 +22,11 @@ INDEX = (ROOT / "experiments" / "recipes" / "README.md").read_text()
 REGIMES = {f"minirl_{regime}": "minirl" for regime in ("on_policy", "r2", "r3")}
 
 
-def load(recipe, *bindings):
-    files = [str(ROOT / "tests" / "experiment.gin"), str(recipe)]
+LAID_OVER_EACH_OTHER = "dapo", "off_policy_sequence_mask"
+
+
+def load(*recipes, bindings=()):
+    files = [str(ROOT / "tests" / "experiment.gin"), *map(str, recipes)]
     return program.load_experiment(files, ["configs.Reinforcement.prompts=8", *bindings])
 
 
@@ -75,29 +78,33 @@ def test_recipe_is_what_was_published(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
-def test_recipe_fits_the_update(recipe, model, trajectory, advantages):
-    """Traced, not run: shapes, signatures and metrics of the whole gradient step."""
+def test_recipe_fits_the_update(recipe, trajectory, advantages):
+    """Traced, not run: loss, terms and metrics of a mini-batch, without the model."""
     objective = load(recipe).reinforcement.resolved_objective
     batch = make_batch(trajectory, advantages)
-    batch = batch.__class__(
-        **vars(batch) | {"logp_old": batch.logp_rollout, "logp_reference": batch.logp_rollout}
-    )
-    optimizer = make_optimizer(load(recipe).reinforcement.optimizer)
-    step = partial(
-        update, objective=objective, optimizer=optimizer, micro_batch_size=4, temperature=1.0
-    )
-    _, metrics = jax.eval_shape(step, init_state(model, optimizer), batch)
+    logp = batch.logp_rollout
+    batch = dataclasses.replace(batch, logp_old=logp, logp_reference=logp)
+
+    def measured(scored):
+        _, decided = objective.total(scored.logp, scored.entropy, batch)
+        return measure(decided, scored, batch)
+
+    metrics = jax.eval_shape(measured, HeadOutput(logp, logp))
     assert "clip/high_share" in metrics
     assert ("reference/kl" in metrics) == bool(objective.kl_coefficient)
     assert ("correction/dropped_share" in metrics) == bool(objective.corrections)
 
 
-@pytest.mark.parametrize("name", ["dapo", "off_policy_sequence_mask"])
-def test_recipe_trains(name, tmp_path):
-    """Two whole steps: dynamic sampling and overlong punishment; reference policy and KL."""
-    recipe = ROOT / "experiments" / "recipes" / f"{name}.gin"
+def test_recipes_train(tmp_path):
+    """Two whole steps with two recipes over each other: dynamic sampling and overlong punishment
+    of the one, the mask, the reference policy and the KL of the other.
+    """
+    files = [str(RECIPES[0].with_name(f"{name}.gin")) for name in LAID_OVER_EACH_OTHER]
     bindings = ["configs.Reinforcement.steps=2", "configs.Objective.mini_batches=2"]
-    state = train(load(recipe, *bindings), tmp_path)
+    experiment = load(*files, bindings=bindings)
+    rl = experiment.reinforcement
+    assert rl.max_rounds == 4 and rl.objective.corrections and rl.objective.kl_weighted
+    state = train(experiment, tmp_path)
     assert int(state.step) == 4 and int(state.skipped) == 0
 
 
@@ -105,5 +112,5 @@ def test_recipe_trains(name, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.stem)
 def test_every_recipe_trains(recipe, tmp_path):
     bindings = ["configs.Reinforcement.steps=1", "configs.Objective.mini_batches=2"]
-    state = train(load(recipe, *bindings), tmp_path)
+    state = train(load(recipe, bindings=bindings), tmp_path)
     assert int(state.step) == 2 and int(state.skipped) == 0
