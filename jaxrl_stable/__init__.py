@@ -19,7 +19,8 @@ _MODULES = {
     "model": ("ModelConfig", "ModelOutput", "Transformer", "init_model", "token_log_probs"),
     "rollout": ("Sampling", "Trajectory"),
     "optimizer": ("TrainState", "init_state", "make_optimizer"),
-    "update": ("TrainBatch", "make_batch", "score", "split", "with_old_policy"),
+    "batch": ("TrainBatch", "make_batch", "split"),
+    "update": ("score", "with_old_policy"),
     "configs": ("Experiment", "Optimizer", "Reinforcement", "Supervised"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

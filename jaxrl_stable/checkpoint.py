@@ -1,5 +1,8 @@
 """Checkpoints with Orbax: weights, optimiser, key, data position and step, written atomically.
 
+All processes save and restore together, each the shards of its own devices. How many there are, and
+the mesh, may change in between: what is restored takes the shardings of its template.
+
 A checkpoint has named parts ("model", "optimizer", …) that can be restored alone. Each is stored
 flat, one entry for every array under the path that leads to it, so it can be read without the
 classes that wrote it. Orbax writes into a temporary directory and renames it: a
@@ -19,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxrl_stable.model.config import ModelConfig
 
 SCORE = "score"
-ABOUT = "about"  # what a checkpoint is of: architecture, and the arrays of each part
+ABOUT = "about"  # what a checkpoint is of: architecture, arrays of each part, data and position
 DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
@@ -86,7 +89,8 @@ class Checkpointer:
         Args:
           step: number of finished steps.
           parts: trees of arrays, by name.
-          dataset: the grain iterator, whose position is stored; None where there is none.
+          dataset: the grain iterator, whose position is stored; None where there is none. The
+            position must be the same in every process.
           score: ranks checkpoints; the best one is kept.
         """
         if step in self.steps:
@@ -94,7 +98,9 @@ class Checkpointer:
         items = {name: _flat(tree) for name, tree in parts.items()}
         names = {name: list(leaves) for name, leaves in items.items()}
         about = {"architecture": self._architecture, "parts": names, "data": self._data}
-        items |= {ABOUT: about} if dataset is None else {"dataset": dataset, ABOUT: about}
+        if dataset is not None:
+            about["position"] = json.dumps(dataset.get_state())
+        items[ABOUT] = about
         metrics = None if score is None else {SCORE: score}
         self._orbax.save_checkpointables(step, items, metrics=metrics)
 
@@ -119,8 +125,9 @@ class Checkpointer:
         step = self.steps[-1] if step is None else step
         flat = {name: _flat(tree) for name, tree in templates.items()}
         self._check(step, flat, compare_data=dataset is not None)
-        iterator = {} if dataset is None else {"dataset": dataset}
-        loaded = self._orbax.load_checkpointables(step, flat | iterator)
+        if dataset is not None:
+            dataset.set_state(self._position(step))
+        loaded = self._orbax.load_checkpointables(step, flat)
         return {
             name: jax.tree.unflatten(
                 jax.tree.structure(tree), [loaded[name][path] for path in flat[name]]
@@ -131,6 +138,20 @@ class Checkpointer:
     def architecture(self, step: int) -> dict[str, Any]:
         """The stored `ModelConfig.architecture()`."""
         return self._about(step)["architecture"]
+
+    def _position(self, step: int) -> dict[str, Any]:
+        about = self._about(step)
+        if "position" in about:
+            return json.loads(about["position"])
+        # Version 0.1 had grain write it, one file a process; there was one.
+        where = pathlib.Path(self._orbax.directory, str(step))
+        old = where / "dataset" / "process_0-of-1.json"
+        if not old.exists():
+            raise ValueError(
+                f"checkpoint {where} holds no position in the data; start anew from its weights, "
+                "with --gin.configs.Experiment.init_from and another --workdir"
+            )
+        return json.loads(old.read_text())
 
     def _about(self, step: int) -> dict[str, Any]:
         return self._orbax.load_checkpointables(step, {ABOUT: None})[ABOUT]

@@ -7,12 +7,17 @@ bind fields, for example `configs.Objective.replay = "R3"`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxrl_stable.model.config import ModelConfig, tiny
 from jaxrl_stable.objective import Objective, one_of
+from jaxrl_stable.sharding import BATCH, ROWS, MeshShape
 
+MOMENT_DTYPES = ("float32", "bfloat16")
 FORMATS = ("none", "int8")  # of the sampler's weights
 
 
@@ -75,6 +80,9 @@ class Optimizer:
       b1, b2, eps: Adam's constants.
       weight_decay: decoupled decay of matrices; norms are left out.
       clip_norm: largest global norm of a gradient.
+      master_weights: keep float32 weights where the parameters are stored in less
+        (`ModelConfig.param_dtype`); False saves them, and loses updates below their spacing.
+      first_moment_dtype: type of Adam's first moment; the second is float32.
     """
 
     learning_rate: float = 1e-6
@@ -85,6 +93,11 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    master_weights: bool = True
+    first_moment_dtype: str = "float32"
+
+    def __post_init__(self):
+        one_of(self, "first_moment_dtype", MOMENT_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +142,17 @@ class Reinforcement:
       temperature: of the sampler, and hence of the policy that is trained.
       top_k, top_p: see `rollout.Sampling`; anything but 0 and 1 biases the gradient.
       rollout_format: weights of the sampler: "none" (the policy itself) or "int8".
+      rollout_rows: responses sampled at a time, which share the memory for keys and values; None
+        takes all of a step.
       rollout_cache: the sampler keeps keys and values of past tokens. False runs the training
         program over all of them again for every token, for a mismatch of exactly 0: slow, for
         science and debugging; see `uncached`.
       objective: the loss and its replay.
       optimizer: learning rate and the rest.
       micro_batch_size: rows of one forward and backward pass.
+      packed: `score` and `update` put several responses, with their prompts, into one row of
+        prompt_width + max_tokens columns: nothing changes but the time, which falls to about their
+        share of tokens in all columns (`packing/columns_share`); see `packing`.
       ratio_tolerance: bound of max |π_θ/π_old − 1| in the first mini-batch after a start; None is
         1e-5 in float32 and 0.1 in half precision.
       max_skipped: non-finite gradients in a row after which the run stops.
@@ -156,10 +174,12 @@ class Reinforcement:
     top_k: int = 0
     top_p: float = 1.0
     rollout_format: str = "int8"
+    rollout_rows: int | None = None
     rollout_cache: bool = True
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     micro_batch_size: int = 64
+    packed: bool = False
     ratio_tolerance: float | None = None
     max_skipped: int = 10
     max_failed_rewards: float = 0.1
@@ -186,6 +206,16 @@ class Reinforcement:
             raise ValueError(
                 f"a mini-batch has {rows // parts} rows (prompts × group_size / mini_batches); "
                 f"Reinforcement.micro_batch_size ({self.micro_batch_size}) must divide it"
+            )
+        if self.rollout_rows is not None and (self.rollout_rows < 1 or rows % self.rollout_rows):
+            raise ValueError(
+                f"Reinforcement.rollout_rows is {self.rollout_rows}; it must divide the {rows} "
+                "rows of a step (prompts × group_size)"
+            )
+        if self.packed and not self.rollout_cache:
+            raise ValueError(
+                "Reinforcement.rollout_cache = False samples in padded rows, and packed ones round "
+                "in another way; set packed = False, or rollout_cache = True"
             )
         if self.temperature <= 0:
             raise ValueError(
@@ -231,16 +261,6 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshShape:
-    """Devices along each mesh axis; `data` takes what the others leave when it is -1."""
-
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that a run depends on.
 
@@ -264,3 +284,37 @@ class Experiment:
     reinforcement: Reinforcement = Reinforcement()
     evaluation: Evaluation = Evaluation()
     mesh: MeshShape = MeshShape()
+
+    def __post_init__(self):
+        if self.reinforcement.packed and self.mesh.context > 1:
+            raise ValueError(
+                f"Reinforcement.packed needs all columns of a row on one device, but "
+                f"MeshShape.context is {self.mesh.context}; set it to 1, or packed = False"
+            )
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Whether every device gets equally many rows and columns, of what is computed together.
+
+        Raises:
+          ValueError: names the field, and the number that it must be a multiple of.
+        """
+        rl = self.reinforcement
+        batch, rows = (math.prod(mesh.shape[a] for a in axes) for axes in (BATCH, ROWS))
+        context = mesh.shape["context"]
+        needs = {
+            "Reinforcement.micro_batch_size": (rl.micro_batch_size, batch),
+            "Reinforcement.prompts × group_size": (rl.prompts * rl.group_size, rows),
+        }
+        if rl.rollout_rows is not None:
+            needs["Reinforcement.rollout_rows"] = (rl.rollout_rows, rows)
+        columns = self.data.prompt_width + rl.max_tokens
+        needs["Data.prompt_width + Reinforcement.max_tokens"] = (columns, context)
+        if self.cold_start is not None:
+            needs["Supervised.batch_size"] = (self.cold_start.batch_size, batch)
+            needs["Supervised.length"] = (self.cold_start.length, context)
+        for field, (size, parts) in needs.items():
+            if size % parts:
+                raise ValueError(
+                    f"{field} is {size}; on this mesh ({dict(mesh.shape)}) it must be a multiple "
+                    f"of {parts}, or devices would idle"
+                )

@@ -17,16 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxrl_stable.data import Problem
 from jaxrl_stable.judge import Judged, informative
 from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing
 
 
 class Round(NamedTuple):
-    """One rollout batch: its problems (one a row), responses and verdicts."""
+    """One rollout batch: the place of each row's problem in the source, and what came of it."""
 
-    problems: list[Problem]
+    index: Int[np.ndarray, "B"]
     trajectory: Trajectory
     judged: Judged
 
@@ -65,7 +64,7 @@ def collect(
         rows[places] = fitting[: len(places), None] * group_size + np.arange(group_size)
         rows = rows.ravel()
         batch = Round(
-            _fill_list(batch.problems, fresh.problems, rows),
+            _fill(batch.index, fresh.index, rows),
             fill(batch.trajectory, fresh.trajectory, rows),
             Judged(*(_fill(a, b, rows) for a, b in zip(batch.judged, fresh.judged))),
         )
@@ -92,12 +91,5 @@ def fill_rows(old: Trajectory, new: Trajectory, rows: Int[Array, "B"]) -> Trajec
     return dataclasses.replace(jax.tree.map(pick(0), *without), routing=routing)
 
 
-def _fill(old, new, rows):
-    if isinstance(old, list):
-        return _fill_list(old, new, rows)
-    keep = (rows < 0).reshape(-1, *[1] * (old.ndim - 1))
-    return np.where(keep, old, new[np.maximum(rows, 0)])
-
-
-def _fill_list(old: list, new: list, rows: Int[np.ndarray, "B"]) -> list:
-    return [old[i] if row < 0 else new[row] for i, row in enumerate(rows)]
+def _fill(old: np.ndarray, new: np.ndarray, rows: Int[np.ndarray, "B"]) -> np.ndarray:
+    return np.where(rows < 0, old, new[np.maximum(rows, 0)])

@@ -16,14 +16,15 @@ import numpy as np
 from absl import flags
 from jaxtyping import Bool, Float, Key
 
-from jaxrl_stable import program
+from jaxrl_stable import distributed, program
 from jaxrl_stable.checkpoint import load_model
 from jaxrl_stable.configs import Evaluation, Experiment
 from jaxrl_stable.data import encode_prompts
 from jaxrl_stable.judge import judge
 from jaxrl_stable.model.transformer import Transformer, init_model
+from jaxrl_stable.quantize import sampling_copy
 from jaxrl_stable.rollout import Trajectory, rollout
-from jaxrl_stable.sharding import abstract_state, make_mesh, shard_rows
+from jaxrl_stable.sharding import abstract_state, make_mesh, row_parts, shard_rows
 from jaxrl_stable.statistics import avg_at_k, pass_at_k
 from jaxrl_stable.task import Task, load_task
 
@@ -75,6 +76,9 @@ class Result:
         }
 
 
+_copy = jax.jit(partial(sampling_copy, format="none"))
+
+
 def evaluation_key(seed: int) -> Key[jax.Array, ""]:
     """The key of every evaluation of an experiment."""
     return jax.random.fold_in(jax.random.key(seed), 0)
@@ -104,12 +108,13 @@ def evaluate(
     tokens, mask = encode_prompts(problems, task.tokenizer, data.prompt_width, task.template)
     tokens, mask = np.repeat(tokens, k, axis=0), np.repeat(mask, k, axis=0)
     repeated = [problem for problem in problems for _ in range(k)]
-    mesh = make_mesh(experiment.mesh)
+    mesh, model = make_mesh(experiment.mesh), _copy(model)
+    shape = size + -size % row_parts(mesh)  # rows that every device gets equally many of
 
     batches = []
     for start in range(0, len(tokens), size):
         rows = min(size, len(tokens) - start)
-        padding = ((0, size - rows), (0, 0))  # rows without a token sample nothing
+        padding = ((0, shape - rows), (0, 0))  # rows without a token sample nothing
         prompts = np.pad(tokens[start : start + rows], padding)
         prompt_mask = np.pad(mask[start : start + rows], padding)
         batch_key = jax.random.fold_in(key, start)
@@ -137,6 +142,8 @@ def main(experiment: Experiment, workdir: str) -> None:
         sampler = make_sampler(task, experiment.evaluation, experiment.reinforcement.max_tokens)
         key = evaluation_key(experiment.seed)
         result = evaluate(model, task, experiment, sampler, key)
+    if not distributed.is_main():
+        return
     k = result.scores.shape[1]
     figures = {f"avg@{k}": avg_at_k(result.correct)}
     for n in sorted({1, k // 4, k // 2, k} - {0}):

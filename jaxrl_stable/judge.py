@@ -3,54 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from jaxrl_stable import distributed
 from jaxrl_stable.data import Problem
 from jaxrl_stable.rewards import Verdict
+from jaxrl_stable.rewards.verdict import Status
 from jaxrl_stable.rollout import Trajectory
+from jaxrl_stable.sharding import row_sharding
 from jaxrl_stable.task import Task
+
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 class Judged(NamedTuple):
-    """Responses of a rollout with their verdicts, one entry a row.
+    """What is known of the responses of a rollout; the same in every process.
 
     Attributes:
-      responses: text without the stop token.
-      verdicts: what the reward said.
       rewards: scores; 0 where the checker failed.
-      valid: False where the checker failed: such a response is left out of the baseline.
+      status: how each came about, as a place in `STATUSES`.
       lengths: tokens, EOS included.
       finished: the response ended by itself.
     """
 
-    responses: list[str]
-    verdicts: list[Verdict]
     rewards: Float[np.ndarray, "B"]
-    valid: Bool[np.ndarray, "B"]
+    status: Int[np.ndarray, "B"]
     lengths: Float[np.ndarray, "B"]
     finished: Bool[np.ndarray, "B"]
 
+    @property
+    def valid(self) -> Bool[np.ndarray, "B"]:
+        """False where the checker failed: such a response is left out of the baseline."""
+        return ~np.array([Verdict(0.0, status).failed for status in STATUSES])[self.status]
 
-def judge(task: Task, problems: Sequence[Problem], trajectory: Trajectory) -> Judged:
-    """Decodes and scores the first `len(problems)` rows; further rows are padding."""
+
+def judge(task: Task, problems: Sequence[Problem | None], trajectory: Trajectory) -> Judged:
+    """Decodes and scores the first `len(problems)` rows; further rows are padding.
+
+    Each process does so for the rows it owns (`distributed.row_owners`), then all exchange what
+    they found. Of other rows a process need not know the problem.
+    """
     rows = len(problems)
-    tokens, mask, finished = jax.device_get(
-        (trajectory.tokens, trajectory.response_mask, trajectory.finished)
-    )
-    responses = task.decode(tokens[:rows], mask[:rows])
-    verdicts = task.reward(problems, responses)
-    return Judged(
-        responses,
-        verdicts,
-        np.array([v.score for v in verdicts], np.float32),
-        np.array([not v.failed for v in verdicts]),
-        mask[:rows].sum(-1).astype(np.float32),
-        finished[:rows],
-    )
+    owners = np.zeros(rows, int)
+    arrays = trajectory.tokens, trajectory.response_mask, trajectory.finished
+    if distributed.several():
+        sharding = row_sharding(trajectory.tokens.sharding.mesh)
+        arrays = jax.device_put(arrays, sharding)  # rows whole, each process has its own
+        owners = distributed.row_owners(sharding, trajectory.tokens.shape[0])[:rows]
+    tokens, mask, finished = (distributed.on_host(x)[:rows] for x in arrays)
+    own = np.flatnonzero(owners == jax.process_index())
+    responses = task.decode(tokens[own], mask[own])
+    verdicts = task.reward([problems[i] for i in own], responses)
+    rewards, status = np.zeros(rows, np.float32), np.zeros(rows, np.int8)
+    rewards[own] = [verdict.score for verdict in verdicts]
+    status[own] = [STATUSES.index(verdict.status) for verdict in verdicts]
+    lengths = mask.sum(-1).astype(np.float32)
+    return distributed.gather_rows(Judged(rewards, status, lengths, finished), owners)
 
 
 def informative(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:

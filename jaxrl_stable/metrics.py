@@ -25,6 +25,8 @@ import rich.progress
 import rich.text
 import tensorboardX
 
+from jaxrl_stable import distributed
+
 # Console columns: (label, format, keys in order of preference); short, to fit 80 characters. KL is
 # the mismatch between sampler and trainer. k3 and k1 both estimate it; k3 is shown where there is
 # one, as it is never negative and less noisy.
@@ -41,7 +43,7 @@ SHOWN_CHARACTERS = 1_000
 class MetricsWriter:
     """Writes scalars and samples of one run below `workdir`. Use as a context manager.
 
-    One writer a run: in a multi-process job construct it on process 0 only.
+    One writer a run: where there are several processes, `open_writer` makes it in process 0 only.
 
     Args:
       workdir: directory of the run, made if missing.
@@ -145,6 +147,26 @@ class MetricsWriter:
             _shorten(visible(response)),
         )
         self._console.print(text, soft_wrap=True)
+
+
+class NoWriter:
+    """What the other processes of a run write: nothing."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def _nothing(self, *_) -> None:
+        pass
+
+    write = samples = progress = show_sample = _nothing
+
+
+def open_writer(workdir: str | os.PathLike, **settings: Any) -> MetricsWriter | NoWriter:
+    """The writer of a run in process 0; see `MetricsWriter` for the arguments."""
+    return MetricsWriter(workdir, **settings) if distributed.is_main() else NoWriter()
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:

@@ -1,9 +1,13 @@
-"""Training state, optimiser, and the step that is skipped when a gradient is not finite."""
+"""Training state, optimiser, and the step that is skipped when a gradient is not finite.
+
+Whatever the parameters are stored in, the optimiser sees float32: an update at a learning rate of
+1e-6 is smaller than the spacing of bfloat16, and would be lost.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.sharding import constrain_state
 
 
 @jax.tree_util.register_dataclass
@@ -44,24 +49,74 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
             0.0, rate, warmup, warmup + config.decay_steps, rate / 10
         )
     # optax counts from 0 before the first update: shift by one so that it has a non-zero rate.
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            lambda count: schedule(count + 1),
-            config.b1,
-            config.b2,
-            config.eps,
-            weight_decay=config.weight_decay,
-            mask=_matrices,
+    return in_float32(
+        optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            optax.adamw(
+                lambda count: schedule(count + 1),
+                config.b1,
+                config.b2,
+                config.eps,
+                mu_dtype=config.first_moment_dtype,
+                weight_decay=config.weight_decay,
+                mask=_matrices,
+            ),
         ),
+        config.master_weights,
     )
 
 
+class Float32State(NamedTuple):
+    """State of `in_float32`.
+
+    Attributes:
+      inner: of the wrapped transformation.
+      master: the parameters in float32; None where they are stored so, or no copy is kept.
+    """
+
+    inner: optax.OptState
+    master: optax.Params | None
+
+
+def in_float32(
+    inner: optax.GradientTransformation, master_weights: bool
+) -> optax.GradientTransformation:
+    """Runs a transformation on float32 weights, for parameters stored in any type.
+
+    Args:
+      inner: the transformation.
+      master_weights: keep the float32 weights, where parameters are stored in less. Without them
+        the stored ones are taken for exact, and updates below their spacing are lost.
+    """
+
+    def init(params: optax.Params) -> Float32State:
+        exact = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+        narrow = any(w.dtype != jnp.float32 for w in jax.tree.leaves(params))
+        return Float32State(inner.init(exact), exact if narrow and master_weights else None)
+
+    def update(gradients, state, params):
+        exact = state.master
+        if exact is None:
+            exact = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+        updates, inner_state = inner.update(gradients, state.inner, exact)
+        if state.master is None:
+            return updates, Float32State(inner_state, None)
+        master = optax.apply_updates(exact, updates)
+        # What takes the stored weight to the rounded new one: float32 holds it exactly.
+        moves = jax.tree.map(
+            lambda new, old: new.astype(old.dtype).astype(jnp.float32) - old.astype(jnp.float32),
+            master,
+            params,
+        )
+        return moves, Float32State(inner_state, master)
+
+    return optax.GradientTransformation(init, update)
+
+
 def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step. Moments are float32 whatever the parameters are stored in."""
-    float32 = jax.tree.map(lambda w: w.astype(jnp.float32), model)
+    """State before the first step."""
     counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each can be donated
-    return TrainState(model, optimizer.init(float32), *counters)
+    return TrainState(model, optimizer.init(model), *counters)
 
 
 def to_parts(state: TrainState) -> dict[str, Any]:
@@ -96,8 +151,8 @@ def apply_gradients(
     skipped = 1 - finite.astype(jnp.int32)
     return (
         TrainState(
-            model,
-            opt_state,
+            constrain_state(model),
+            constrain_state(opt_state),
             state.step + 1,
             state.skipped + skipped,
             (state.skipped_in_a_row + 1) * skipped,

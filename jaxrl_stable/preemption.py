@@ -5,16 +5,18 @@ from __future__ import annotations
 import signal
 import types
 
+from jaxrl_stable import distributed
+
 
 class StopRequest:
-    """Context manager; `requested` turns True when SIGTERM arrives.
+    """Context manager that notes SIGTERM.
 
     Spot machines get it seconds before they go. The first signal is only noted; a second one ends
     the process at once, as it would without this.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._noted = False
 
     def __enter__(self) -> StopRequest:
         self._previous = signal.signal(signal.SIGTERM, self._note)
@@ -23,8 +25,12 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGTERM, self._previous)
 
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop. All processes call this after each step."""
+        return bool(distributed.any_process(self._noted))
+
     def _note(self, signum: int, frame: types.FrameType | None) -> None:
-        self.requested = True
+        self._noted = True
         signal.signal(signal.SIGTERM, self._previous)
 
 
@@ -32,9 +38,10 @@ class Stopped(SystemExit):
     """Raised after a requested stop was carried out; exits with status 0."""
 
     def __init__(self, step: int, directory: str) -> None:
-        print(
-            f"stopped by SIGTERM after step {step}, saved in {directory}; "
-            "run the same command to go on",
-            flush=True,
-        )
+        if distributed.is_main():
+            print(
+                f"stopped by SIGTERM after step {step}, saved in {directory}; "
+                "run the same command to go on",
+                flush=True,
+            )
         super().__init__(0)

@@ -19,7 +19,7 @@ import gin
 import jax
 from absl import app, flags, logging
 
-from jaxrl_stable import configs
+from jaxrl_stable import configs, distributed, watch
 from jaxrl_stable.describe import describe
 
 GIN_FILE = flags.DEFINE_multi_string(
@@ -60,7 +60,8 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
     """Parses flags and gin, then calls `main(experiment, workdir)`.
 
     `--gin.NAME=VALUE` binds NAME after all files, as in t5x. What a user can mend (a wrong name, a
-    missing file, a bad record) ends as one line on stderr and exit status 2.
+    missing file, a bad record) ends as one line on stderr and exit status 2. The processes of a
+    run find each other first (`distributed`), and end together (`watch`).
     """
     bindings = [arg.removeprefix(GIN_PREFIX) for arg in sys.argv[1:] if arg.startswith(GIN_PREFIX)]
     argv = [arg for arg in sys.argv if not arg.startswith(GIN_PREFIX)]
@@ -69,6 +70,9 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
         with errors_in_one_line(DEBUG.value):
             if WORKDIR.value is None:
                 raise ValueError("--workdir is missing; say where this run keeps its files")
+            if not DRY_RUN.value:
+                distributed.initialize()
+        with watch.together(), errors_in_one_line(DEBUG.value):
             if jax.config.jax_compilation_cache_dir is None:  # a resumed run need not compile
                 cache = os.path.join(os.path.abspath(WORKDIR.value), "xla_cache")
                 jax.config.update("jax_compilation_cache_dir", cache)
@@ -76,6 +80,7 @@ def run(main: Callable[[configs.Experiment, str], None]) -> None:
             if DRY_RUN.value:
                 print(resolved_config(), describe(experiment), sep="\n")
                 return
+            distributed.check_shared(WORKDIR.value)
             main(experiment, WORKDIR.value)
 
     app.run(start, argv)
@@ -90,7 +95,9 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         if debug:
             raise
-        print(f"error: {_one_line(error)} (--debug shows where)", file=sys.stderr)
+        message = _one_line(error)
+        if watch.report(message):
+            print(f"error: {message} (--debug shows where)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -14,8 +14,27 @@ from flax import nnx
 from jaxrl_stable.configs import FORMATS
 from jaxrl_stable.model.parameters import Quantized
 from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.sharding import constrain_state, spread
 
 KEPT_AXES = ("vocab", "router")
+
+
+def sampling_copy(model: Transformer, format: str) -> Transformer:
+    """The weights that a sampler reads: `quantize`d, in the compute type, laid out for decoding.
+
+    What is computed with them is the same but for the quantisation: a product reads its weights in
+    the compute type anyway, only the router's stay float32. For the layout see `sharding.spread`.
+    """
+
+    def convert(param: nnx.Param) -> nnx.Param:
+        value, axes = param.get_value(), param.get_metadata()["axes"]
+        if isinstance(value, Quantized) or "router" in axes:
+            return param
+        return param.replace(value.astype(model.config.dtype))
+
+    copy = spread(quantize(model, format))
+    is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return constrain_state(jax.tree.map(convert, copy, is_leaf=is_param))
 
 
 def quantize(model: Transformer, format: str) -> Transformer:

@@ -18,6 +18,8 @@ from jaxrl_stable.model import head
 from jaxrl_stable.model.cache import Cache, empty_cache
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.routing import Routing, expert_dtype
+from jaxrl_stable.rows import cut_rows, join_rows
+from jaxrl_stable.sharding import ROWS, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +102,13 @@ def rollout(
     prompt_mask: Bool[Array, "B P"],
     key: Key[Array, ""],
     sampling: Sampling,
+    at_a_time: int | None = None,
 ) -> Trajectory:
     """Samples one response for each row.
 
     Row b draws from `fold_in(fold_in(key, b), column)`, so what it samples does not depend on the
-    other rows, on padding rows or on how rows are spread over devices.
+    other rows, on padding rows, on how rows are spread over devices or on how many are sampled at
+    a time.
 
     Args:
       model: the sampling policy μ (possibly a quantised copy).
@@ -112,12 +116,38 @@ def rollout(
       prompt_mask: False on padding. A row without any True is a padding row: it samples nothing.
       key: typed PRNG key.
       sampling: static.
+      at_a_time: rows that share one cache, one lot after the other; all of them by default. Divides
+        B.
     """
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(prompts.shape[0]))
+    if at_a_time is None or at_a_time == prompts.shape[0]:
+        return _sample_rows(model, prompts, prompt_mask, keys, sampling)
+    lots = prompts.shape[0] // at_a_time
+    cut = jax.tree.map(lambda x: cut_rows(x, lots, over=ROWS), (prompts, prompt_mask, keys))
+    sampled = jax.lax.map(lambda rows: _sample_rows(model, *rows, sampling), cut)
+    return join_trajectories(sampled, over=ROWS)
+
+
+def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
+    """One trajectory of those that `cut_rows` made, stacked."""
+    rows = partial(join_rows, over=over)
+    routing = Routing(rows(parts.routing.experts, axis=1), rows(parts.routing.valid))
+    others = jax.tree.map(rows, dataclasses.replace(parts, routing=None))
+    return dataclasses.replace(others, routing=routing)
+
+
+def _sample_rows(
+    model: Transformer,
+    prompts: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    row_keys: Key[Array, "B"],
+    sampling: Sampling,
+) -> Trajectory:
+    """Prefill and decode of rows that share one cache."""
     config = model.config
     B, P = prompts.shape
     T = P + sampling.max_tokens
     lengths = prompt_mask.sum(-1)
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
     layers, k = config.num_moe_layers, config.num_experts_per_token
 
     def sample(state: _Decode) -> _Decode:
@@ -163,7 +193,7 @@ def rollout(
     state = _Decode(
         column=jnp.int32(P),
         hidden=output.hidden[:, -1],
-        cache=output.cache.widen(T),
+        cache=_spread(output.cache.widen(T)),
         tokens=jnp.pad(
             jnp.where(prompt_mask, prompts, sampling.pad_id),
             responses,
@@ -171,7 +201,9 @@ def rollout(
         ),
         logp=jnp.zeros((B, T), jnp.float32),
         response=jnp.zeros((B, T), bool),
-        experts=jax.lax.dynamic_update_slice(experts, output.router.experts, (0, 0, 0, 0)),
+        experts=constrain(
+            jax.lax.dynamic_update_slice(experts, output.router.experts, (0, 0, 0, 0)), None, ROWS
+        ),
         fed=jnp.pad(prompt_mask, responses),
         active=lengths > 0,
         finished=jnp.zeros(B, bool),
@@ -179,14 +211,30 @@ def rollout(
     state = jax.lax.while_loop(
         lambda s: (s.column < T) & s.active.any(), lambda s: sample(feed(s)), sample(state)
     )
+    rows = partial(jax.tree.map, lambda x: constrain(x, ROWS))
     return Trajectory(
-        tokens=state.tokens,
-        real=jnp.pad(prompt_mask, responses) | state.response,
-        response_mask=state.response,
-        logp_rollout=state.logp,
-        routing=Routing(state.experts, state.fed),
-        finished=state.finished,
+        **rows(
+            dict(
+                tokens=state.tokens,
+                real=jnp.pad(prompt_mask, responses) | state.response,
+                response_mask=state.response,
+                logp_rollout=state.logp,
+                finished=state.finished,
+            )
+        ),
+        routing=Routing(constrain(state.experts, None, ROWS), rows(state.fed)),
         prompt_width=P,
+    )
+
+
+def _spread(cache: Cache) -> Cache:
+    """The cache with its rows over all devices, and its heads over `tensor`."""
+    heads = None, ROWS, None, "tensor"
+    return dataclasses.replace(
+        cache,
+        keys=constrain(cache.keys, *heads),
+        values=constrain(cache.values, *heads),
+        segment_ids=constrain(cache.segment_ids, ROWS),
     )
 
 

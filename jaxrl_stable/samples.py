@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
-from jaxrl_stable.data import Problem, Tokenizer
-from jaxrl_stable.judge import Judged
-from jaxrl_stable.update import Scored, TrainBatch
+from jaxrl_stable import distributed
+from jaxrl_stable.batch import TrainBatch
+from jaxrl_stable.data import Problem
+from jaxrl_stable.judge import STATUSES, Judged
+from jaxrl_stable.task import Task
+from jaxrl_stable.update import Scored
 
 
 def sample_rows(
@@ -19,38 +21,35 @@ def sample_rows(
     advantages: Float[Array, "B"],
     batch: TrainBatch,
     scored: Scored | None,
-    tokenizer: Tokenizer,
-    count: int = 4,
+    task: Task,
 ) -> list[dict[str, Any]]:
-    """The first `count` responses.
+    """The first responses, one for each problem given. All processes call it, and get the same.
 
     Per token: its text; `log_weight`, log π_old − log μ_old (nats), the mismatch part of its
     importance weight; `differs`, the number of MoE layers in which the training router would have
     chosen other experts for the token before it, whose output it was drawn from. The last two need
     a `score` pass.
     """
-    tokens, mask, rollout, advantages = jax.device_get(
-        jax.tree.map(
-            lambda x: x[:count],
-            (batch.tokens, batch.response_mask, batch.logp_rollout, advantages),
-        )
+    arrays = [batch.tokens, batch.response_mask, batch.logp_rollout, advantages]
+    if scored is not None:
+        arrays += [scored.logp_old, scored.differing_layers]
+    tokens, mask, rollout, advantages, *of_score = distributed.replicated(
+        [x[: len(problems)] for x in arrays]
     )
     rows = []
-    for i in range(len(tokens)):
-        rows.append(
-            {
-                **problems[i],
-                "response": judged.responses[i],
-                "score": judged.verdicts[i].score,
-                "status": judged.verdicts[i].status,
-                "advantage": float(advantages[i]),
-                "tokens": [tokenizer.decode([int(t)]) for t in tokens[i][mask[i]]],
-            }
-        )
-    if scored is not None:
-        old, differs = jax.device_get((scored.logp_old[:count], scored.differing_layers[:count]))
-        for i, row in enumerate(rows):
+    for i, response in enumerate(task.decode(tokens, mask)):
+        row = {
+            **problems[i],
+            "response": response,
+            "score": float(judged.rewards[i]),
+            "status": STATUSES[judged.status[i]],
+            "advantage": float(advantages[i]),
+            "tokens": [task.tokenizer.decode([int(t)]) for t in tokens[i][mask[i]]],
+        }
+        if of_score:
+            old, differs = of_score
             row["log_weight"] = (old[i] - rollout[i])[mask[i]].tolist()
             # The experts that shaped token t are those of the token before it.
             row["differs"] = differs[i][:-1][mask[i][1:]].tolist()
+        rows.append(row)
     return rows

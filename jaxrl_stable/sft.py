@@ -19,7 +19,7 @@ from jaxrl_stable.configs import Experiment
 from jaxrl_stable.data import packed_iterator
 from jaxrl_stable.diagnostics import Mean, Metrics
 from jaxrl_stable.gates import check_finite
-from jaxrl_stable.metrics import MetricsWriter
+from jaxrl_stable.metrics import open_writer
 from jaxrl_stable.model.head import token_log_probs
 from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.optimizer import (
@@ -105,7 +105,7 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
         restored = checkpoints.restore(to_parts(template), batches)
         state = from_parts(restored) if restored else sharded_init(mesh, init)
         start = int(state.step)
-        with MetricsWriter(workdir, start_step=start, total_steps=config.steps) as writer:
+        with open_writer(workdir, start_step=start, total_steps=config.steps) as writer:
             clock = time.perf_counter()
             for step in range(start + 1, config.steps + 1):
                 state, metrics = step_fn(state, shard_rows(mesh, next(batches)))
@@ -118,9 +118,10 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
                     check_finite(state, limit=10)
                     writer.write(step, values)
                     writer.progress(step, values | {"entropy": values["sft/entropy"]})
-                if step % config.checkpoint_every == 0 or last or stop.requested:
+                stopping = stop.agreed()
+                if step % config.checkpoint_every == 0 or last or stopping:
                     checkpoints.save(step, to_parts(state), batches)
-                if stop.requested:
+                if stopping:
                     raise Stopped(step, str(workdir))
     return state.model
 

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import zlib
 
+from jaxrl_stable import distributed
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.data import (
     JsonlSource,
@@ -94,8 +95,9 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
         template = load_chat_template(
             path, words=data.template, system=data.system, variables=data.chat_variables
         )
-    if not path.exists() and not data.tokenizer:
+    if not data.tokenizer and distributed.is_main() and not path.exists():
         _train_tokenizer(experiment, (train, heldout), path)
+    distributed.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > experiment.model.vocab_size:
         raise ValueError(

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_stable import diagnostics, program
+from jaxrl_stable import diagnostics, distributed, program
+from jaxrl_stable.batch import TrainBatch, make_batch, split
 from jaxrl_stable.checkpoint import Checkpointer
 from jaxrl_stable.configs import Experiment, Reinforcement
 from jaxrl_stable.data import prompt_iterator
@@ -30,28 +31,20 @@ from jaxrl_stable.dynamic_sampling import Round, collect, fill_rows
 from jaxrl_stable.evaluate import evaluate, evaluation_key, make_sampler
 from jaxrl_stable.gates import check_failed_rewards, check_finite, check_first_mini_batch
 from jaxrl_stable.judge import Judged, failed_share, informative, judge, reward_metrics
-from jaxrl_stable.metrics import Clock, MetricsWriter
+from jaxrl_stable.metrics import Clock, open_writer
 from jaxrl_stable.model.transformer import Transformer, parameter_count
 from jaxrl_stable.optimizer import TrainState, make_optimizer, to_parts
 from jaxrl_stable.preemption import Stopped, StopRequest
-from jaxrl_stable.quantize import quantize
+from jaxrl_stable.quantize import quantize, sampling_copy
 from jaxrl_stable.report import write_report
 from jaxrl_stable.rewards import overlong_penalty
-from jaxrl_stable.rollout import Trajectory, rollout
+from jaxrl_stable.rollout import Sampling, Trajectory, rollout
 from jaxrl_stable.samples import sample_rows
-from jaxrl_stable.sharding import make_mesh, shard_rows
+from jaxrl_stable.sharding import make_mesh, row_sharding, shard_rows
 from jaxrl_stable.start import first_policy, restore_or_start
-from jaxrl_stable.task import Task, load_task
+from jaxrl_stable.task import load_task
 from jaxrl_stable.uncached import uncached_rollout
-from jaxrl_stable.update import (
-    Scored,
-    TrainBatch,
-    make_batch,
-    score,
-    split,
-    update,
-    with_old_policy,
-)
+from jaxrl_stable.update import Scored, score, update, with_old_policy
 
 
 class Programs(NamedTuple):
@@ -68,11 +61,13 @@ class Programs(NamedTuple):
     summarize: Callable[[list[Metrics], Metrics], dict[str, jax.Array]]
 
 
-def make_programs(rl: Reinforcement, task: Task) -> Programs:
+def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
     """Binds the settings of a run to the library's functions."""
-    sampling = task.sampling(rl.max_tokens, rl.temperature, rl.top_k, rl.top_p)
-    passes = dict(micro_batch_size=rl.micro_batch_size, temperature=rl.temperature)
     parts = rl.objective.mini_batches
+    passes = dict(
+        micro_batch_size=rl.micro_batch_size, temperature=rl.temperature, packed=rl.packed
+    )
+    scoring = partial(score, mini_batches=parts, **passes)
 
     def mini_batches(batch: TrainBatch) -> list[TrainBatch]:
         stacked = split(batch, parts)
@@ -81,8 +76,9 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
     def summarize(updates: list[Metrics], scored: Metrics) -> dict[str, jax.Array]:
         return diagnostics.finalize(diagnostics.merge(updates) | scored)
 
-    sample = partial(rollout, sampling=sampling)
-    if not rl.rollout_cache:
+    copy, sample = sampling_copy, partial(rollout, sampling=sampling, at_a_time=rl.rollout_rows)
+    if not rl.rollout_cache:  # the training program, on weights that lie as in training
+        copy = quantize
         sample = partial(uncached_rollout, sampling=sampling, micro_batch_size=rl.micro_batch_size)
     step = partial(
         update,
@@ -95,14 +91,14 @@ def make_programs(rl: Reinforcement, task: Task) -> Programs:
         return jnp.where(kept, rl.objective.advantages(*rewards), 0.0)
 
     def reference(model: Transformer, batch: TrainBatch) -> jax.Array:
-        return score(model, batch, replay="none", **passes).logp_old  # other weights, other routes
+        return scoring(model, batch, replay="none").logp_old  # other weights, other routes
 
     return Programs(
-        quantize=jax.jit(partial(quantize, format=rl.rollout_format)),
+        quantize=jax.jit(partial(copy, format=rl.rollout_format)),
         rollout=jax.jit(sample),
         fill=jax.jit(fill_rows),
         advantages=jax.jit(advantages),
-        score=jax.jit(partial(score, replay=rl.objective.replay, **passes)),
+        score=jax.jit(partial(scoring, replay=rl.objective.replay)),
         reference=jax.jit(reference),
         update=jax.jit(step, donate_argnums=0),
         split=jax.jit(mini_batches),
@@ -131,6 +127,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
     workdir, rl = pathlib.Path(workdir), experiment.reinforcement
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(experiment.mesh)
+    experiment.check_mesh(mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         task = stack.enter_context(load_task(experiment, workdir))
@@ -142,6 +139,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 data=f"{task.identity}, {rl.prompts} prompts a step, seed {experiment.seed}",
             )
         )
+        held = distributed.held_rows(row_sharding(mesh), rl.prompts * rl.group_size)
         prompts = prompt_iterator(
             task.train,
             task.tokenizer,
@@ -149,17 +147,21 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             width=experiment.data.prompt_width,
             seed=experiment.seed,
             template=task.template,
+            held=held.reshape(rl.prompts, rl.group_size).any(-1),
         )
         state, key, start = restore_or_start(experiment, task, workdir, checkpoints, prompts)
         reference = None
         if rl.objective.kl_coefficient:
             reference = first_policy(experiment, task, workdir)
-        (workdir / "config.gin").write_text(program.resolved_config())
-        programs = make_programs(rl, task)
+        if distributed.is_main():
+            (workdir / "config.gin").write_text(program.resolved_config())
+        programs = make_programs(
+            rl, task.sampling(rl.max_tokens, rl.temperature, rl.top_k, rl.top_p)
+        )
         sampler = make_sampler(task, experiment.evaluation, rl.max_tokens)
         stop = stack.enter_context(StopRequest())
         writer = stack.enter_context(
-            MetricsWriter(workdir, start_step=start if start else -1, total_steps=rl.steps)
+            open_writer(workdir, start_step=start if start else -1, total_steps=rl.steps)
         )
 
         def run_evaluation(step: int) -> float:
@@ -185,14 +187,15 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 )
                 jax.block_until_ready(trajectory)
             with clock("reward"):
-                return Round(problems, trajectory, judge(task, problems, trajectory))
+                index = np.repeat(batch["index"], rl.group_size)
+                return Round(index, trajectory, judge(task, problems, trajectory))
 
         if start == 0:
             checkpoints.save(0, to_parts(state) | {"key": key}, prompts, run_evaluation(0))
 
         for step in range(start + 1, rl.steps + 1):
             clock = Clock()
-            (problems, trajectory, judged), rounds = collect(
+            (index, trajectory, judged), rounds = collect(
                 partial(draw, step, clock), programs.fill, rl.group_size, rl.max_rounds
             )
             with clock("reward"):
@@ -230,28 +233,30 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
             writer.write(step, values)
             writer.progress(step, values)
             if step % rl.show_every == 0 or step == 1:
-                rows = sample_rows(
-                    problems, judged, advantages, train_batch, scored, task.tokenizer
-                )
+                shown = [task.train[int(i)] for i in index[:4]]
+                rows = sample_rows(shown, judged, advantages, train_batch, scored, task)
                 writer.samples(step, rows)
                 writer.show_sample(rows[0]["prompt"], rows[0]["response"], rows[0]["score"])
             check_failed_rewards(values["reward/failed_share"], rl.max_failed_rewards, step)
 
-            last, accuracy = step == rl.steps, None
+            last, accuracy, stopping = step == rl.steps, None, stop.agreed()
             if step % experiment.evaluation.every == 0 or last:
                 accuracy = run_evaluation(step)
-            if step % rl.checkpoint_every == 0 or accuracy is not None or stop.requested:
+            if step % rl.checkpoint_every == 0 or accuracy is not None or stopping:
                 checkpoints.save(step, to_parts(state) | {"key": key}, prompts, accuracy)
-            if stop.requested:
+            if stopping:
                 raise Stopped(step, str(workdir))
     return state
 
 
 def main(experiment: Experiment, workdir: str) -> None:
     """Trains, then writes the report."""
-    print(implementations(experiment.model))
+    if distributed.is_main():
+        print(implementations(experiment.model))
     begin = time.time()
     train(experiment, workdir)
+    if not distributed.is_main():
+        return
     summary = {
         "name": pathlib.Path(workdir).name,
         "parameters": parameter_count(experiment.model),

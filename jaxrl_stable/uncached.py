@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Int, Key
 
 from jaxrl_stable.model import head
 from jaxrl_stable.model.transformer import Transformer
-from jaxrl_stable.rollout import Sampling, Trajectory, draw
+from jaxrl_stable.rollout import Sampling, Trajectory, draw, join_trajectories
 from jaxrl_stable.routing import Routing, expert_dtype
-from jaxrl_stable.sharding import constrain_rows
+from jaxrl_stable.rows import cut_rows
+from jaxrl_stable.sharding import BATCH
 from jaxrl_stable.update import hidden_states, response_log_probs
 
 
@@ -47,18 +48,10 @@ def uncached_rollout(
     """
     B = prompts.shape[0]
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
-    parts = jax.tree.map(
-        lambda x: constrain_rows(x.reshape(-1, micro_batch_size, *x.shape[1:]), 1),
-        (prompts, prompt_mask, keys),
-    )
-    stacked = jax.lax.map(lambda part: _sample(model, *part, sampling), parts)
-    join = lambda x: x.reshape(B, *x.shape[2:])  # noqa: E731
-    experts = jnp.moveaxis(stacked.routing.experts, 1, 0)
-    routing = Routing(
-        experts.reshape(experts.shape[0], B, *experts.shape[3:]), join(stacked.routing.valid)
-    )
-    others = jax.tree.map(join, dataclasses.replace(stacked, routing=None))
-    return dataclasses.replace(others, routing=routing)
+    parts = B // micro_batch_size
+    cut = jax.tree.map(lambda x: cut_rows(x, parts), (prompts, prompt_mask, keys))
+    sampled = jax.lax.map(lambda rows: _sample(model, *rows, sampling), cut)
+    return join_trajectories(sampled, over=BATCH)
 
 
 def _sample(

@@ -12,41 +12,20 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable import diagnostics
+from jaxrl_stable.batch import TrainBatch, split
 from jaxrl_stable.diagnostics import Mean, Metrics
 from jaxrl_stable.model.experts import RouterOutput
 from jaxrl_stable.model.head import HeadOutput, token_log_probs
+from jaxrl_stable.model.layout import layout
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Decided, Objective
 from jaxrl_stable.objectives import divide
 from jaxrl_stable.optimizer import TrainState, apply_gradients
+from jaxrl_stable.packing import Micro, PackedRows, joined, plan, scan_micro_batches
 from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing, overlap
-from jaxrl_stable.sharding import constrain_rows
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainBatch:
-    """What an update needs of a rollout; aligned as in `Trajectory`.
-
-    Attributes:
-      tokens, real, response_mask, logp_rollout: see `Trajectory`.
-      advantages: one per response.
-      routing: the experts to replay, or those of the rollout to compare with.
-      logp_old: log π_old; None when the update itself stands for it (one update per rollout).
-      logp_reference: log-probabilities of the policy that a KL term keeps to; None without one.
-      prompt_width: P, static.
-    """
-
-    tokens: Int[Array, "B T"]
-    real: Bool[Array, "B T"]
-    response_mask: Bool[Array, "B T"]
-    logp_rollout: Float[Array, "B T"]
-    advantages: Float[Array, "B"]
-    routing: Routing
-    logp_old: Float[Array, "B T"] | None
-    logp_reference: Float[Array, "B T"] | None
-    prompt_width: int = dataclasses.field(metadata=dict(static=True))
+from jaxrl_stable.rows import join_rows
+from jaxrl_stable.sharding import BATCH, constrain, constrain_state, expert_parts
 
 
 class Scored(NamedTuple):
@@ -65,44 +44,16 @@ class Scored(NamedTuple):
     metrics: Metrics
 
 
-def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBatch:
-    """Rollout and advantages, before `score`."""
-    return TrainBatch(
-        tokens=trajectory.tokens,
-        real=trajectory.real,
-        response_mask=trajectory.response_mask,
-        logp_rollout=trajectory.logp_rollout,
-        advantages=advantages,
-        routing=trajectory.routing,
-        logp_old=None,
-        logp_reference=None,
-        prompt_width=trajectory.prompt_width,
-    )
-
-
 def with_old_policy(batch: TrainBatch, scored: Scored) -> TrainBatch:
     """The batch that the updates see: π_old fixed, routing ready to replay."""
     return dataclasses.replace(batch, logp_old=scored.logp_old, routing=scored.routing)
 
 
-def split(batch: TrainBatch, parts: int) -> TrainBatch:
-    """Cuts the rows into `parts` equal runs: every array gets a leading axis of that size."""
-    if batch.routing is None:
-        raise ValueError("TrainBatch.routing is None; without it there is nothing to replay")
-
-    rows = partial(_split_rows, parts=parts)
-    routing = Routing(rows(batch.routing.experts, axis=1), rows(batch.routing.valid))
-    others = dataclasses.replace(batch, routing=None)
-    return dataclasses.replace(jax.tree.map(rows, others), routing=routing)
-
-
-def _split_rows(x: Array, parts: int, axis: int = 0) -> Array:
-    shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-    return constrain_rows(jnp.moveaxis(x.reshape(shape), axis, 0), axis + 1)
-
-
 def policy_log_probs(
-    model: Transformer, batch: TrainBatch, replay: Routing | None, temperature: float
+    model: Transformer,
+    batch: TrainBatch | PackedRows,
+    replay: Routing | None,
+    temperature: float,
 ) -> tuple[HeadOutput, RouterOutput]:
     """Log-probability of each response token by the training program, 0 outside the mask."""
     hidden, router = hidden_states(model, batch, replay)
@@ -110,28 +61,37 @@ def policy_log_probs(
 
 
 def hidden_states(
-    model: Transformer, batch: TrainBatch | Trajectory, replay: Routing | None
+    model: Transformer, batch: TrainBatch | Trajectory | PackedRows, replay: Routing | None
 ) -> tuple[Float[Array, "B T D"], RouterOutput]:
     """The training program's forward pass over whole rows."""
-    positions = jnp.maximum(jnp.cumsum(batch.real, axis=-1) - 1, 0)
-    output = model(batch.tokens, positions, batch.real.astype(jnp.int32), replay=replay)
+    if isinstance(batch, PackedRows):
+        places = batch.positions, batch.segment_ids
+    else:
+        positions = jnp.maximum(jnp.cumsum(batch.real, axis=-1) - 1, 0)
+        places = positions, batch.real.astype(jnp.int32)
+    output = model(batch.tokens, *places, replay=replay)
     return output.hidden, output.router
 
 
 def response_log_probs(
     model: Transformer,
     hidden: Float[Array, "B T D"],
-    batch: TrainBatch | Trajectory,
+    batch: TrainBatch | Trajectory | PackedRows,
     temperature: float,
 ) -> HeadOutput:
     """Scores the response tokens; what stands outside the mask is 0.
 
     Column t of the result scores `tokens[:, t]`, which the hidden state of column t − 1 predicts.
     """
-    first = batch.prompt_width
-    scored = token_log_probs(model, hidden[:, first - 1 : -1], batch.tokens[:, first:], temperature)
-    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (first, 0))), scored)
-    return jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), padded)
+    tokens, first = batch.tokens, batch.prompt_width
+    if layout(*tokens.shape, sampling=False).columns:
+        # Columns that lie on several devices stay there: prompts are scored too, and masked.
+        scored = token_log_probs(model, hidden, jnp.roll(tokens, -1, axis=1), temperature)
+        scored = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), scored)
+    else:
+        scored = token_log_probs(model, hidden[:, first - 1 : -1], tokens[:, first:], temperature)
+        scored = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (first, 0))), scored)
+    return jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), scored)
 
 
 def score(
@@ -141,6 +101,8 @@ def score(
     replay: str,
     micro_batch_size: int,
     temperature: float,
+    packed: bool = False,
+    mini_batches: int = 1,
 ) -> Scored:
     """Fixes π_old for a whole rollout batch, in micro-batches shaped like those of the update.
 
@@ -153,24 +115,42 @@ def score(
       replay: "none", "R2" or "R3".
       micro_batch_size: rows at a time; the same as in `update`, so that both are one program.
       temperature: the sampler's.
+      packed: see `packing`.
+      mini_batches: of the updates; rows are packed within one of them, as `update` packs them.
     """
 
-    def one(micro: TrainBatch):
-        routing = micro.routing if replay == "R3" else None
-        scored, router = policy_log_probs(model, micro, routing, temperature)
-        differs = (agreement(micro, router) < 1.0).sum(0) * micro.routing.valid
-        return scored.logp, router.experts, differs, mismatch(micro, scored.logp, router)
+    def one(_: None, micro: Micro):
+        seen = micro.seen
+        scored, router = policy_log_probs(
+            model, seen, seen.routing if replay == "R3" else None, temperature
+        )
+        agrees = agreement(seen, router)
+        differs = (agrees < 1.0).sum(0) * seen.routing.valid
+        experts = router.experts if replay == "R2" else None
+        metrics = diagnostics.routing_metrics(agrees, seen.routing.valid)
+        return None, (scored.logp, differs, experts, metrics)
 
-    parts = batch.tokens.shape[0] // micro_batch_size
-    logp, experts, differs, metrics = jax.lax.map(one, split(batch, parts))
+    def rows_of(batch: TrainBatch):
+        packing = plan(batch.real, micro_batch_size) if packed else None
+        _, stacked = scan_micro_batches(one, None, batch, micro_batch_size, packing)
+        logp, differs, experts, metrics = stacked
+        experts = None if experts is None else joined(experts, packing, axis=1)
+        metrics = diagnostics.collapse(metrics)
+        return joined(logp, packing), joined(differs, packing), experts, metrics
+
+    if packed:
+        logp, differs, experts, metrics = jax.lax.map(rows_of, split(batch, mini_batches))
+        join = partial(join_rows, in_order=True)
+        logp, differs, metrics = join(logp), join(differs), diagnostics.collapse(metrics)
+        experts = None if experts is None else join(experts, axis=1)
+    else:
+        logp, differs, experts, metrics = rows_of(batch)
+    metrics |= diagnostics.mismatch_metrics(logp, batch.logp_rollout, batch.response_mask)
     routing = batch.routing
-    if replay == "R2":
-        experts = jnp.moveaxis(experts, 0, 1).reshape(batch.routing.experts.shape)
-        routing = Routing(experts, _predicts(batch.real))
-    shape = batch.tokens.shape
-    return Scored(
-        logp.reshape(shape), routing, differs.reshape(shape), diagnostics.collapse(metrics)
-    )
+    if experts is not None:
+        routing = Routing(constrain(experts, None, BATCH, "context"), _predicts(batch.real))
+    logp, differs = (constrain(x, BATCH, "context") for x in (logp, differs))
+    return Scored(logp, routing, differs, metrics)
 
 
 def update(
@@ -181,6 +161,7 @@ def update(
     optimizer: optax.GradientTransformation,
     micro_batch_size: int,
     temperature: float,
+    packed: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One gradient step on one mini-batch; gradients of micro-batches add up, then divide once.
 
@@ -195,6 +176,7 @@ def update(
       optimizer: see `make_optimizer`.
       micro_batch_size: rows of one forward and backward pass.
       temperature: the sampler's.
+      packed: see `packing`.
 
     Raises:
       ValueError: the objective needs a pass of `score`, or a reference, and the batch has none.
@@ -210,41 +192,57 @@ def update(
             "score the batch with the reference policy first"
         )
 
-    def forward(model: Transformer, micro: TrainBatch) -> tuple[HeadOutput, RouterOutput]:
-        routing = None if objective.replay == "none" else micro.routing
-        return policy_log_probs(model, micro, routing, temperature)
+    def forward(model: Transformer, micro: Micro) -> tuple[HeadOutput, RouterOutput]:
+        routing = None if objective.replay == "none" else micro.seen.routing
+        return policy_log_probs(model, micro.seen, routing, temperature)
 
-    def objective_of(scored: HeadOutput, rows: TrainBatch):
-        total, decided = objective.total(scored.logp, scored.entropy, rows)
-        return total, measure(decided, jax.lax.stop_gradient(scored), rows)
+    def whole(scored: HeadOutput) -> tuple[Float[Array, ""], Metrics]:
+        total, decided = objective.total(scored.logp, scored.entropy, batch)
+        return total, measure(decided, jax.lax.stop_gradient(scored), batch)
 
-    def loss(model: Transformer, micro: TrainBatch, pull: HeadOutput | None):
+    def loss(model: Transformer, micro: Micro):
         scored, router = forward(model, micro)
-        if pull is None:
-            total, metrics = objective_of(scored, micro)
+        logp, entropy = micro.to_rows(scored)
+        if micro.extra is None:
+            total, _ = objective.total(logp, entropy, micro.rows)
         else:
-            total = sum((weight * x).sum() for weight, x in zip(pull, scored, strict=True))
-            metrics = {}
-        metrics |= diagnostics.load_metrics(router.load, router.confidence, micro.real)
-        if micro.logp_old is None:
-            metrics |= mismatch(micro, jax.lax.stop_gradient(scored.logp), router)
-        return total, metrics
+            total = (micro.extra.logp * logp + micro.extra.entropy * entropy).sum()
+        real, spread = micro.seen.real, expert_parts(model.config.num_experts)
+        metrics = diagnostics.load_metrics(router.load, router.confidence, real, spread)
+        if packed:
+            metrics["packing/fill"] = Mean(real.sum(dtype=jnp.float32), jnp.float32(real.size))
+        if batch.logp_old is None:
+            valid = micro.seen.routing.valid
+            metrics |= diagnostics.routing_metrics(agreement(micro.seen, router), valid)
+        return total, (scored, metrics)
 
-    parts = batch.tokens.shape[0] // micro_batch_size
-    micro_batches, pulls, whole = split(batch, parts), None, {}
-    if objective.whole_batch and parts > 1:
-        scored = jax.lax.map(lambda micro: forward(state.model, micro)[0], micro_batches)
-        scored = jax.tree.map(lambda x: x.reshape(batch.tokens.shape), scored)
-        pull, whole = jax.grad(objective_of, has_aux=True)(scored, batch)
-        pulls = jax.tree.map(partial(_split_rows, parts=parts), pull)
+    packing = plan(batch.real, micro_batch_size) if packed else None
+    run = partial(
+        scan_micro_batches, batch=batch, micro_batch_size=micro_batch_size, packing=packing
+    )
+    pull = None
+    if objective.whole_batch and batch.tokens.shape[0] > micro_batch_size:
+        _, scored = run(lambda _, micro: (None, forward(state.model, micro)[0]), None)
+        scored = jax.tree.map(partial(joined, packing=packing), scored)
+        pull, _ = jax.grad(whole, has_aux=True)(scored)
 
-    def accumulate(gradients, micro):
-        (_, metrics), more = jax.value_and_grad(loss, has_aux=True)(state.model, *micro)
-        return jax.tree.map(jnp.add, gradients, more), metrics
+    def accumulate(gradients, micro: Micro):
+        (_, outputs), more = jax.value_and_grad(loss, has_aux=True)(state.model, micro)
+        # Else libtpu 0.0.42 tries to move reductions of unstacked weights behind the loop, and
+        # fails (RET_CHECK in while_loop_all_reduce_code_motion).
+        more = jax.lax.optimization_barrier(more)
+        return jax.tree.map(jnp.add, gradients, more), outputs
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), state.model)
-    gradients, metrics = jax.lax.scan(accumulate, zeros, (micro_batches, pulls))
-    metrics = diagnostics.collapse(metrics) | whole
+    zeros = constrain_state(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), state.model))
+    gradients, (scored, metrics) = run(accumulate, zeros, extra=pull)
+    scored = jax.tree.map(partial(joined, packing=packing), scored)
+    metrics = diagnostics.collapse(metrics) | whole(scored)[1]
+    if packed:
+        ran = metrics["packing/fill"].count
+        metrics["packing/columns_share"] = Mean(ran, jnp.float32(batch.tokens.size))
+    if batch.logp_old is None:
+        mismatch = scored.logp, batch.logp_rollout, batch.response_mask
+        metrics |= diagnostics.mismatch_metrics(*mismatch)
     gradients = jax.tree.map(lambda g: divide(g, metrics["loss"].count), gradients)
     state, norm = apply_gradients(state, gradients, optimizer)
     return state, metrics | {"gradient/norm": Mean(norm, jnp.ones(()))}
@@ -271,19 +269,11 @@ def measure(decided: Decided, scored: HeadOutput, batch: TrainBatch) -> Metrics:
     return metrics
 
 
-def mismatch(batch: TrainBatch, logp_old: Float[Array, "B T"], router: RouterOutput) -> Metrics:
-    """How far the sampler was from the training program at the same weights."""
-    return {
-        **diagnostics.mismatch_metrics(logp_old, batch.logp_rollout, batch.response_mask),
-        **diagnostics.routing_metrics(agreement(batch, router), batch.routing.valid),
-    }
-
-
 def _predicts(real: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
     """Real tokens that another one follows: the last of a row predicts nothing that is scored."""
     return real & jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
 
 
-def agreement(batch: TrainBatch, router: RouterOutput) -> Float[Array, "L B T"]:
+def agreement(batch: TrainBatch | PackedRows, router: RouterOutput) -> Float[Array, "L B T"]:
     """Share of the batch's K experts that the training router would have chosen itself."""
     return overlap(batch.routing.experts, router.live)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,28 +15,28 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import configs
+from jaxrl_stable.batch import make_batch
 from jaxrl_stable.model import init_model, tiny
 from jaxrl_stable.optimizer import init_state, make_optimizer
 from jaxrl_stable.quantize import quantize
 from jaxrl_stable.rollout import Sampling, rollout
-from jaxrl_stable.update import make_batch, score, update, with_old_policy
+from jaxrl_stable.update import score, update, with_old_policy
 
 OBJECTIVE = configs.Objective()
-FOLDERS = pytest.StashKey[set]()  # of which tests have run
+MANY_MAPS = 30_000
 ROWS, WIDTH, MAX_TOKENS, EOS = 16, 7, 9, 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs(request):
-    """Frees what one folder of tests compiled before the next one begins.
+def forget_programs():
+    """Frees compiled programs before they are too many.
 
     Every program holds memory maps, and Linux gives a process 65,530 of them: beyond that XLA
     aborts, in whichever test happens to compile next.
     """
-    folders = request.session.stash.setdefault(FOLDERS, set())
-    if request.path.parent not in folders:
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
-    folders.add(request.path.parent)
 
 
 @pytest.fixture(scope="session")

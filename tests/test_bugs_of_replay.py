@@ -15,13 +15,14 @@ import pytest
 from flax import nnx
 
 from jaxrl_stable import configs
+from jaxrl_stable.batch import TrainBatch, make_batch, split
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.evaluate import evaluate
 from jaxrl_stable.model import init_model, tiny
 from jaxrl_stable.model.experts import Experts
 from jaxrl_stable.rollout import rollout
 from jaxrl_stable.routing import Routing, shift, validate
-from jaxrl_stable.update import TrainBatch, make_batch, split, with_old_policy
+from jaxrl_stable.update import with_old_policy
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +291,7 @@ def test_recomputation_replays_each_micro_batch(config, perturbed, trajectory, a
     structure = jax.tree.structure(jax.eval_shape(lambda: init_model(other, 0)))
     recomputing = jax.tree.unflatten(structure, jax.tree.leaves(perturbed))
     moments = [
-        jax.tree.leaves(passes.step(passes.init(model), batch)[0].opt_state[1][0].mu)
+        jax.tree.leaves(passes.step(passes.init(model), batch)[0].opt_state.inner[1][0].mu)
         for model in (perturbed, recomputing)
     ]
     for a, b in zip(*moments, strict=True):

@@ -14,6 +14,7 @@ import pytest
 
 from jaxrl_stable import configs
 from jaxrl_stable.advantages import centered
+from jaxrl_stable.batch import make_batch
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.gates import check_finite, check_first_mini_batch
 from jaxrl_stable.judge import judge
@@ -23,13 +24,13 @@ from jaxrl_stable.rewards import Verdict
 from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.routing import Routing
 from jaxrl_stable.train import make_programs
-from jaxrl_stable.update import make_batch, policy_log_probs, score, with_old_policy
+from jaxrl_stable.update import policy_log_probs, score, with_old_policy
 
 GATE = configs.Reinforcement().gate("float32")
 
 
 def moments(state):
-    return jax.tree.leaves(state.opt_state[1][0].mu)
+    return jax.tree.leaves(state.opt_state.inner[1][0].mu)
 
 
 def assert_same_step(one, other):
@@ -129,10 +130,7 @@ def test_temperature_on_one_side_is_stopped(model, trajectory, advantages, passe
 def test_score_and_update_are_bound_to_the_same_settings():
     """verl#6280, trl#4159: other micro-batches or temperature made "on-policy" ratios ≠ 1."""
     rl = configs.Reinforcement(micro_batch_size=16, temperature=0.6)
-    task = types.SimpleNamespace(
-        sampling=lambda tokens, temperature, *_: Sampling(tokens, temperature)
-    )
-    programs = make_programs(rl, task)
+    programs = make_programs(rl, Sampling(rl.max_tokens, rl.temperature))
     bound = [program.__wrapped__.keywords for program in (programs.score, programs.update)]
     for keywords in bound:
         assert keywords["micro_batch_size"] == 16 and keywords["temperature"] == 0.6

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrl_stable.dynamic_sampling import Round, collect, fill_rows
-from jaxrl_stable.judge import Judged, informative
-from jaxrl_stable.rewards import Verdict
+from jaxrl_stable.judge import STATUSES, Judged, informative
 from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing
 
@@ -30,14 +29,12 @@ def make_round(number, scores, valid=None):
     )
     valid = np.ones(len(ids), bool) if valid is None else np.asarray(valid)
     judged = Judged(
-        [str(i) for i in ids],
-        [Verdict(float(s), "ok") for s in scores],
         scores,
-        valid,
+        np.where(valid, STATUSES.index("ok"), STATUSES.index("timeout")),
         ids.astype(np.float32),
         ids % 2 == 0,
     )
-    return Round([{"id": i} for i in ids], trajectory, judged)
+    return Round(ids, trajectory, judged)
 
 
 def run(rounds, max_rounds=9):
@@ -62,8 +59,7 @@ def test_rows_of_a_later_round_move_together():
     batch, drawn = run(rounds)
     assert drawn == 3
     rows = [0, 1, 106, 107, 200, 201, 6, 7]
-    assert [p["id"] for p in batch.problems] == rows
-    assert batch.judged.responses == [str(i) for i in rows]
+    assert batch.index.tolist() == rows
     np.testing.assert_array_equal(batch.judged.lengths, rows)
     np.testing.assert_array_equal(batch.judged.rewards, [1, 0, 1, 0, 1, 0, 0, 1])
     trajectory = batch.trajectory
@@ -87,12 +83,12 @@ def test_one_round_changes_nothing():
 @pytest.mark.fast
 def test_it_gives_up_and_keeps_what_it_has():
     batch, drawn = run([make_round(i, [1, 1, 0, 0]) for i in range(3)], max_rounds=3)
-    assert drawn == 3 and [p["id"] for p in batch.problems] == [0, 1, 2, 3]
+    assert drawn == 3 and batch.index.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.fast
 def test_missing_rewards_do_not_make_a_group_informative():
     judged = make_round(0, [1, 0, 1, 0], [True, False, True, True]).judged
     assert informative(judged, G).tolist() == [False, True]
-    none = judged._replace(valid=np.zeros(4, bool))
+    none = judged._replace(status=np.full(4, STATUSES.index("error")))
     assert not informative(none, G).any()

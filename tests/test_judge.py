@@ -1,6 +1,5 @@
 """From tokens to rewards: decoding, verdicts, missing verdicts, and evaluation."""
 
-import types
 from functools import partial
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 
 from jaxrl_stable import configs
 from jaxrl_stable.evaluate import Result
-from jaxrl_stable.judge import Judged, failed_share, judge, reward_metrics
+from jaxrl_stable.judge import STATUSES, Judged, failed_share, judge, reward_metrics
 from jaxrl_stable.rewards import Verdict
 from jaxrl_stable.rollout import Sampling
 from jaxrl_stable.task import Task
@@ -42,15 +41,14 @@ def test_responses_are_decoded_without_prompt_stop_token_and_padding(trajectory)
         assert seen[i] == "".join(f"<{t}>" for t in expected)
         assert judged.lengths[i] == length
     assert len(seen) == len(judged.rewards) == rows
+    np.testing.assert_array_equal(judged.finished, trajectory.finished[:rows])
 
 
 def judged_of(scores, statuses):
     n = len(scores)
     return Judged(
-        [""] * n,
-        [Verdict(s, status) for s, status in zip(scores, statuses, strict=True)],
         np.array(scores, np.float32),
-        np.array([status in ("ok", "invalid") for status in statuses]),
+        np.array([STATUSES.index(status) for status in statuses]),
         np.arange(1.0, n + 1),
         np.array([True] * (n - 1) + [False]),
     )
@@ -88,17 +86,23 @@ def test_overlong_responses_are_punished_or_filtered():
     kept, rewards, groups, valid, lengths = advantage_inputs(make(objective=objective), judged)
     np.testing.assert_array_equal(rewards, judged.rewards)
     assert kept.all() and groups.tolist() == [0, 0, 1, 1]
-    assert valid is judged.valid and lengths is judged.lengths
+    assert valid.all() and lengths is judged.lengths
     rl = make(objective=objective, overlong_buffer=0.5, overlong_filter=True)
     kept, rewards, *_ = advantage_inputs(rl, judged)
     np.testing.assert_allclose(rewards, [1, -0.5, 0.25, 0])
     assert kept.tolist() == [True, True, True, False]
-    task = types.SimpleNamespace(sampling=lambda tokens, temperature, *_: Sampling(tokens))
-    advantages = make_programs(rl, task).advantages
+    advantages = make_programs(rl, Sampling(rl.max_tokens)).advantages
     got = advantages(*advantage_inputs(rl, judged))
     np.testing.assert_allclose(got, [0.75, -0.75, 0.125, 0], atol=1e-6)
     with pytest.raises(ValueError, match="overlong_buffer is 2; it is a share of max_tokens"):
         make(objective=objective, overlong_buffer=2)
+
+
+@pytest.mark.fast
+def test_valid_is_what_a_verdict_says():
+    judged = judged_of([1, 0, 0, 0], STATUSES)
+    failed = [Verdict(0.0, status).failed for status in STATUSES]
+    np.testing.assert_array_equal(judged.valid, np.logical_not(failed))
 
 
 @pytest.mark.fast

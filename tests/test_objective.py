@@ -11,9 +11,10 @@ import pytest
 
 from jaxrl_stable import advantages as estimators
 from jaxrl_stable import corrections, objectives
+from jaxrl_stable.batch import make_batch
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.objective import Objective
-from jaxrl_stable.update import make_batch, policy_log_probs
+from jaxrl_stable.update import policy_log_probs
 
 
 @pytest.mark.fast
@@ -175,7 +176,7 @@ WHOLE = Objective(
 
 
 def gradient(state):
-    return [np.asarray(x) for x in jax.tree.leaves(state.opt_state[1][0].mu)]
+    return [np.asarray(x) for x in jax.tree.leaves(state.opt_state.inner[1][0].mu)]
 
 
 def test_whole_batch_objectives_do_not_see_micro_batches(

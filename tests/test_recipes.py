@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import program
+from jaxrl_stable.batch import make_batch
 from jaxrl_stable.model.head import HeadOutput
 from jaxrl_stable.objectives import aggregate
 from jaxrl_stable.published import PUBLISHED
 from jaxrl_stable.train import train
-from jaxrl_stable.update import make_batch, measure
+from jaxrl_stable.update import measure
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.gin"))

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_stable.batch import make_batch
 from jaxrl_stable.model import token_log_probs
 from jaxrl_stable.rollout import Sampling, draw, rollout
-from jaxrl_stable.update import make_batch, policy_log_probs
+from jaxrl_stable.update import policy_log_probs
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,19 @@ def test_loop_stops_when_every_row_is_done(model, prompts):
     assert run.finished.all()
     P = run.prompt_width
     assert not run.routing.valid[:, P:].any()  # nothing was fed after the prompt
+
+
+def test_rows_sampled_in_lots_are_the_same(model, prompts, trajectory):
+    """Every lot stops by itself; keys, routing and padding stay with their rows."""
+    sampling = Sampling(9, stop_ids=(2, 3, 4))  # that of the fixture
+    lots = jax.jit(partial(rollout, sampling=sampling, at_a_time=4))
+    actual = lots(model, *prompts, jax.random.key(1))
+    assert actual.prompt_width == trajectory.prompt_width
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(trajectory), strict=True):
+        if a.dtype == jnp.float32:
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import configs
+from jaxrl_stable.batch import make_batch, split
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.routing import Routing, shift
-from jaxrl_stable.update import make_batch, policy_log_probs, split
+from jaxrl_stable.update import policy_log_probs
 
 LOSS = ("loss", "gradient/norm")
 
@@ -32,7 +33,7 @@ def assert_same_step(a, b, rtol=2e-5):
 
 
 def moments(state):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.opt_state[1][0].mu)]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.opt_state.inner[1][0].mu)]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_replay_reaches_the_update(perturbed, batch, passes, stepped):
 
 def test_router_has_gradient_under_replay(perturbed, batch, passes):
     state, _ = passes.step(passes.init(perturbed), batch)
-    mu = state.opt_state[1][0].mu
+    mu = state.opt_state.inner[1][0].mu
     for stack in mu.stacks:
         for block in stack:
             if block.moe:

@@ -4,7 +4,7 @@ import grain
 import grain.experimental
 import numpy as np
 
-from jaxrl_stable.data.prompts import local_rows, prompt_ids
+from jaxrl_stable.data.prompts import check_size, prompt_ids
 from jaxrl_stable.data.sources import Source
 from jaxrl_stable.data.templates import PLACE, Template
 from jaxrl_stable.data.tokenizer import Tokenizer
@@ -17,8 +17,6 @@ def packed_iterator(
     batch_size: int,
     length: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
     template: Template = PLACE,
 ) -> grain.DatasetIterator:
     """Iterates for ever over packed batches; the source is shuffled anew for every epoch.
@@ -27,30 +25,28 @@ def packed_iterator(
     tokenised apart, so that the prompt's tokens are those that a rollout sees. An answer may use
     the model's control tokens, except those that stop. An example is never cut or split over rows.
 
-    Every process packs its own share of the examples. The state is exact for the same number of
-    processes.
+    With several processes each packs all rows, and places those that its devices hold: which
+    examples share a row depends on all examples before, so only then does a run resume exactly with
+    another number of processes. That costs every host the tokenising of the whole batch.
 
     Args:
       source: the problems.
       tokenizer: what to encode with.
-      batch_size: number of rows in a global batch; a multiple of `process_count`.
+      batch_size: `B`, number of rows in a batch.
       length: `T`, the number of columns.
       seed: of the shuffle, from 0 to 2**32 - 1.
-      process_index: which share to take.
-      process_count: number of shares.
       template: text around `{prompt}`, or a chat template.
 
     Yields:
-      For `B = batch_size / process_count`: `tokens` int32 [B, T], `pad_id` in padding;
-      `segment_ids` int32 [B, T], 1, 2, ... for the examples of a row and 0 in padding; `positions`
-      int32 [B, T], from 0 in each segment; `loss_mask` bool [B, T], True exactly where `tokens[b,
-      t]` is of an answer or its EOS.
+      `tokens` int32 [B, T], `pad_id` in padding; `segment_ids` int32 [B, T], 1, 2, ... for the
+      examples of a row and 0 in padding; `positions` int32 [B, T], from 0 in each segment;
+      `loss_mask` bool [B, T], True exactly where `tokens[b, t]` is of an answer or its EOS.
 
     Raises:
-      ValueError: the sizes do not fit each other, or (while iterating) an example is longer than
+      ValueError: the source is empty, or (while iterating) an example is longer than
         `length`, or has a faulty prompt or a stop token in its answer.
     """
-    rows = local_rows(source, batch_size, process_index, process_count)
+    check_size(source, batch_size)
     stop = set(tokenizer.eos_ids)
 
     def example(index: int) -> dict[str, np.ndarray]:
@@ -88,15 +84,15 @@ def packed_iterator(
     order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
     # One thread, as in `prompt_iterator`.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
-    examples = order[process_index::process_count].map(example).to_iter_dataset(options)
+    examples = order.map(example).to_iter_dataset(options)
     packed = grain.experimental.FirstFitPackIterDataset(
         examples,
         length_struct={"tokens": length, "loss_mask": length},
         padding_struct={"tokens": tokenizer.pad_id, "loss_mask": False},
         # One batch is one fill of the packer, with rows in the order in which they were opened.
-        num_packing_bins=rows,
+        num_packing_bins=batch_size,
         shuffle_bins=False,
         # Packed like the tokens, but without segment ids and positions of its own.
         meta_features=("loss_mask",),
     )
-    return iter(packed.map(rename).batch(rows))
+    return iter(packed.map(rename).batch(batch_size))

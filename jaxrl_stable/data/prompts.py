@@ -1,9 +1,10 @@
-"""Prompt batches for rollouts: shuffled, endless, left-padded, sharded over processes."""
+"""Prompt batches for rollouts: shuffled, endless, left-padded, each process its own rows."""
 
 from collections.abc import Sequence
 
 import grain
 import numpy as np
+from jaxtyping import Bool
 
 from jaxrl_stable.data.sources import Problem, Source
 from jaxrl_stable.data.templates import PLACE, ChatTemplate, Template, fill
@@ -108,61 +109,57 @@ def prompt_iterator(
     batch_size: int,
     width: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
     template: Template = PLACE,
+    held: Bool[np.ndarray, "B"] | None = None,
 ) -> grain.DatasetIterator:
     """Iterates for ever over prompt batches; each epoch has every prompt once, in its own order.
 
-    All processes see the same sequence of global batches, and each takes its contiguous slice of
-    them. The state (`get_state`, `set_state`) is the position in that sequence, the same number in
-    every process, so that a run may resume with another number of processes. A batch may span two
-    epochs.
+    All processes see the same sequence of global batches, and each reads the prompts that it holds.
+    The state (`get_state`, `set_state`) is the position in that sequence, the same number in every
+    process, so that a run may resume with another number of processes. A batch may span two epochs.
 
     Args:
       source: the problems.
       tokenizer: what to encode with.
-      batch_size: number of prompts in a global batch; a multiple of `process_count`.
+      batch_size: `B`, number of prompts in a global batch.
       width: `P`, the number of columns.
       seed: of the shuffle, from 0 to 2**32 - 1.
-      process_index: which slice to take.
-      process_count: number of slices.
       template: text around `{prompt}`, or a chat template.
+      held: which prompts of each batch this process reads; all by default.
 
     Yields:
-      For `n = batch_size / process_count`: `tokens` int32 [n, P], left-padded; `mask` bool [n, P],
-      True on tokens; `problems`, a list of n; `index` int64 [n], positions in the source.
+      `tokens` int32 [B, P], left-padded; `mask` bool [B, P], True on tokens; `problems`, a list of
+      B; `index` int64 [B], positions in the source. Of a prompt that is not held there is the index
+      alone: nothing but padding, and None for the problem.
 
     Raises:
-      ValueError: the sizes do not fit each other, or (while iterating) a prompt is faulty or does
-        not fit `width`.
+      ValueError: the source is empty, or (while iterating) a prompt is faulty or does not fit
+        `width`.
     """
-    rows = local_rows(source, batch_size, process_index, process_count)
+    check_size(source, batch_size)
+    held = np.ones(batch_size, bool) if held is None else held
 
     def encode(index: np.ndarray) -> dict:
-        problems = [source[int(i)] for i in index]
-        names = [f"{source!r}[{i}]" for i in index]
-        tokens, mask = encode_prompts(problems, tokenizer, width, template, names)
+        tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
+        mask = np.zeros((batch_size, width), bool)
+        problems = [source[int(i)] if mine else None for i, mine in zip(index, held, strict=True)]
+        names = [f"{source!r}[{i}]" for i in index[held]]
+        known = [problem for problem in problems if problem is not None]
+        tokens[held], mask[held] = encode_prompts(known, tokenizer, width, template, names)
         return {"tokens": tokens, "mask": mask, "problems": problems, "index": index}
 
-    batches = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().batch(rows)
+    batches = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().batch(batch_size)
     # One thread: generators of problems need not be thread-safe. Two batches ahead hide slow ones.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(batches[process_index::process_count].map(encode).to_iter_dataset(options))
+    return iter(batches.map(encode).to_iter_dataset(options))
 
 
-def local_rows(source: Source, batch_size: int, process_index: int, process_count: int) -> int:
-    """Returns the rows of a global batch that one process has; ValueError if sizes do not fit."""
+def check_size(source: Source, batch_size: int) -> None:
+    """ValueError where there are no batches of this size."""
     if len(source) == 0:
         raise ValueError(f"{source!r} is empty; give a source with problems")
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} is no positive multiple of the {process_count} processes; "
-            "choose one that is"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not in 0 to {process_count - 1}")
-    return batch_size // process_count
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; use at least 1")
 
 
 def _check_length(length: int, width: int) -> None:

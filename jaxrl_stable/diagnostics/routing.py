@@ -45,7 +45,10 @@ def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"])
 
 
 def load_metrics(
-    load: Float[Array, "L E"], confidence: Float[Array, "L B T"], real: Bool[Array, "B T"]
+    load: Float[Array, "L E"],
+    confidence: Float[Array, "L B T"],
+    real: Bool[Array, "B T"],
+    devices: int = 1,
 ) -> Metrics:
     """Balance of the experts and decidedness of the routers; padding is no load.
 
@@ -62,11 +65,25 @@ def load_metrics(
     and recorded as it is:
 
     - `experts/confidence`: mean probability mass of the experts used; prime-rl's routing confidence
+    - `experts/device_imbalance`: pairs that the busiest device serves over those of the mean one,
+      a mean over layers and passes: the others wait for it, so it is the factor by which experts
+      take longer than they would in balance. Over all copies of the experts together
+
+    Args:
+      load: (token, choice) pairs of each expert in one pass.
+      confidence: of each choice.
+      real: tokens.
+      devices: over which runs of E / devices experts are spread.
     """
     if load.shape[0] == 0:
         return {}
     everywhere = jnp.broadcast_to(real, confidence.shape)
-    return {
+    metrics: Metrics = {
         "experts/load": Sum(load),
         "experts/confidence": masked_mean(confidence, everywhere),
     }
+    if devices > 1:
+        served = load.reshape(load.shape[0], devices, -1).sum(-1)
+        busiest = served.max(-1) / jnp.maximum(served.mean(-1), 1.0)
+        metrics["experts/device_imbalance"] = masked_mean(busiest, served.sum(-1) > 0)
+    return metrics

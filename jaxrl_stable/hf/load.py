@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxrl_stable import distributed
 from jaxrl_stable.hf.config import read_config, read_config_json
 from jaxrl_stable.hf.copying import THREADS, all_finite, chunks, copy, page_memory
 from jaxrl_stable.hf.files import DTYPES, TensorFiles
@@ -66,6 +67,9 @@ def load(
             _parameter(param.get_value(), plan[path], files, pool, broken)
             for path, param in parameters(abstract).items()
         ]
+    names = sorted(files.shapes)  # a process finds what is broken in its own part
+    flags = distributed.any_process([name in broken for name in names])
+    broken = {name for name, flag in zip(names, flags, strict=True) if flag}
     if broken:
         raise ValueError(
             f"{directory} holds values that are not finite in {_listed(sorted(broken))}; download "

@@ -11,21 +11,34 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable.model.cache import Cache
 from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.model.layout import ONE_DEVICE, Layout
 from jaxrl_stable.model.parameters import matrix, read, scale
 from jaxrl_stable.model.rotary import rotate, rotations
+from jaxrl_stable.model.splash import splash_attention
 
 
 class Frame(NamedTuple):
-    """What all layers of one forward share: rotations of the positions, and who sees whom."""
+    """What all layers of one forward share: rotations of the positions, and who sees whom.
+
+    Attributes:
+      cos, sin: of the rotations.
+      segment_ids: 0 is padding.
+      real: False on padding.
+      mask: True where a token (T) sees a column (S); None where the kernel makes its own.
+      layout: where rows and columns live.
+    """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
-    mask: Bool[Array, "B 1 T S"]
+    segment_ids: Int[Array, "B T"]
     real: Bool[Array, "B T"]
+    mask: Bool[Array, "B 1 T S"] | None
+    layout: Layout
 
 
 def make_frame(
@@ -33,11 +46,17 @@ def make_frame(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     cache: Cache | None,
+    layout: Layout = ONE_DEVICE,
 ) -> Frame:
     """Rotations and mask. A token sees the columns up to its own that share its segment.
 
     Columns, not positions, decide what is past: left padding and packing then need no special case.
+    The splash kernel makes its own mask of them, whenever all the columns that exist are new.
     """
+    shared = *rotations(config, positions), segment_ids, segment_ids != 0
+    width = positions.shape[1] if cache is None else cache.segment_ids.shape[1]
+    if attention_implementation(config) == "splash" and positions.shape[1] == width > 1:
+        return Frame(*shared, None, layout)
     columns = jnp.arange(positions.shape[1])
     if cache is None:
         key_columns, key_segments = columns, segment_ids
@@ -48,7 +67,7 @@ def make_frame(
     same = segment_ids[:, :, None] == key_segments[:, None, :]
     causal = key_columns[None, :] <= columns[:, None]
     mask = same & causal & real[:, :, None]
-    return Frame(*rotations(config, positions), mask[:, None], real)
+    return Frame(*shared, mask[:, None], layout)
 
 
 class Norm(nnx.Module):
@@ -102,10 +121,12 @@ class Attention(nnx.Module):
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(y, min=-config.clip_qkv, max=config.clip_qkv) for y in (q, k, v))
         q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
+        q, k, v = (checkpoint_name(y, n) for y, n in ((q, "query"), (k, "key"), (v, "value")))
         if cache is not None:
             cache = cache.write(layer, k, v)
-            k, v = cache.keys[layer], cache.values[layer]
-        y = attend(config, q, k, v, frame.mask)
+            if frame.mask is not None:
+                k, v = cache.keys[layer], cache.values[layer]
+        y = checkpoint_name(attend(config, q, k, v, frame), "attended")
         return jnp.einsum("bthk,hkd->btd", y, read(self.out, x.dtype)), cache
 
 
@@ -113,17 +134,20 @@ def attend(
     config: ModelConfig,
     q: Float[Array, "B T H hd"],
     k: Float[Array, "B S G hd"],
-    v: Float[Array, "B S G hd"],
-    mask: Bool[Array, "B 1 T S"],
-) -> Float[Array, "B T H hd"]:
-    """softmax(scale · q kᵀ) v over the columns that the mask leaves."""
+    v: Float[Array, "B S G vd"],
+    frame: Frame,
+) -> Float[Array, "B T H vd"]:
+    """softmax(scale · q kᵀ) v over the columns that a token sees."""
+    if frame.mask is None:
+        return splash_attention(q * softmax_scale(config), k, v, frame.segment_ids, frame.layout)
+    implementation = attention_implementation(config)
     return jax.nn.dot_product_attention(
         q,
-        k,
-        v,
-        mask=mask,
+        frame.layout.whole_columns(k),
+        frame.layout.whole_columns(v),
+        mask=frame.mask,
         scale=softmax_scale(config),
-        implementation=attention_implementation(config),
+        implementation="xla" if implementation == "splash" else implementation,
     )
 
 
@@ -133,12 +157,20 @@ def softmax_scale(config: ModelConfig) -> float:
     return config.head_dim**-0.5 * extra
 
 
-def attention_implementation(config: ModelConfig) -> str:
-    """Resolves "auto": cuDNN for half precision on NVIDIA GPUs, the plain XLA form elsewhere.
+def attention_implementation(config: ModelConfig, backend: str | None = None) -> str:
+    """Resolves "auto": splash on TPU, cuDNN for half precision on NVIDIA GPUs, else plain XLA.
 
-    Heads wider than 128, as those of latent attention are, only some GPUs can do with cuDNN.
+    Heads wider than 128, as those of latent attention are, only some GPUs can do with cuDNN. A
+    decode step, whose columns lie in a cache, is plain XLA on a TPU.
+
+    Args:
+      config: of the model.
+      backend: "cpu", "gpu" or "tpu"; this machine's by default.
     """
     if config.attention != "auto":
         return config.attention
+    backend = backend or jax.default_backend()
+    if backend == "tpu":
+        return "splash"
     suits = config.dtype in ("bfloat16", "float16") and config.head_dim <= 128
-    return "cudnn" if suits and jax.default_backend() == "gpu" else "xla"
+    return "cudnn" if suits and backend == "gpu" else "xla"

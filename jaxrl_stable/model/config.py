@@ -18,6 +18,8 @@ EXECUTION_FIELDS = (
     "remat",
     "attention",
     "experts",
+    "experts_exchange",
+    "experts_rows",
     "head_chunk",
 )
 
@@ -106,12 +108,17 @@ class ModelConfig:
         log-probabilities are float32 whatever it is.
       param_dtype: type in which parameters are stored and optimised.
       scan_layers: scan over repeated layers (one compiled body) or unroll them.
-      remat: what the backward pass recomputes: "none", "dots" (all but dense projections; products
-        with batch axes, such as attention, are recomputed) or "block" (everything).
-      attention: "auto", "xla" or "cudnn".
-      experts: grouped matrix product: "auto", "ragged", "blocked", "tokamax", or "dense" (every
-        expert on every token: the oracle of tests).
-      head_chunk: tokens of `[B, T]` whose logits exist at a time; rounded to whole columns.
+      remat: what a block keeps for the backward pass: "none" keeps all, "dots" the products that
+        cost most (queries, keys, values, attention, the experts' hidden layer), "block" its input
+        alone, "offload" that input in the host's memory.
+      attention: "auto", "xla", "cudnn" or "splash".
+      experts: grouped matrix product: "auto", "ragged", "blocked", "megablox", "tokamax", or "dense"
+        (every expert on every token: the oracle of tests).
+      experts_exchange: how tokens reach experts on other devices: "all_gather" or
+        "ragged_all_to_all"; see `expert_parallel`.
+      experts_rows: room of a device's buffer of (token, choice) pairs, in rows of D numbers; tokens
+        pass the experts in as many lots as that takes.
+      head_chunk: tokens of a device whose logits exist at a time; rounded to whole columns.
     """
 
     vocab_size: int
@@ -146,15 +153,18 @@ class ModelConfig:
     remat: str = "none"
     attention: str = "auto"
     experts: str = "auto"
+    experts_exchange: str = "all_gather"
+    experts_rows: int = 262_144
     head_chunk: int = 2048
 
     def __post_init__(self):
         choices = {
             "router_score": ("softmax", "sigmoid"),
             "query_key_norm": ("head", "layer", "none"),
-            "remat": ("none", "dots", "block"),
-            "attention": ("auto", "xla", "cudnn"),
-            "experts": ("auto", "ragged", "blocked", "tokamax", "dense"),
+            "remat": ("none", "dots", "block", "offload"),
+            "attention": ("auto", "xla", "cudnn", "splash"),
+            "experts": ("auto", "ragged", "blocked", "megablox", "tokamax", "dense"),
+            "experts_exchange": ("all_gather", "ragged_all_to_all"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -166,7 +176,8 @@ class ModelConfig:
                 f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
-        positive = ("vocab_size", "hidden_size", "num_layers", "decoder_sparse_step", "head_chunk")
+        positive = ("vocab_size", "hidden_size", "num_layers", "decoder_sparse_step")
+        positive += ("experts_rows", "head_chunk")
         for field in positive:
             if getattr(self, field) < 1:
                 raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")

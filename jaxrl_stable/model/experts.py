@@ -7,17 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, UInt
 
 from jaxrl_stable.model.config import ModelConfig
-from jaxrl_stable.model.dispatch import (
-    block_rows,
-    experts_implementation,
-    gather_rows,
-    group_by_expert,
-    grouped_matmul,
-    scatter_rows,
-)
+from jaxrl_stable.model.expert_parallel import mixture
+from jaxrl_stable.model.layout import ONE_DEVICE, Layout
 from jaxrl_stable.model.parameters import matrix, offset, read
 from jaxrl_stable.model.router import choose, gate_weights
 from jaxrl_stable.routing import Routing, expert_dtype
@@ -51,7 +46,8 @@ class FeedForward(nnx.Module):
         self.down = matrix(rngs, {"mlp": F, "embed": D}, ("mlp",), gain=gain, **options)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = x @ read(self.gate, x.dtype), x @ read(self.up, x.dtype)
+        gate = checkpoint_name(x @ read(self.gate, x.dtype), "gate")
+        up = checkpoint_name(x @ read(self.up, x.dtype), "up")
         return (jax.nn.silu(gate) * up) @ read(self.down, x.dtype)
 
 
@@ -74,7 +70,11 @@ class Experts(nnx.Module):
             self.shared = FeedForward(config, config.num_shared_experts * F, rngs, stack)
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], replay: Routing | None
+        self,
+        x: Float[Array, "B T D"],
+        real: Bool[Array, "B T"],
+        replay: Routing | None,
+        layout: Layout = ONE_DEVICE,
     ) -> tuple[Float[Array, "B T D"], RouterOutput]:
         """Applies the experts; `replay` is the routing of this layer (no leading `L`)."""
         config = self.config
@@ -90,34 +90,14 @@ class Experts(nnx.Module):
         if replay is not None:
             chosen = jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
         gates, confidence = gate_weights(logits, chosen, config)
-        y = self._mix(x, real, chosen, gates.astype(x.dtype))
+        params = self.gate, self.up, self.down
+        y = mixture(params, x, real, chosen, gates.astype(x.dtype), config, layout)
         if config.num_shared_experts:
             y = y + self.shared(x)
         dtype = expert_dtype(config.num_experts)
-        counted = jnp.where(real[..., None], chosen, config.num_experts).reshape(-1)
-        load = jnp.bincount(counted, length=config.num_experts + 1)[:-1].astype(jnp.float32)
-        return y, RouterOutput(chosen.astype(dtype), live.astype(dtype), confidence, load)
-
-    def _mix(self, x, real, chosen, gates):
-        """Weighted sum of the chosen experts' outputs; zero for padding tokens."""
-        config = self.config
-        tokens, k = x.reshape(-1, x.shape[-1]), config.num_experts_per_token
-        chosen, gates = chosen.reshape(-1, k), gates.reshape(-1, k)
-        gate, up, down = (read(w, x.dtype) for w in (self.gate, self.up, self.down))
-        implementation = experts_implementation(config)
-        if implementation == "dense":
-            hidden = jax.nn.silu(jnp.einsum("nd,edf->nef", tokens, gate))
-            every = jnp.einsum("nef,efd->ned", hidden * jnp.einsum("nd,edf->nef", tokens, up), down)
-            outputs = jnp.take_along_axis(every, chosen[..., None], axis=1)
-        else:
-            block = 1
-            if implementation == "blocked":
-                block = block_rows(chosen.size, config.num_experts)
-            groups = group_by_expert(chosen, real.reshape(-1), config.num_experts, block)
-            rows = scatter_rows(tokens, groups.source, groups.slot)
-            hidden = jax.nn.silu(grouped_matmul(rows, gate, groups, implementation))
-            hidden = hidden * grouped_matmul(rows, up, groups, implementation)
-            rows = grouped_matmul(hidden, down, groups, implementation)
-            outputs = gather_rows(rows, groups.source, groups.slot)
-        mixed = jnp.einsum("nkd,nk->nd", outputs, gates).reshape(x.shape)
-        return jnp.where(real[..., None], mixed, 0)
+        # Not `bincount`: it flattens what is spread over rows and columns, and so gathers it.
+        counted = jnp.where(real[..., None], chosen, config.num_experts)
+        load = jnp.zeros(config.num_experts, jnp.int32).at[counted].add(1, mode="drop")
+        return y, RouterOutput(
+            chosen.astype(dtype), live.astype(dtype), confidence, load.astype(jnp.float32)
+        )

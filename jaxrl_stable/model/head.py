@@ -1,7 +1,8 @@
 """Output head: log-probabilities and entropy in float32, a chunk of columns at a time.
 
 `[B, T, V]` is never held: the logits of a chunk live inside one scan step, and `jax.checkpoint`
-recomputes them in the backward pass.
+recomputes them in the backward pass. On a mesh every device scores its own tokens; the vocabulary
+may be cut over `tensor`, and only sums over it travel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrl_stable.model.layout import layout
 from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.sharding import STORED, gathered, mesh_axes, spec
 
 
 class HeadOutput(NamedTuple):
@@ -26,7 +29,8 @@ def logits(
     model: Transformer, hidden: Float[Array, "... D"], temperature: float
 ) -> Float[Array, "... V"]:
     """Float32 logits of the distribution that is sampled: divided by the temperature."""
-    return _logits(hidden, model.head_weight(), temperature)
+    weight = gathered(model.head_weight().astype(hidden.dtype), model.head_axes())
+    return _logits(hidden, weight, temperature)
 
 
 def token_log_probs(
@@ -45,21 +49,55 @@ def token_log_probs(
       targets: token ids to score.
       temperature: the sampler's; both sides of an importance ratio must use the same.
     """
+    weight, chunk = model.head_weight(), model.config.head_chunk
+    where = layout(*targets.shape, sampling=False)
+    if not where.shape:
+        return _score(weight, hidden, targets, temperature, chunk)
+    partition = spec(model.head_axes(), weight.shape, jax.sharding.get_abstract_mesh())
+    stored, tensor = map(mesh_axes, partition)
+    stored = tuple(a for a in stored if a in STORED)
+
+    def local(weight, hidden, targets):
+        if stored:  # cast first: half the bytes travel
+            weight = weight.astype(hidden.dtype)
+            weight = jax.lax.all_gather(weight, stored, tiled=True).astype(jnp.float32)
+        return _score(weight, hidden, targets, temperature, chunk, tensor)
+
+    return jax.shard_map(
+        local,
+        in_specs=(partition, where.spec(None), where.spec()),
+        out_specs=HeadOutput(where.spec(), where.spec()),
+    )(weight, hidden, targets)
+
+
+def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput:
+    """Scores the tokens of one device; `tensor`: mesh axes that the vocabulary is cut over."""
     B, T, D = hidden.shape
-    chunk = min(max(model.config.head_chunk // B, 1), T)
+    chunk = min(max(chunk // B, 1), T)
     padding = -T % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    weight = model.head_weight()
+    if tensor:
+        hidden = jax.lax.pcast(hidden, tensor, to="varying")
+        targets = targets - jax.lax.axis_index(tensor) * weight.shape[1]
+
+    def over_vocabulary(x: Array) -> Array:
+        return jax.lax.psum(x, tensor) if tensor else x
 
     @jax.checkpoint
     def score(_, columns):
         h, y = columns
         z = _logits(h, weight, temperature)
-        normaliser = jax.nn.logsumexp(z, axis=-1)
-        logp = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0] - normaliser
-        entropy = normaliser - jnp.sum(jnp.exp(z - normaliser[..., None]) * z, axis=-1)
-        return None, HeadOutput(logp, entropy)
+        highest = jax.lax.stop_gradient(z.max(-1))
+        highest = jax.lax.pmax(highest, tensor) if tensor else highest
+        normaliser = highest + jnp.log(
+            over_vocabulary(jnp.sum(jnp.exp(z - highest[..., None]), axis=-1))
+        )
+        target = jnp.take_along_axis(z, y[..., None], axis=-1, mode="clip")[..., 0]
+        if tensor:  # on one of the devices alone
+            target = jnp.where((y >= 0) & (y < z.shape[-1]), target, 0.0)
+        expected = over_vocabulary(jnp.sum(jnp.exp(z - normaliser[..., None]) * z, axis=-1))
+        return None, HeadOutput(over_vocabulary(target) - normaliser, normaliser - expected)
 
     columns = (
         jnp.moveaxis(hidden.reshape(B, -1, chunk, D), 1, 0),
@@ -72,7 +110,7 @@ def token_log_probs(
 def _logits(
     hidden: Float[Array, "... D"], weight: Float[Array, "D V"], temperature: float
 ) -> Float[Array, "... V"]:
-    # Cast here, inside a chunk: the weight's gradient then adds up over chunks as it is stored.
+    # Cast here, inside a chunk: the weight's gradient then adds up over chunks in float32.
     weight = weight.astype(hidden.dtype)
     product = jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
     return product / temperature

@@ -66,7 +66,8 @@ class LatentAttention(nnx.Module):
         rotated = rotate(down[..., None, sizes.key_value_rank :], **turn)
         if cache is not None:
             cache = cache.write(layer, rotated, latent[:, :, None])
-            rotated, latent = cache.keys[layer], cache.values[layer][:, :, 0]
+            if frame.mask is not None:
+                rotated, latent = cache.keys[layer], cache.values[layer][:, :, 0]
         decoding = cache is not None and x.shape[1] == 1
         y = (self._absorbed if decoding else self._expanded)(q, latent, rotated, frame)
         return jnp.einsum("bthk,hkd->btd", y, read(self.out, x.dtype)), cache
@@ -82,7 +83,7 @@ class LatentAttention(nnx.Module):
         q, k, padded = (
             jnp.pad(y, ((0, 0), (0, 0), (0, 0), (0, width - y.shape[-1]))) for y in (q, k, v)
         )
-        return attend(self.config, q, k, padded, frame.mask)[..., : v.shape[-1]]
+        return attend(self.config, q, k, padded, frame)[..., : v.shape[-1]]
 
     def _absorbed(self, q, latent, rotated, frame):
         """The same in the latent's space: one column is decoded without expanding the cache.

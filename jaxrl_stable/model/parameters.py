@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
+from jaxrl_stable.sharding import gathered
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +71,15 @@ def offset(axes: Mapping[str, int], *, stack: int | None = None) -> nnx.Param:
 
 
 def read(param: nnx.Param, dtype: str | jnp.dtype) -> Float[Array, "..."]:
-    """The value of a parameter in the compute type, dequantised when it is stored as int8."""
-    value = param.get_value()
+    """The value of a parameter in the compute type, whole on every device but for `tensor`.
+
+    The cast comes first: half the bytes travel. What is stored as int8 is dequantised.
+    """
+    return gathered(cast(param.get_value(), dtype), param.get_metadata()["axes"])
+
+
+def cast(value: Array | Quantized, dtype: str | jnp.dtype) -> Float[Array, "..."]:
+    """A stored value in the compute type."""
     if isinstance(value, Quantized):
         return value.dequantize(jnp.dtype(dtype))
     return value.astype(dtype)

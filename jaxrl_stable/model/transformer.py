@@ -7,15 +7,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxrl_stable.model.attention import Attention, Frame, Norm, make_frame
 from jaxrl_stable.model.cache import Cache
 from jaxrl_stable.model.config import ModelConfig, layer_plan
+from jaxrl_stable.model.embedding import lookup
 from jaxrl_stable.model.experts import Experts, FeedForward, RouterOutput
 from jaxrl_stable.model.latent_attention import LatentAttention
+from jaxrl_stable.model.layout import layout
 from jaxrl_stable.model.parameters import matrix
 from jaxrl_stable.routing import Routing, check_layout, expert_dtype
+
+PRODUCTS = ("query", "key", "value", "attended", "gate", "up")  # what remat "dots" keeps
 
 
 class ModelOutput(NamedTuple):
@@ -54,15 +59,17 @@ class Block(nnx.Module):
         layer: Int[Array, ""],
         replay: Routing | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, RouterOutput | None]:
+        x = checkpoint_name(x, "block_input")
         with jax.named_scope("attention"):
             y, cache = self.attention(self.attention_norm(x), frame, cache, layer)
-            x = x + y
+            x = frame.layout.constrain(x + y, None)
         with jax.named_scope("mlp"):
-            y = self.mlp_norm(x)
-            if not self.moe:
-                return x + self.mlp(y), cache, None
-            y, router = self.mlp(y, frame.real, replay)
-            return x + y, cache, router
+            y, router = self.mlp_norm(x), None
+            if self.moe:
+                y, router = self.mlp(y, frame.real, replay, frame.layout)
+            else:
+                y = self.mlp(y)
+            return frame.layout.constrain(x + y, None), cache, router
 
 
 class Transformer(nnx.Module):
@@ -122,9 +129,9 @@ class Transformer(nnx.Module):
                 )
         if cache is not None:
             cache = cache.extend(segment_ids)
-        frame = make_frame(config, positions, segment_ids, cache)
-        # Gathered before the cast, so that the gradient's scatter-add runs in the stored type.
-        x = self.embedding[...][tokens].astype(config.dtype)
+        where = layout(*tokens.shape, sampling=cache is not None)
+        frame = make_frame(config, positions, segment_ids, cache, where)
+        x = lookup(self.embedding, tokens, config.dtype, where)
         outputs, layer, moe_layer = [_no_router(config, tokens)], 0, 0
         for blocks, (pattern, repeats) in zip(self.stacks, layer_plan(config), strict=True):
             count = repeats * sum(pattern)
@@ -167,6 +174,12 @@ class Transformer(nnx.Module):
         """Output projection as stored; the transposed embedding when they are tied."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
+    def head_axes(self) -> tuple[str, ...]:
+        """Logical axes of `head_weight`."""
+        if self.config.tie_embeddings:
+            return self.embedding.get_metadata()["axes"][::-1]
+        return self.head.get_metadata()["axes"]
+
 
 def init_model(config: ModelConfig, seed: int) -> Transformer:
     """A freshly initialised policy; `jax.eval_shape` of this gives its template."""
@@ -191,12 +204,22 @@ def _repeat(body, carry, xs, repeats: int, *, scan: bool):
 
 
 def _rematerialised(body, config: ModelConfig):
+    """The body of the scan with what its backward pass keeps, by the names of `checkpoint_name`."""
     if config.remat == "none":
         return body
-    policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    policies = jax.checkpoint_policies
+    policy = {
+        "block": None,
+        "dots": policies.save_only_these_names(*PRODUCTS),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["block_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[config.remat]
     # A scan already keeps the compiler from merging the two forwards; unrolled code does not.
-    prevent_cse = not config.scan_layers
-    return jax.checkpoint(body, policy=policies[config.remat], prevent_cse=prevent_cse)
+    return jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
 
 
 def _no_router(config: ModelConfig, tokens: Int[Array, "B T"]) -> RouterOutput:

@@ -229,7 +229,18 @@ METRICS = (
     Metric("experts/min_violation", "The same of the least busy one; −1 when it is idle."),
     Metric("experts/avg_violation", "Mean of |load × E − 1| over layers and experts."),
     Metric("experts/idle_share", "Experts that got no token.", "near 0"),
+    Metric(
+        "experts/device_imbalance",
+        "Load of the busiest device of the expert axis over the mean one.",
+        "1 = even; experts take longer by this factor",
+    ),
     Metric("experts/confidence", "Probability mass of the experts used.", "changes slowly"),
+    Metric("packing/fill", "Columns that hold a token, of those run over.", "near 1"),
+    Metric(
+        "packing/columns_share",
+        "Columns run over, of those of unpacked rows: what score and update still cost.",
+        "well below 1; else packing gains nothing",
+    ),
     Metric("throughput/tokens_per_s", "Response tokens a second, of the whole step.", "steady"),
     Metric("time/step", "Seconds a step."),
     Metric("time/rollout", "Seconds sampling."),

@@ -111,15 +111,29 @@ def test_each_prompt_once_an_epoch_in_a_new_order(source, tokenizer):
     assert (other["index"] != order[:8]).any()
 
 
-def test_processes_have_disjoint_slices_of_the_global_batch(source, tokenizer):
-    whole = iterate(source, tokenizer)
-    parts = [iterate(source, tokenizer, process_index=i, process_count=4) for i in range(4)]
+def test_a_process_reads_the_prompts_it_holds_of_the_same_batches(source, tokenizer):
+    held = np.array([0, 1, 1, 0, 0, 0, 0, 1], bool)
+    read = []
+
+    class Noting:
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            read.append(index)
+            return source[index]
+
+    whole, part = iterate(source, tokenizer), iterate(Noting(), tokenizer, held=held)
     for _ in range(10):
-        batch, slices = next(whole), [next(part) for part in parts]
-        for key in ("tokens", "mask", "index"):
-            np.testing.assert_array_equal(
-                batch[key], np.concatenate([slice_[key] for slice_ in slices])
-            )
+        batch, own = next(whole), next(part)
+        np.testing.assert_array_equal(own["index"], batch["index"])
+        assert not own["mask"][~held].any() and (own["tokens"][~held] == tokenizer.pad_id).all()
+        for key in ("tokens", "mask"):
+            np.testing.assert_array_equal(own[key][held], batch[key][held])
+        for mine, ours, theirs in zip(held, own["problems"], batch["problems"], strict=True):
+            assert ours == (theirs if mine else None)
+        assert set(batch["index"][held]) <= set(read)
+    assert len(read) <= 3 * 13  # grain reads a few batches ahead
 
 
 @pytest.mark.fast
@@ -137,19 +151,15 @@ def test_resumes_exactly(source, tokenizer, steps):
         assert again["problems"] == batch["problems"]
         np.testing.assert_array_equal(again["index"], batch["index"])
         np.testing.assert_array_equal(again["tokens"], batch["tokens"])
-    # Also with another number of processes.
-    parts = [iterate(source, tokenizer, process_index=i, process_count=2) for i in range(2)]
-    for part in parts:
-        part.set_state(state)
-    index = np.concatenate([next(part)["index"] for part in parts])
-    np.testing.assert_array_equal(index, expected[0]["index"])
+    # Also where another process holds other prompts.
+    part = iterate(source, tokenizer, held=np.arange(8) < 3)
+    part.set_state(state)
+    np.testing.assert_array_equal(next(part)["index"], expected[0]["index"])
 
 
 def test_faulty_sizes(source, tokenizer):
-    with pytest.raises(ValueError, match="batch_size 8 is no positive multiple of the 3 processes"):
-        iterate(source, tokenizer, process_count=3)
-    with pytest.raises(ValueError, match="process_index 2 is not in 0 to 1"):
-        iterate(source, tokenizer, process_index=2, process_count=2)
+    with pytest.raises(ValueError, match="batch_size is 0; use at least 1"):
+        iterate(source, tokenizer, batch_size=0)
     with pytest.raises(ValueError, match="is empty"):
         iterate([], tokenizer)
     one = [{"prompt": "a", "answer": "b"}]

@@ -56,6 +56,17 @@ def test_violations_of_an_even_and_of_a_collapsed_layer():
     assert got["experts/avg_violation"] == 0.75
 
 
+@pytest.mark.fast
+def test_imbalance_of_devices():
+    """Pairs (8, 2) and (3, 7) on two devices: 8/5 and 7/5; a layer without tokens is left out."""
+    load = jnp.array([[6.0, 2.0, 0.0, 2.0], [2.0, 1.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]])
+    confidence, real = jnp.ones((3, 1, 2)), jnp.ones((1, 2), bool)
+    got = values(diagnostics.load_metrics(load, confidence, real, devices=2))
+    assert got["experts/device_imbalance"] == pytest.approx(1.5)
+    alone = values(diagnostics.load_metrics(load, confidence, real))
+    assert "experts/device_imbalance" not in alone
+
+
 def test_no_layers_no_metrics():
     valid = jnp.ones((1, 2), bool)
     assert diagnostics.routing_metrics(jnp.zeros((0, 1, 2)), valid) == {}

@@ -14,7 +14,7 @@ from jaxrl_stable import hf
 from jaxrl_stable.configs import MeshShape
 from jaxrl_stable.hf import copying
 from jaxrl_stable.hf.names import parameters
-from jaxrl_stable.sharding import make_mesh
+from jaxrl_stable.sharding import make_mesh, mesh_axes
 
 one = make_mesh(MeshShape(), jax.devices()[:1])
 copying.CHUNK_BYTES = 200  # several copies for each matrix
@@ -34,7 +34,8 @@ for directory in map(pathlib.Path, sys.argv[1:]):
                 wanted = np.asarray(whole[path].get_value())[shard.index]
                 np.testing.assert_array_equal(shard.data, wanted, err_msg=path)
             spec = value.sharding.spec
-            cut |= {(path.split(".")[-1], axis, name) for axis, name in enumerate(spec) if name}
+            for axis, entry in enumerate(spec):
+                cut |= {(path.split(".")[-1], axis, name) for name in mesh_axes(entry)}
     with tempfile.TemporaryDirectory() as target:
         hf.save(model, target, layout="fused")
         for path, param in parameters(hf.load(target, one)).items():
@@ -50,7 +51,7 @@ CUTS = {
     *(("head", axis, name) for axis, name in ((0, "fsdp"), (1, "tensor"))),
     *(("embedding", axis, name) for axis, name in ((0, "tensor"), (1, "fsdp"))),
     ("weight", 1, "tensor"),  # OLMoE's query norm
-    ("weight", 1, "fsdp"),
+    *(("query", 1, "expert"), ("head", 0, "expert")),  # one axis over two of the mesh
     ("up", 2, "tensor"),  # of the latent: keys and values of each head
     ("router", 1, "fsdp"),
 }

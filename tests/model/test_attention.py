@@ -116,5 +116,5 @@ def test_implementation_of_attention(monkeypatch):
     assert resolve("cpu", dtype="bfloat16") == "xla"
     assert resolve("gpu", dtype="bfloat16") == "cudnn"
     assert resolve("gpu", dtype="float32") == "xla"
-    assert resolve("tpu", dtype="bfloat16") == "xla"
+    assert resolve("tpu", dtype="bfloat16") == "splash"
     assert resolve("gpu", dtype="bfloat16", attention="xla") == "xla"

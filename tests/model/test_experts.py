@@ -9,7 +9,7 @@ import pytest
 from common import QUICK, assert_close, named, small
 from flax import nnx
 
-from jaxrl_stable.model import experts
+from jaxrl_stable.model import dispatch
 from jaxrl_stable.model.experts import Experts
 from jaxrl_stable.model.router import gate_weights
 from jaxrl_stable.routing import Routing
@@ -214,7 +214,7 @@ def test_choice_does_not_depend_on_the_implementation_of_the_product(layer, x, m
     # Router first: what the kernels compute later must not feed back into the choice.
     seen = []
     monkeypatch.setattr(
-        experts, "group_by_expert", lambda chosen, *rest: seen.append(chosen) or _stop()
+        dispatch, "group_by_expert", lambda chosen, *rest: seen.append(chosen) or _stop()
     )
     for name in ("ragged", "blocked"):
         with pytest.raises(_Stop):

@@ -1,0 +1,76 @@
+"""The batch that an update sees, and how it is cut into mini-batches and micro-batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_stable.rollout import Trajectory
+from jaxrl_stable.routing import Routing
+from jaxrl_stable.rows import cut_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """What an update needs of a rollout; aligned as in `Trajectory`.
+
+    Attributes:
+      tokens, real, response_mask, logp_rollout: see `Trajectory`.
+      advantages: one per response.
+      routing: the experts to replay, or those of the rollout to compare with.
+      logp_old: log π_old; None when the update itself stands for it (one update per rollout).
+      logp_reference: log-probabilities of the policy that a KL term keeps to; None without one.
+      prompt_width: P, static.
+    """
+
+    tokens: Int[Array, "B T"]
+    real: Bool[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    logp_rollout: Float[Array, "B T"]
+    advantages: Float[Array, "B"]
+    routing: Routing
+    logp_old: Float[Array, "B T"] | None
+    logp_reference: Float[Array, "B T"] | None
+    prompt_width: int = dataclasses.field(metadata=dict(static=True))
+
+
+def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBatch:
+    """Rollout and advantages, before `score`."""
+    return TrainBatch(
+        tokens=trajectory.tokens,
+        real=trajectory.real,
+        response_mask=trajectory.response_mask,
+        logp_rollout=trajectory.logp_rollout,
+        advantages=advantages,
+        routing=trajectory.routing,
+        logp_old=None,
+        logp_reference=None,
+        prompt_width=trajectory.prompt_width,
+    )
+
+
+def split(batch: TrainBatch, parts: int) -> TrainBatch:
+    """Cuts the rows into mini-batches, the first rows first: every array gets a leading axis.
+
+    Rows of one mini-batch lie on few devices before and on all of them after. It is data that
+    moves (tokens, log-probabilities, routing), once a rollout.
+    """
+    return _cut(batch, partial(cut_rows, parts=parts, in_order=True))
+
+
+def micro_batches(batch: TrainBatch, parts: int) -> TrainBatch:
+    """Cuts the rows into micro-batches, where they lie."""
+    return _cut(batch, partial(cut_rows, parts=parts))
+
+
+def _cut(batch: TrainBatch, rows: Callable[..., Array]) -> TrainBatch:
+    if batch.routing is None:
+        raise ValueError("TrainBatch.routing is None; without it there is nothing to replay")
+    routing = Routing(rows(batch.routing.experts, axis=1), rows(batch.routing.valid))
+    others = dataclasses.replace(batch, routing=None)
+    return dataclasses.replace(jax.tree.map(rows, others), routing=routing)

@@ -1,0 +1,51 @@
+"""Embedding lookup on a mesh: ids travel to the table, its rows travel back."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxrl_stable.model.layout import Layout
+from jaxrl_stable.sharding import mesh_axes, spec
+
+
+def lookup(
+    table: nnx.Param, tokens: Int[Array, "B T"], dtype: str, layout: Layout
+) -> Float[Array, "B T D"]:
+    """Row `tokens[b, t]` of the table, in the compute type.
+
+    A device holds some columns of the table (and some rows, under `tensor`). It looks up its part
+    for the tokens of all devices among which the columns are divided, and an all-to-all hands
+    every device the whole rows of its own tokens. So D numbers travel for a token, never the
+    table; and the gradient adds up where a row is stored, in the stored type.
+
+    Args:
+      table: axes ("vocab", "embed").
+      tokens: ids.
+      dtype: of the result.
+      layout: where rows and columns of `tokens` live.
+    """
+    value = table.get_value()
+    if not layout.shape:
+        return value[tokens].astype(dtype)
+    partition = spec(table.get_metadata()["axes"], value.shape, jax.sharding.get_abstract_mesh())
+    tensor, stored = map(mesh_axes, partition)
+
+    def local(table, tokens):
+        ids = tokens.reshape(-1)
+        if stored:
+            ids = jax.lax.all_gather(ids, stored, tiled=True)
+        if tensor:
+            ids = ids - jax.lax.axis_index(tensor) * table.shape[0]
+            ids = jnp.where((ids >= 0) & (ids < table.shape[0]), ids, table.shape[0])
+        rows = table.at[ids].get(mode="fill", fill_value=0).astype(dtype)
+        if tensor:
+            rows = jax.lax.psum(rows, tensor)
+        if stored:
+            rows = jax.lax.all_to_all(rows, stored, split_axis=0, concat_axis=1, tiled=True)
+        return rows.reshape(*tokens.shape, -1)
+
+    specs = dict(in_specs=(partition, layout.spec()), out_specs=layout.spec(None))
+    return jax.shard_map(local, **specs)(value, tokens)

@@ -1,0 +1,207 @@
+"""Experts spread over devices: tokens travel to the experts and back, inside one `jax.shard_map`.
+
+Two forms of the journey, equal in what they compute; in both no token is dropped:
+
+- "all_gather": every device sees the tokens of all devices that its experts serve, works on those
+  that chose one of its experts, and a reduce-scatter sums what comes back. Two plain collectives;
+  a device receives D numbers for every token of its group, whatever was chosen.
+- "ragged_all_to_all": only chosen tokens travel, K times each, to the device of their expert. Less
+  traffic once a group has more devices than a token has experts, for two sorts instead of one.
+
+Either way the buffers have room for the worst case, in which one device serves every choice; tokens
+pass in several lots where that room would exceed `ModelConfig.experts_rows`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.model.dispatch import (
+    ExpertWeights,
+    apply_experts,
+    apply_rows,
+    experts_implementation,
+    gather_rows,
+    group_by_expert,
+    scatter_rows,
+)
+from jaxrl_stable.model.layout import Layout
+from jaxrl_stable.model.parameters import Quantized, cast
+from jaxrl_stable.routing import expert_dtype
+from jaxrl_stable.sharding import STORED, gather_axis, mesh_axes, spec
+
+
+def mixture(
+    params: tuple[nnx.Param, nnx.Param, nnx.Param],
+    x: Float[Array, "B T D"],
+    real: Bool[Array, "B T"],
+    chosen: Int[Array, "B T K"],
+    gates: Float[Array, "B T K"],
+    config: ModelConfig,
+    layout: Layout,
+) -> Float[Array, "B T D"]:
+    """Weighted sum of the chosen experts' outputs; zero for padding tokens.
+
+    Args:
+      params: gate, up and down of one layer, as stored.
+      x: activations.
+      real: False on padding, which no expert sees.
+      chosen: experts of each token.
+      gates: their weights.
+      config: of the model.
+      layout: where rows and columns live.
+    """
+    stored = [param.get_value() for param in params]
+    chosen = chosen.astype(expert_dtype(config.num_experts))  # a byte travels, not four
+    if not layout.shape:
+        weights = ExpertWeights(*(cast(w, x.dtype) for w in stored))
+        apply = partial(apply_experts, config=config)
+        return _in_lots(apply, weights, x, real, chosen, gates, config, 1)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    partitions = [
+        jax.tree.map(lambda w, p=p: spec(p.get_metadata()["axes"][-w.ndim :], w.shape, mesh), value)
+        for p, value in zip(params, stored)
+    ]
+
+    def local(stored, x, real, chosen, gates):
+        bring = zip(stored, map(_of_values, partitions))
+        weights = ExpertWeights(*(_bring(cast(w, x.dtype), p) for w, p in bring))
+        experts, _, tensor = map(mesh_axes, _of_values(partitions[0]))
+        travel = partial(_travel, config=config, experts=experts, tensor=tensor, layout=layout)
+        senders = layout.size(tuple(a for a in experts if a in layout.rows))
+        return _in_lots(travel, weights, x, real, chosen, gates, config, senders)
+
+    rows = layout.spec()
+    each = layout.spec(None)
+    return jax.shard_map(
+        local,
+        in_specs=(partitions, each, rows, each, each),
+        out_specs=each,
+        # The kernel's output does not say over which axes it varies.
+        check_vma=experts_implementation(config) != "megablox",
+    )(stored, x, real, chosen, gates)
+
+
+def _travel(weights, tokens, real, chosen, gates, config, experts, tensor, layout):
+    """One device's part: its tokens go out, what the experts made of them comes back.
+
+    Args:
+      weights: the experts of this device, whole but for `tensor`.
+      tokens, real, chosen, gates: of this device, `[N, ...]`; `chosen` counts all E experts.
+      config: of the model.
+      experts: mesh axes that the experts are spread over.
+      tensor: mesh axes that their width is spread over.
+      layout: rows that are spread over `experts` travel; others are there already.
+    """
+    away = tuple(a for a in experts if a in layout.rows)
+    summed = tuple(a for a in experts if a not in layout.rows) + tensor
+    if summed:  # every device has these tokens, and adds its own part
+        tokens, gates = jax.lax.pcast((tokens, gates), summed, to="varying")
+    first = jax.lax.axis_index(experts) * weights.gate.shape[0] if experts else 0
+    if away and config.experts_exchange == "ragged_all_to_all":
+        if away != experts:
+            raise ValueError(
+                f"experts are spread over {experts} but rows over {layout.rows}; ragged exchange "
+                "needs rows on all of them, use experts_exchange='all_gather'"
+            )
+        y = _exchange(weights, tokens, real, chosen, gates, config, away, layout.size(away))
+        return jax.lax.psum(y, tensor) if tensor else y
+    if away:
+        together = partial(jax.lax.all_gather, axis_name=away, axis=0, tiled=True)
+        tokens, real, chosen, gates = map(together, (tokens, real, chosen, gates))
+    y = apply_experts(weights, tokens, real, chosen.astype(jnp.int32) - first, gates, config)
+    y = jax.lax.psum(y, summed) if summed else y
+    return jax.lax.psum_scatter(y, away, scatter_dimension=0, tiled=True) if away else y
+
+
+def _exchange(weights, tokens, real, chosen, gates, config, axes, size):
+    """`_travel` by `ragged_all_to_all`: K copies of a token go to the devices of their experts."""
+    E, here = config.num_experts, weights.gate.shape[0]
+    pairs = group_by_expert(chosen.astype(jnp.int32), real, E)  # sorted by expert, hence by device
+    counts = jax.lax.all_gather(pairs.sizes, axes).reshape(size, size, here)  # from, to, expert
+    received = tokens.shape[0] * size * min(config.num_experts_per_token, here)
+    out = _journey(counts.sum(-1), axes)
+    back = _journey(counts.sum(-1).T, axes)
+
+    rows = _ragged(scatter_rows(tokens, pairs.source, pairs.slot), received, out, axes)
+    # What arrives is sorted by sender, then by expert.
+    arrived = counts[:, jax.lax.axis_index(axes)].reshape(-1)
+    run = jnp.searchsorted(jnp.cumsum(arrived), jnp.arange(received), side="right")
+    expert = jnp.where(run < arrived.size, run % here, here)
+    rows = apply_rows(weights, rows, expert, config)
+    rows = _ragged(rows, pairs.source.shape[0], back, axes)
+    outputs = gather_rows(rows, pairs.source, pairs.slot)
+    return jnp.einsum("nkd,nk->nd", outputs, gates)
+
+
+def _journey(counts: Int[Array, "from to"], axes: tuple[str, ...]) -> tuple[Array, ...]:
+    """Offsets and sizes of this device's slices, as `jax.lax.ragged_all_to_all` wants them."""
+    me = jax.lax.axis_index(axes)
+    sent, received = counts[me], counts[:, me]
+    here = jnp.cumsum(sent) - sent
+    there = (jnp.cumsum(counts, axis=0) - counts)[me]
+    return here, sent, there, received
+
+
+def _ragged(rows: Float[Array, "N D"], size: int, journey: tuple[Array, ...], axes) -> Array:
+    """Rows to their devices, `size` of them at most; unfilled rows are zero."""
+    buffer = jnp.zeros_like(rows, shape=(size, rows.shape[1]))
+
+    def collective(rows, *journey):
+        return jax.lax.ragged_all_to_all(rows, buffer, *journey, axis_name=axes)
+
+    def plain(rows, *journey):
+        """The same by an all-gather, for the CPU, which has no such collective."""
+        here, _, _, received = journey
+        every = jax.lax.all_gather(rows, axes)
+        starts = jax.lax.all_to_all(here, axes, 0, 0, tiled=True)  # of our slice at each sender
+        ends = jnp.cumsum(received)
+        index = jnp.arange(size)
+        sender = jnp.searchsorted(ends, index, side="right")
+        row = starts[sender] + index - (ends - received)[sender]
+        return every.at[sender, row].get(mode="fill", fill_value=0)
+
+    return jax.lax.platform_dependent(rows, *journey, cpu=plain, default=collective)
+
+
+def _in_lots(function, weights, x, real, chosen, gates, config, senders: int) -> Array:
+    """Applies a function of tokens to as many at a time as the experts' buffer has room for.
+
+    A lot keeps nothing but its input for the backward pass: else there would be no room saved.
+    """
+    n, k = real.size, chosen.shape[-1]
+    most = n * senders * min(k, weights.gate.shape[0])
+    lots = -(-most // config.experts_rows)
+    flat = (x.reshape(n, -1), real.reshape(n), chosen.reshape(n, k), gates.reshape(n, k))
+    if lots == 1:
+        return function(weights, *flat).reshape(x.shape)
+    padding = -n % lots  # tokens that are not real
+    cut = [jnp.pad(a, ((0, padding), *[(0, 0)] * (a.ndim - 1))) for a in flat]
+    cut = [a.reshape(lots, -1, *a.shape[1:]) for a in cut]
+    exact = jax.tree.map(lambda w: w.astype(jnp.float32), weights)  # their gradient adds up in it
+
+    @jax.checkpoint
+    def one(lot):
+        return function(jax.tree.map(lambda w: w.astype(x.dtype), exact), *lot)
+
+    return jax.lax.map(one, cut).reshape(n + padding, -1)[:n].reshape(x.shape)
+
+
+def _bring(w: Array, partition: P) -> Array:
+    """Gathers the parts of a weight that are cut for storage alone; the experts stay apart."""
+    for axis, entry in enumerate(partition):
+        if axis:
+            w = gather_axis(w, tuple(a for a in mesh_axes(entry) if a in STORED), axis)
+    return w
+
+
+def _of_values(partition: P | Quantized) -> P:
+    return partition.values if isinstance(partition, Quantized) else partition

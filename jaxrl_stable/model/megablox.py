@@ -1,0 +1,59 @@
+"""Grouped products on TPU, all three of them by kernels: forward, and both gradients.
+
+XLA for TPU has a kernel for `jax.lax.ragged_dot` and its gradient in the rows. For the gradient in
+the matrices it has none: libtpu 0.0.42 multiplies all rows by a mask for every expert, which for E
+experts costs E times the product. That one is JAX's own kernel here (`pallas.ops.tpu.megablox`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+from jaxtyping import Array, Float, Int
+
+ROWS = 256  # of a tile
+WIDTH = 1024  # of a tile at most; two tiles, their products and copies share 16 MiB on the chip
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def ragged_dot(
+    x: Float[Array, "R D"],
+    w: Float[Array, "E D F"],
+    sizes: Int[Array, "E"],
+    interpret: bool = False,
+) -> Float[Array, "R F"]:
+    """`jax.lax.ragged_dot`; inside `jax.shard_map` only with `check_vma=False`.
+
+    Args:
+      x: rows sorted by group; those past the last group belong to none.
+      w: a matrix for each group.
+      sizes: rows of each group.
+      interpret: run the kernel on any device, slowly: for tests.
+    """
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+def _forward(x, w, sizes, interpret):
+    return ragged_dot(x, w, sizes), (x, w, sizes)
+
+
+def _backward(interpret, residuals, g):
+    x, w, sizes = residuals
+    padding = (0, -x.shape[0] % ROWS), (0, 0)
+    rows, columns = jnp.pad(x, padding), jnp.pad(g, padding)
+    tiling = ROWS, _tile(x.shape[1]), _tile(g.shape[1])
+    of_matrices = tgmm(rows.T, columns, sizes, w.dtype, tiling, interpret=interpret)
+    of_rows = jax.lax.ragged_dot(g, w.swapaxes(1, 2), sizes)
+    return of_rows, of_matrices, np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+ragged_dot.defvjp(_forward, _backward)
+
+
+def _tile(size: int) -> int:
+    """The largest multiple of 128 up to WIDTH that divides a size; all of it where none does."""
+    return max((n for n in range(128, WIDTH + 1, 128) if size % n == 0), default=size)

@@ -1,0 +1,171 @@
+"""Splash attention on TPU: a kernel that never holds `[T, T]`, also with columns over devices.
+
+The kernel is JAX's own (`jax.experimental.pallas.ops.tpu.splash_attention`). Under context
+parallelism every device gathers the keys and values of all columns (few heads, under grouped
+queries) and attends for its own queries. Causal attention costs a column as much as stands before
+it, so that with runs of columns in order the last device would do twice the mean. Cut into 2c
+chunks, device i of c therefore attends for chunks i and 2c − 1 − i ("zig-zag"): queries and results
+change places for the duration of the kernel, and nothing outside of this file knows. In
+particular, routing is never permuted.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernels,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxrl_stable.model.layout import Layout
+from jaxrl_stable.sharding import gather_axis
+
+LANES = 128  # the kernel's blocks and heads are multiples of it
+BLOCK = 1024  # rows of a block at most
+FUSED = 8192  # columns up to which one kernel makes all gradients
+
+
+def splash_attention(
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B T G hd"],
+    v: Float[Array, "B T G vd"],
+    segment_ids: Int[Array, "B T"],
+    layout: Layout,
+    interpret: bool = False,
+) -> Float[Array, "B T H vd"]:
+    """softmax(q kᵀ) v over the columns up to its own that share a token's segment.
+
+    Args:
+      q: queries, already scaled.
+      k, v: keys and values; G divides H.
+      segment_ids: 0 is padding, which sees padding.
+      layout: where rows and columns live.
+      interpret: run the kernel on any device, slowly: for tests.
+
+    Raises:
+      ValueError: columns over devices that do not divide into the kernel's blocks.
+    """
+    T, H, width = *q.shape[1:3], v.shape[-1]
+    context, tensor = layout.size(layout.columns), layout.present(("tensor",))
+    parts = layout.size(tensor)
+    if H % parts:
+        tensor, parts = (), 1
+    if k.shape[2] % parts:  # fewer key heads than devices: each gets the copy that it needs
+        k, v = (jnp.repeat(x, H // k.shape[2], axis=2) for x in (k, v))
+    if context > 1 and T % (2 * context * LANES):
+        raise ValueError(
+            f"{T} columns over context={context} do not divide into blocks; use a multiple of "
+            f"{2 * context * LANES} (prompt width and longest response together)"
+        )
+    columns = -T % LANES
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, columns), (0, 0), (0, -x.shape[-1] % LANES)))  # noqa: E731
+    q, k, v = map(pad, (q, k, v))
+    segment_ids = jnp.pad(segment_ids, ((0, 0), (0, columns)))
+
+    kernel = _kernel(T + columns, H, context, parts, interpret)
+    y = _spread(kernel, q, k, v, segment_ids, layout, tensor)
+    return y[:, :T, :, :width]
+
+
+def _spread(kernel, q, k, v, segment_ids, layout: Layout, tensor: tuple[str, ...]) -> Array:
+    """The kernel on every device's own rows, columns and heads."""
+
+    def local(kernel, q, k, v, segments):
+        ours = segments
+        if layout.columns:
+            k, v, segments = (gather_axis(x, layout.columns, 1) for x in (k, v, segments))
+            q, ours = zigzag(q, layout), zigzag(ours, layout)
+        heads_first = lambda x: x.transpose(0, 2, 1, 3)  # noqa: E731
+        ids = kernels.SegmentIds(ours, segments)
+        y = jax.vmap(kernel)(*map(heads_first, (q, k, v)), ids).transpose(0, 2, 1, 3)
+        return zigzag(y, layout, back=True) if layout.columns else y
+
+    if not layout.shape:
+        return local(kernel, q, k, v, segment_ids)
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = tensor or None
+    of_kernel = NamedSharding(mesh, P(heads, layout.columns or None))
+    each = layout.spec(heads, None)
+    return jax.shard_map(
+        local,
+        in_specs=(kernel.manual_sharding_spec(of_kernel), each, each, each, layout.spec()),
+        out_specs=each,
+        check_vma=False,  # the kernel's outputs do not say over which axes they vary
+    )(kernel, q, k, v, segment_ids)
+
+
+def zigzag(x: Array, layout: Layout, back: bool = False) -> Array:
+    """Changes places: device i holds two neighbouring chunks, and gets `chunks(c)[i]`."""
+    c = layout.size(layout.columns)
+    order = chunks(c)
+    owner = {chunk: device for device, pair in enumerate(order) for chunk in pair}
+    halves = jnp.split(x, 2, axis=1)
+    moved = []
+    for half in (0, 1):
+        pairs = [(device, owner[2 * device + half]) for device in range(c)]
+        if back:
+            pairs = [(there, here) for here, there in pairs]
+        moved.append(jax.lax.ppermute(halves[half], layout.columns, pairs))
+    return jnp.concatenate(moved, axis=1)
+
+
+def chunks(c: int) -> list[tuple[int, int]]:
+    """The two of 2c chunks that each device attends for: an even one, then an odd one."""
+    pairs = [(i, 2 * c - 1 - i) for i in range(c)]
+    return [tuple(sorted(pair, key=lambda chunk: chunk % 2)) for pair in pairs]
+
+
+class _ZigZagMask(masks._ComputableMask):
+    """The causal mask with its rows in the order of `chunks`."""
+
+    def __init__(self, columns: int, context: int):
+        super().__init__((columns, columns), lambda rows, cols: rows >= cols)
+        if context > 1:
+            order = np.array(chunks(context)).ravel()
+            self.q_sequence = self.q_sequence.reshape(2 * context, -1)[order].ravel()
+        self.context = context
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _ZigZagMask):
+            return NotImplemented
+        return (self.shape, self.context) == (other.shape, other.context)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.shape, self.context))
+
+
+def _kernel(columns: int, heads: int, context: int, tensor: int, interpret: bool):
+    rows = _block(columns // context)
+    keys = _block(columns)
+    # One backward kernel is faster, but holds a gradient of the queries for each block of keys.
+    fused = columns <= FUSED
+    sizes = kernels.BlockSizes(
+        block_q=rows,
+        block_kv=keys,
+        block_q_dkv=rows,
+        block_kv_dkv=keys,
+        block_q_dq=None if fused else rows,
+        block_kv_dq=None if fused else keys,
+        use_fused_bwd_kernel=fused,
+    )
+    return kernels.make_splash_mha(
+        masks.MultiHeadMask([_ZigZagMask(columns, context)] * heads),
+        block_sizes=sizes,
+        head_shards=tensor,
+        q_seq_shards=context,
+        residual_checkpoint_name="attended",
+        interpret=interpret,
+    )
+
+
+def _block(columns: int) -> int:
+    """The largest multiple of LANES up to BLOCK that divides the columns."""
+    units = columns // LANES
+    return LANES * max(n for n in range(1, BLOCK // LANES + 1) if units % n == 0)

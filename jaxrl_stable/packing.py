@@ -1,0 +1,272 @@
+"""Segment packing: several short rows of a batch share one row of what the model sees.
+
+Responses of a rollout differ much in length, and a padded row costs as much as a full one. Packed,
+a row of T columns holds several prompts with their responses, one behind the other, as segments
+that do not see each other. Only the model sees it so: what it computes goes back to where its
+tokens stand before anything looks at it, so that losses, corrections and metrics do not notice.
+
+Every device packs the rows that it has, first fit decreasing (Johnson et al. 1974), hence no data
+moves. Shapes never change: a batch has as many packed rows as rows, the first of which hold all
+there is, and a micro-batch that is empty on all devices does not run. The plan follows from the
+lengths alone, so that `score` and `update` pack the same rows in the same way.
+
+    packing/fill            share of the columns run over that hold a token
+    packing/columns_share   columns run over, as a share of those of padded rows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_stable.batch import TrainBatch, micro_batches
+from jaxrl_stable.model.layout import layout
+from jaxrl_stable.routing import Routing
+from jaxrl_stable.rows import cut_rows, join_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Which packed column holds which token.
+
+    Columns are counted through the rows of one device, row by row; one past the last is none.
+
+    Attributes:
+      source: the column of the batch that a packed column holds.
+      target: the packed column that holds a column of the batch.
+      used: micro-batches that hold a token on some device; they are the first.
+    """
+
+    source: Int[Array, "B T"]
+    target: Int[Array, "B T"]
+    used: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """What the model sees of a packed micro-batch; fields as in `TrainBatch`.
+
+    Attributes:
+      positions: from 0 in each segment.
+      segment_ids: different ones within a row; 0 is padding.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    routing: Routing
+
+    @property
+    def real(self) -> Bool[Array, "B T"]:
+        return self.segment_ids != 0
+
+    @property
+    def prompt_width(self) -> int:
+        """A response may start in any column but the first."""
+        return 1
+
+
+class Micro(NamedTuple):
+    """One micro-batch.
+
+    Attributes:
+      seen: what the model runs on.
+      rows: what the objective looks at. Of a packed micro-batch it is the whole batch, where rows
+        that are not in it have no response tokens: like padding rows, they add nothing.
+      extra: arrays aligned with `rows`.
+      source, target: see `Packing`, of this micro-batch; None when rows are not packed.
+    """
+
+    seen: TrainBatch | PackedRows
+    rows: TrainBatch
+    extra: Any = None
+    source: Int[Array, "b T"] | None = None
+    target: Int[Array, "B T"] | None = None
+
+    def to_rows(self, outputs: Any) -> Any:
+        """Brings outputs of the model, `[b, T]`, to where `rows` has their tokens; 0 elsewhere."""
+        if self.target is None:
+            return outputs
+        return jax.tree.map(lambda x: _moved(x, self.target, self.source), outputs)
+
+
+def plan(real: Bool[Array, "B T"], micro_batch_size: int) -> Packing:
+    """Packs rows, each of which has its tokens side by side.
+
+    Raises:
+      ValueError: columns are spread over devices, or rows do not divide over them.
+    """
+    where = layout(micro_batch_size, real.shape[1], sampling=False)
+    if where.columns:
+        raise ValueError(
+            "packed rows need all their columns on one device; set MeshShape.context = 1, or "
+            "Reinforcement.packed = False"
+        )
+    rows_here = micro_batch_size // where.size(where.rows)
+
+    def local(real: Bool[Array, "b T"]) -> Packing:
+        length, width, none = real.sum(-1), real.shape[1], real.size
+        row, start = first_fit_decreasing(length, width)
+        shift = row * width + start - real.argmax(-1)
+        target = jnp.where(real, shift[:, None] + jnp.arange(width), none)
+        source = jnp.full_like(target, none).reshape(-1)
+        source = source.at[target.reshape(-1)].set(jnp.arange(none), mode="drop")
+        used = (jnp.where(length > 0, row + 1, 0).max() + rows_here - 1) // rows_here
+        used = jax.lax.pmax(used, where.rows) if where.rows else used
+        return Packing(source.reshape(real.shape), target, used)
+
+    if not where.shape:
+        return local(real)
+    rows = where.spec()
+    return jax.shard_map(local, in_specs=rows, out_specs=Packing(rows, rows, P()))(real)
+
+
+def first_fit_decreasing(
+    lengths: Int[Array, "b"], width: int
+) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
+    """Puts each segment, the longest first, into the first row that has room for it.
+
+    Args:
+      lengths: in columns, at most `width`.
+      width: columns of a row; there are as many rows as segments.
+
+    Returns:
+      Row of each segment, and its first column there.
+    """
+    order = jnp.argsort(-lengths)
+
+    def place(free: Int[Array, "b"], length: Int[Array, ""]):
+        row = jnp.argmax(free >= length)
+        return free.at[row].add(-length), (row, width - free[row])
+
+    _, places = jax.lax.scan(place, jnp.full_like(lengths, width), lengths[order])
+    return jax.tree.map(lambda x: x[jnp.argsort(order)], places)
+
+
+def scan_micro_batches(
+    step: Callable[[Any, Micro], tuple[Any, Any]],
+    carry: Any,
+    batch: TrainBatch,
+    micro_batch_size: int,
+    packing: Packing | None = None,
+    extra: Any = None,
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the micro-batches of a batch.
+
+    Args:
+      step: takes and returns what is carried; what else it returns is stacked, 0 where a
+        micro-batch did not run.
+      carry: at the start.
+      batch: the rows.
+      micro_batch_size: rows of a micro-batch.
+      packing: of the rows, or None.
+      extra: arrays `[B, T]` that `step` wants besides.
+    """
+    parts = batch.tokens.shape[0] // micro_batch_size
+    cut = partial(cut_rows, parts=parts)
+    if packing is None:
+        xs = micro_batches(batch, parts), jax.tree.map(cut, extra)
+        return jax.lax.scan(lambda carry, x: step(carry, Micro(x[0], *x)), carry, xs)
+
+    def packed(carry: Any, x: tuple[Array, Array]):
+        i, source = x
+        columns = _columns_here(source)
+        target = packing.target - i * columns
+        here = (target >= 0) & (target < columns)
+        rows = dataclasses.replace(batch, response_mask=batch.response_mask & here)
+        target = jnp.where(here, target, columns)
+        return step(carry, Micro(pack(batch, source), rows, extra, source, target))
+
+    return _scan_first(packed, carry, (jnp.arange(parts), cut(packing.source)), packing.used)
+
+
+def pack(batch: TrainBatch, source: Int[Array, "b T"]) -> PackedRows:
+    """What the model sees of some packed rows."""
+    real = source < _columns_here(batch.tokens)
+    positions = jnp.arange(source.shape[1]) - batch.real.argmax(-1)[:, None]
+    return PackedRows(
+        tokens=_take(batch.tokens, source),
+        positions=_take(positions, source),
+        segment_ids=jnp.where(real, source // source.shape[1] + 1, 0),
+        response_mask=_take(batch.response_mask, source),
+        routing=Routing(
+            _take(batch.routing.experts, source, axis=1), _take(batch.routing.valid, source)
+        ),
+    )
+
+
+def joined(stacked: Array, packing: Packing | None, axis: int = 0) -> Array:
+    """What `scan_micro_batches` stacked, for all rows; they follow `axis` axes behind the first."""
+    x = join_rows(stacked, axis)
+    return x if packing is None else _take(x, packing.target, axis)
+
+
+def _scan_first(step, carry, xs, count: Int[Array, ""]):
+    """`jax.lax.scan` whose steps from `count` on do nothing, and return 0.
+
+    Unlike that of a loop that ends at `count`, its length is known: a program that is compiled
+    ahead of time then has an upper bound.
+    """
+
+    def step_or_skip(carry, x):
+        i, x = x
+
+        def skip(carry):
+            shapes = jax.eval_shape(lambda carry: step(carry, x)[1], carry)
+            return carry, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
+
+        return jax.lax.cond(i < count, lambda carry: step(carry, x), skip, carry)
+
+    steps = jnp.arange(jax.tree.leaves(xs)[0].shape[0])
+    return jax.lax.scan(step_or_skip, carry, (steps, xs))
+
+
+def _columns_here(rows: Array) -> int:
+    """Columns, over all rows, of `[B, T]` on one device; the index that stands for none."""
+    where = layout(*rows.shape, sampling=False)
+    return rows.size // where.size(where.rows)
+
+
+def _take(x: Array, index: Int[Array, "b T"], axis: int = 0) -> Array:
+    """Picks columns of `[..., B, T, ...]` on every device; rows follow `axis` axes."""
+    where = layout(*index.shape, sampling=False)
+
+    def local(x: Array, index: Int[Array, "b T"]) -> Array:
+        flat = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        return flat.at[(slice(None),) * axis + (index,)].get(mode="fill", fill_value=0)
+
+    if not where.shape:
+        return local(x, index)
+    rows = P(*[None] * axis, where.rows or None)
+    return jax.shard_map(local, in_specs=(rows, where.spec()), out_specs=rows)(x, index)
+
+
+@jax.custom_vjp
+def _moved(
+    x: Float[Array, "b T"], there: Int[Array, "B T"], back: Int[Array, "b T"]
+) -> Float[Array, "B T"]:
+    """`_take` whose gradient is one as well, as no column is picked twice."""
+    return _take(x, there)
+
+
+def _moved_fwd(x, there, back):
+    return _take(x, there), (there, back)
+
+
+def _moved_bwd(residuals, g):
+    there, back = residuals
+    return _take(g, back), *(np.zeros(x.shape, jax.dtypes.float0) for x in residuals)
+
+
+_moved.defvjp(_moved_fwd, _moved_bwd)

@@ -1,0 +1,65 @@
+"""Rows of arrays in parts, one part after the other, on a mesh.
+
+Usually rows are cut where they lie: part p takes its share of every device's rows, so that no row
+moves and every device has work in every part. In order, part p is the p-th run of rows, whatever
+the mesh: then rows move. On one device both are the same.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxrl_stable.sharding import BATCH, constrain
+
+
+def cut_rows(
+    x: Array,
+    parts: int,
+    axis: int = 0,
+    *,
+    over: tuple[str, ...] = BATCH,
+    in_order: bool = False,
+) -> Array:
+    """Cuts the rows of an array into equal parts, which get a new leading axis.
+
+    Args:
+      x: rows at `axis`, and columns (if any) behind them.
+      parts: number of parts.
+      axis: of the rows.
+      over: mesh axes that the rows are spread over.
+      in_order: part p is the p-th run of rows.
+    """
+    rows = x.shape[axis] // parts
+    devices = 1 if in_order else _devices(rows, over)
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    x = x.reshape(*before, devices, parts, rows // devices, *after)
+    x = jnp.moveaxis(x, axis + 1, 0).reshape(parts, *before, rows, *after)
+    return constrain(x, *[None] * (axis + 1), over, *_columns(over))
+
+
+def join_rows(
+    x: Array, axis: int = 0, *, over: tuple[str, ...] = BATCH, in_order: bool = False
+) -> Array:
+    """Inverse of `cut_rows`: takes the leading axis away."""
+    parts, rows = x.shape[0], x.shape[axis + 1]
+    devices = 1 if in_order else _devices(rows, over)
+    x = jnp.moveaxis(x, 0, axis)  # [..., parts, rows, ...]
+    before, after = x.shape[:axis], x.shape[axis + 2 :]
+    x = jnp.moveaxis(x.reshape(*before, parts, devices, rows // devices, *after), axis, axis + 1)
+    x = x.reshape(*before, parts * rows, *after)
+    return constrain(x, *[None] * axis, over, *_columns(over))
+
+
+def _columns(over: tuple[str, ...]) -> tuple[str, ...]:
+    return () if "context" in over else ("context",)
+
+
+def _devices(rows: int, over: tuple[str, ...]) -> int:
+    """Over how many devices the rows of a part are spread; 1 where they do not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else math.prod(mesh.shape[a] for a in over)
+    return devices if rows % devices == 0 else 1

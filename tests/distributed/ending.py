@@ -1,0 +1,32 @@
+"""ending.py WHO HOW: processes that work in step, until something happens to one of them."""
+
+import os
+import signal
+import sys
+import time
+
+from jaxrl_stable import distributed, watch
+from jaxrl_stable.preemption import StopRequest
+from jaxrl_stable.program import errors_in_one_line
+
+who, how = int(sys.argv[1]), sys.argv[2]
+distributed.initialize()
+with watch.together(), errors_in_one_line(False), StopRequest() as stop:
+    for step in range(100):
+        if stop.agreed():
+            print(f"stops after step {step}", flush=True)
+            break
+        if step == 3 and how == "same fault":
+            raise ValueError("everybody sees this")
+        if step != 3 or distributed.global_state.process_id != who:
+            # The others wait on the host once, where no broken connection tells them anything.
+            time.sleep(0.05 + 60 * (step == 3 and how == "killed in peace"))
+            continue
+        if how.startswith("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if how == "fault":
+            raise ValueError("the reward is faulty; mend it")
+        if how == "bug":
+            raise KeyError("a bug")
