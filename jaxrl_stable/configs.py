@@ -310,8 +310,10 @@ class Experiment:
         columns = self.data.prompt_width + rl.max_tokens
         needs["Data.prompt_width + Reinforcement.max_tokens"] = (columns, context)
         if self.cold_start is not None:
-            needs["Supervised.batch_size"] = (self.cold_start.batch_size, batch)
+            needs["Supervised.batch_size"] = (self.cold_start.batch_size, rows)
             needs["Supervised.length"] = (self.cold_start.length, context)
+        if self.model.num_experts:
+            needs["ModelConfig.num_experts"] = (self.model.num_experts, mesh.shape["expert"])
         for field, (size, parts) in needs.items():
             if size % parts:
                 raise ValueError(

@@ -15,7 +15,7 @@ from jaxrl_stable.model.dispatch import experts_implementation
 from jaxrl_stable.model.transformer import init_model
 from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.quantize import quantize
+from jaxrl_stable.quantize import quantize, sampling_copy
 from jaxrl_stable.routing import expert_dtype
 
 
@@ -25,10 +25,12 @@ def describe(experiment: Experiment) -> str:
     model = jax.eval_shape(lambda: init_model(model_config, experiment.seed))
     optimizer = make_optimizer(rl.optimizer)
     state = jax.eval_shape(lambda: init_state(init_model(model_config, 0), optimizer))
-    sampler = jax.eval_shape(lambda m: quantize(m, rl.rollout_format), model)
+    copy = sampling_copy if rl.rollout_cache else quantize
+    sampler = jax.eval_shape(lambda m: copy(m, rl.rollout_format), model)
     rows = rl.prompts * rl.group_size
     width = experiment.data.prompt_width + rl.max_tokens
-    cache = jax.eval_shape(lambda: empty_cache(model_config, rows, width))
+    at_once = rl.rollout_rows or rows
+    cache = jax.eval_shape(lambda: empty_cache(model_config, at_once, width))
     mini_batch = rows // rl.objective.mini_batches
     layers, k = model_config.num_moe_layers, model_config.num_experts_per_token
     routing = (layers, rows, width, k)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 from jaxrl_stable.judge import Judged, informative
 from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing
+from jaxrl_stable.sharding import ROWS, constrain
 
 
 class Round(NamedTuple):
@@ -72,14 +73,18 @@ def collect(
 
 
 def fill_rows(old: Trajectory, new: Trajectory, rows: Int[Array, "B"]) -> Trajectory:
-    """Row `rows[i]` of `new` in the place of row i of `old`; −1 keeps the old one."""
+    """Row `rows[i]` of `new` in the place of row i of `old`; −1 keeps the old one.
+
+    On a mesh every device sees all of `new` for it, which for long responses is much memory.
+    """
 
     def pick(axis: int):
         def pick_rows(a: Array, b: Array) -> Array:
             shape = [1] * a.ndim
             shape[axis] = -1
             taken = jnp.take(b, jnp.maximum(rows, 0), axis=axis)
-            return jnp.where((rows >= 0).reshape(shape), taken, a)
+            filled = jnp.where((rows >= 0).reshape(shape), taken, a)
+            return constrain(filled, *[None] * axis, ROWS)
 
         return pick_rows
 

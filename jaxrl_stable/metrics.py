@@ -70,7 +70,9 @@ class MetricsWriter:
         files = [self._workdir / name for name in ("metrics.jsonl", "samples.jsonl")]
         for path in files:
             _drop_after(path, start_step)
-        self._metrics, self._samples = (path.open("a", encoding="ascii") for path in files)
+        self._metrics, self._samples = files
+        for path in files:
+            path.touch()
         self._tensorboard = tensorboardX.SummaryWriter(
             str(self._workdir / "tensorboard"),
             purge_step=start_step + 1,  # hides events of this step and later
@@ -92,8 +94,6 @@ class MetricsWriter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._metrics.close()
-        self._samples.close()
         self._tensorboard.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -227,10 +227,11 @@ def _visible_character(character: str) -> str:
     return character
 
 
-def _append(file, row: Mapping[str, Any]) -> None:
-    # One write a row, so that a kill can tear the last line only.
-    file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
-    file.flush()
+def _append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
+    # One write a row, so that a kill can tear the last line only; closed, as a bucket that is
+    # mounted as a directory has a file from then on.
+    with path.open("a", encoding="ascii") as file:
+        file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -221,7 +221,7 @@ class Objective:
         Args:
           logp: log π_θ; carries a gradient.
           entropy: of the policy at each response token; carries a gradient.
-          batch: an `update.TrainBatch`.
+          batch: a `batch.TrainBatch`.
         """
         mask = batch.response_mask
         out, factor = self.token_loss(

@@ -102,7 +102,7 @@ def in_float32(
         if state.master is None:
             return updates, Float32State(inner_state, None)
         master = optax.apply_updates(exact, updates)
-        # What takes the stored weight to the rounded new one: float32 holds it exactly.
+        # What takes the stored weight to the rounded new one.
         moves = jax.tree.map(
             lambda new, old: new.astype(old.dtype).astype(jnp.float32) - old.astype(jnp.float32),
             master,

@@ -36,6 +36,8 @@ def cut_rows(
     rows = x.shape[axis] // parts
     devices = 1 if in_order else _devices(rows, over)
     before, after = x.shape[:axis], x.shape[axis + 1 :]
+    # Columns find their place first: XLA cannot do both at once, and would gather everything.
+    x = constrain(x, *[None] * axis, over, *_columns(over))
     x = x.reshape(*before, devices, parts, rows // devices, *after)
     x = jnp.moveaxis(x, axis + 1, 0).reshape(parts, *before, rows, *after)
     return constrain(x, *[None] * (axis + 1), over, *_columns(over))

@@ -20,7 +20,7 @@ from jaxrl_stable.data import packed_iterator
 from jaxrl_stable.diagnostics import Mean, Metrics
 from jaxrl_stable.gates import check_finite
 from jaxrl_stable.metrics import open_writer
-from jaxrl_stable.model.head import token_log_probs
+from jaxrl_stable.model.head import next_token_log_probs
 from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.optimizer import (
     TrainState,
@@ -47,11 +47,11 @@ def supervised_update(
       batch: `tokens`, `segment_ids`, `positions` [B, T] and `loss_mask` [B, T], as packed.
       optimizer: static.
     """
-    mask = batch["loss_mask"][:, 1:]
+    mask = batch["loss_mask"]
 
     def loss(model: Transformer):
         output = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-        scored = token_log_probs(model, output.hidden[:, :-1], batch["tokens"][:, 1:])
+        scored = next_token_log_probs(model, output.hidden, batch["tokens"], 1)
         nll = diagnostics.masked_mean(-scored.logp, mask)
         metrics = {
             "sft/loss": nll,
@@ -78,6 +78,7 @@ def train(experiment: Experiment, task: Task, workdir: str | pathlib.Path) -> Tr
     if config is None:
         raise ValueError("Experiment.cold_start is missing; bind it to @configs.Supervised()")
     mesh, optimizer = make_mesh(experiment.mesh), make_optimizer(config.optimizer)
+    experiment.check_mesh(mesh)
     source = task.train if config.demonstrations is None else open_source(config.demonstrations)
     identity = f"{source!r} with {task.identity}, seed {experiment.seed}"
     batches = packed_iterator(

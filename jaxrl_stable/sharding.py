@@ -8,6 +8,7 @@ attention kernels, experts, head) derives its collectives from the same rules.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -113,11 +114,17 @@ def spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> P:
         for_storage = PARAMETER_RULES.get(name) is STORED
         if for_storage and len(axes) > 1 and math.prod(mesh.shape[a] for a in axes) == rest:
             axes = axes[:-1]
-        while axes and size % math.prod(mesh.shape[a] for a in axes):
-            axes = axes[:-1]
+        axes = _fitting(axes, size, mesh)
         taken.update(axes)
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return P(*entries)
+
+
+def _fitting(axes: tuple[str, ...], size: int, mesh: Any) -> tuple[str, ...]:
+    """Those of the axes that together cut an axis of this size into the most equal parts."""
+    parts = lambda some: math.prod(mesh.shape[a] for a in some)  # noqa: E731
+    some = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
+    return max((c for c in some if size % parts(c) == 0), key=parts)
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -310,7 +317,7 @@ def shard_rows(mesh: Mesh, tree: Any) -> Any:
         if x.shape[0] % parts:
             raise ValueError(
                 f"{x.shape[0]} rows cannot be spread evenly over {parts} devices; use a multiple "
-                f"of {parts} responses at a time"
+                f"of {parts}"
             )
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 

@@ -15,8 +15,7 @@ from jaxrl_stable import diagnostics
 from jaxrl_stable.batch import TrainBatch, split
 from jaxrl_stable.diagnostics import Mean, Metrics
 from jaxrl_stable.model.experts import RouterOutput
-from jaxrl_stable.model.head import HeadOutput, token_log_probs
-from jaxrl_stable.model.layout import layout
+from jaxrl_stable.model.head import HeadOutput, next_token_log_probs
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Decided, Objective
 from jaxrl_stable.objectives import divide
@@ -83,14 +82,7 @@ def response_log_probs(
 
     Column t of the result scores `tokens[:, t]`, which the hidden state of column t − 1 predicts.
     """
-    tokens, first = batch.tokens, batch.prompt_width
-    if layout(*tokens.shape, sampling=False).columns:
-        # Columns that lie on several devices stay there: prompts are scored too, and masked.
-        scored = token_log_probs(model, hidden, jnp.roll(tokens, -1, axis=1), temperature)
-        scored = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), scored)
-    else:
-        scored = token_log_probs(model, hidden[:, first - 1 : -1], tokens[:, first:], temperature)
-        scored = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (first, 0))), scored)
+    scored = next_token_log_probs(model, hidden, batch.tokens, batch.prompt_width, temperature)
     return jax.tree.map(lambda x: jnp.where(batch.response_mask, x, 0.0), scored)
 
 

@@ -86,6 +86,13 @@ def run(options: argparse.Namespace) -> int:
     """Starts the processes, waits for all, and returns the first status that is not 0."""
     port = options.port or free_port()
     processes, copies = [], []
+
+    def pass_on(signum: int, _) -> None:
+        for process in processes:
+            process.send_signal(signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):  # before there is anything to leave behind
+        signal.signal(signum, pass_on)
     for index in range(options.processes):
         process = subprocess.Popen(
             options.command,
@@ -103,12 +110,6 @@ def run(options: argparse.Namespace) -> int:
             copy.start()
             copies.append(copy)
 
-    def pass_on(signum: int, _) -> None:
-        for process in processes:
-            process.send_signal(signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, pass_on)
     first, deadline = 0, float("inf")
     ended: set[int] = set()
     while len(ended) < len(processes):

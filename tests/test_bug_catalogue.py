@@ -57,7 +57,7 @@ REPLAY = {
     ],
     "worse: tokens permuted, routes not (SkyRL#1335)": [
         "test_bugs_of_replay.py::test_routing_of_another_row_is_noticed",
-        "test_sharding.py::test_meshes_agree_with_one_device",
+        "meshes/test_meshes.py::test_meshes_agree_with_one_device",
     ],
     "worse: physical ids for logical ones (TensorRT-LLM#17778)": [
         "test_bugs_of_replay.py::test_physical_expert_ids_are_noticed",

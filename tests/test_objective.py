@@ -35,7 +35,6 @@ def test_defaults_are_minirl():
         ({"mini_batches": 0}, r"Objective\.mini_batches is 0; it must be at least 1"),
         ({"kl_weighted": True, "kl_estimator": "k2"}, "kl_weighted biases kl_estimator='k2'"),
     ],
-    ids=str,
 )
 def test_settings_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
@@ -72,7 +71,6 @@ TIS, ICEPOP = corrections.token_tis, corrections.icepop
         ),
         ({"corrections": [corrections.off_policy_sequence_mask], "policies": "bypass"}, None),
     ],
-    ids=str,
 )
 def test_functions_that_go_together_and_those_that_do_not(together, message):
     objective = Objective(**together)
@@ -112,7 +110,6 @@ def broken(*arrays):
         (Objective(advantages=partial(estimators.standardized, scale="x")), "scale 'x' is unknown"),
         (Objective(aggregation="seq-mean-token-sum-norm"), "horizon is None"),
     ],
-    ids=str,
 )
 def test_check_finds_wrong_options_before_anything_runs(objective, message):
     with pytest.raises(ValueError, match=message):

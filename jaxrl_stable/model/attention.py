@@ -121,12 +121,11 @@ class Attention(nnx.Module):
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(y, min=-config.clip_qkv, max=config.clip_qkv) for y in (q, k, v))
         q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
-        q, k, v = (checkpoint_name(y, n) for y, n in ((q, "query"), (k, "key"), (v, "value")))
         if cache is not None:
             cache = cache.write(layer, k, v)
             if frame.mask is not None:
                 k, v = cache.keys[layer], cache.values[layer]
-        y = checkpoint_name(attend(config, q, k, v, frame), "attended")
+        y = attend(config, q, k, v, frame)
         return jnp.einsum("bthk,hkd->btd", y, read(self.out, x.dtype)), cache
 
 
@@ -138,17 +137,21 @@ def attend(
     frame: Frame,
 ) -> Float[Array, "B T H vd"]:
     """softmax(scale · q kᵀ) v over the columns that a token sees."""
+    q, k, v = (checkpoint_name(y, n) for y, n in ((q, "query"), (k, "key"), (v, "value")))
+    layout, scale = frame.layout, softmax_scale(config)
     if frame.mask is None:
-        return splash_attention(q * softmax_scale(config), k, v, frame.segment_ids, frame.layout)
+        y = splash_attention(q * scale, k, v, frame.segment_ids, layout)
+        return checkpoint_name(y, "attended")
     implementation = attention_implementation(config)
-    return jax.nn.dot_product_attention(
-        q,
-        frame.layout.whole_columns(k),
-        frame.layout.whole_columns(v),
-        mask=frame.mask,
-        scale=softmax_scale(config),
-        implementation="xla" if implementation == "splash" else implementation,
+    # cuDNN takes neither columns nor unequal shares of the heads over devices.
+    unequal = layout.columns or k.shape[2] % layout.size(("tensor",))
+    if implementation == "splash" or unequal:
+        implementation = "xla"
+    k, v = layout.whole_columns(k), layout.whole_columns(v)
+    y = jax.nn.dot_product_attention(
+        q, k, v, mask=frame.mask, scale=scale, implementation=implementation
     )
+    return checkpoint_name(y, "attended")
 
 
 def softmax_scale(config: ModelConfig) -> float:

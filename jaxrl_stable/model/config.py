@@ -106,14 +106,14 @@ class ModelConfig:
       tie_embeddings: the output head is the transposed embedding.
       dtype: type of activations and of weights in products. Router, norms, attention weights and
         log-probabilities are float32 whatever it is.
-      param_dtype: type in which parameters are stored and optimised.
+      param_dtype: type in which parameters are stored; they are optimised in float32.
       scan_layers: scan over repeated layers (one compiled body) or unroll them.
       remat: what a block keeps for the backward pass: "none" keeps all, "dots" the products that
         cost most (queries, keys, values, attention, the experts' hidden layer), "block" its input
         alone, "offload" that input in the host's memory.
       attention: "auto", "xla", "cudnn" or "splash".
-      experts: grouped matrix product: "auto", "ragged", "blocked", "megablox", "tokamax", or "dense"
-        (every expert on every token: the oracle of tests).
+      experts: grouped matrix product: "auto", "ragged", "blocked", "megablox", "tokamax", or
+        "dense" (every expert on every token: the oracle of tests).
       experts_exchange: how tokens reach experts on other devices: "all_gather" or
         "ragged_all_to_all"; see `expert_parallel`.
       experts_rows: room of a device's buffer of (token, choice) pairs, in rows of D numbers; tokens

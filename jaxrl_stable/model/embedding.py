@@ -19,7 +19,7 @@ def lookup(
     A device holds some columns of the table (and some rows, under `tensor`). It looks up its part
     for the tokens of all devices among which the columns are divided, and an all-to-all hands
     every device the whole rows of its own tokens. So D numbers travel for a token, never the
-    table; and the gradient adds up where a row is stored, in the stored type.
+    table; and the gradient adds up in float32, where a row is stored.
 
     Args:
       table: axes ("vocab", "embed").
@@ -29,7 +29,7 @@ def lookup(
     """
     value = table.get_value()
     if not layout.shape:
-        return value[tokens].astype(dtype)
+        return value.astype(jnp.float32)[tokens].astype(dtype)
     partition = spec(table.get_metadata()["axes"], value.shape, jax.sharding.get_abstract_mesh())
     tensor, stored = map(mesh_axes, partition)
 
@@ -40,7 +40,7 @@ def lookup(
         if tensor:
             ids = ids - jax.lax.axis_index(tensor) * table.shape[0]
             ids = jnp.where((ids >= 0) & (ids < table.shape[0]), ids, table.shape[0])
-        rows = table.at[ids].get(mode="fill", fill_value=0).astype(dtype)
+        rows = table.astype(jnp.float32).at[ids].get(mode="fill", fill_value=0).astype(dtype)
         if tensor:
             rows = jax.lax.psum(rows, tensor)
         if stored:

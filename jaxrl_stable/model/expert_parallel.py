@@ -59,7 +59,6 @@ def mixture(
       layout: where rows and columns live.
     """
     stored = [param.get_value() for param in params]
-    chosen = chosen.astype(expert_dtype(config.num_experts))  # a byte travels, not four
     if not layout.shape:
         weights = ExpertWeights(*(cast(w, x.dtype) for w in stored))
         apply = partial(apply_experts, config=config)
@@ -71,22 +70,28 @@ def mixture(
         for p, value in zip(params, stored)
     ]
 
+    # The output of a kernel does not say over which axes it varies.
+    checked = experts_implementation(config) not in ("megablox", "tokamax")
+    held = {axis for entry in _of_values(partitions[0]) for axis in mesh_axes(entry)}
+    copied = tuple(a for a in layout.rows + layout.columns if a not in held)
+
     def local(stored, x, real, chosen, gates):
+        if checked and copied:  # gradients of copies then add up where they are stored, as stored
+            stored = jax.lax.pcast(stored, copied, to="varying")
         bring = zip(stored, map(_of_values, partitions))
         weights = ExpertWeights(*(_bring(cast(w, x.dtype), p) for w, p in bring))
         experts, _, tensor = map(mesh_axes, _of_values(partitions[0]))
         travel = partial(_travel, config=config, experts=experts, tensor=tensor, layout=layout)
-        senders = layout.size(tuple(a for a in experts if a in layout.rows))
-        return _in_lots(travel, weights, x, real, chosen, gates, config, senders)
+        return _in_lots(travel, weights, x, real, chosen, gates, config, layout.size(experts))
 
+    chosen = chosen.astype(expert_dtype(config.num_experts))  # a byte travels, not four
     rows = layout.spec()
     each = layout.spec(None)
     return jax.shard_map(
         local,
         in_specs=(partitions, each, rows, each, each),
         out_specs=each,
-        # The kernel's output does not say over which axes it varies.
-        check_vma=experts_implementation(config) != "megablox",
+        check_vma=checked,
     )(stored, x, real, chosen, gates)
 
 
@@ -97,29 +102,25 @@ def _travel(weights, tokens, real, chosen, gates, config, experts, tensor, layou
       weights: the experts of this device, whole but for `tensor`.
       tokens, real, chosen, gates: of this device, `[N, ...]`; `chosen` counts all E experts.
       config: of the model.
-      experts: mesh axes that the experts are spread over.
+      experts: mesh axes that the experts are spread over, as rows are.
       tensor: mesh axes that their width is spread over.
-      layout: rows that are spread over `experts` travel; others are there already.
+      layout: sizes of these axes.
     """
-    away = tuple(a for a in experts if a in layout.rows)
-    summed = tuple(a for a in experts if a not in layout.rows) + tensor
-    if summed:  # every device has these tokens, and adds its own part
-        tokens, gates = jax.lax.pcast((tokens, gates), summed, to="varying")
-    first = jax.lax.axis_index(experts) * weights.gate.shape[0] if experts else 0
-    if away and config.experts_exchange == "ragged_all_to_all":
-        if away != experts:
-            raise ValueError(
-                f"experts are spread over {experts} but rows over {layout.rows}; ragged exchange "
-                "needs rows on all of them, use experts_exchange='all_gather'"
-            )
-        y = _exchange(weights, tokens, real, chosen, gates, config, away, layout.size(away))
+    if tensor:  # every device of it has these tokens, and adds its own part
+        tokens, gates = jax.lax.pcast((tokens, gates), tensor, to="varying")
+    if experts and config.experts_exchange == "ragged_all_to_all":
+        y = _exchange(weights, tokens, real, chosen, gates, config, experts, layout.size(experts))
         return jax.lax.psum(y, tensor) if tensor else y
-    if away:
-        together = partial(jax.lax.all_gather, axis_name=away, axis=0, tiled=True)
+    first = 0
+    if experts:
+        first = jax.lax.axis_index(experts) * weights.gate.shape[0]
+        together = partial(jax.lax.all_gather, axis_name=experts, axis=0, tiled=True)
         tokens, real, chosen, gates = map(together, (tokens, real, chosen, gates))
     y = apply_experts(weights, tokens, real, chosen.astype(jnp.int32) - first, gates, config)
-    y = jax.lax.psum(y, summed) if summed else y
-    return jax.lax.psum_scatter(y, away, scatter_dimension=0, tiled=True) if away else y
+    y = jax.lax.psum(y, tensor) if tensor else y
+    if experts:
+        y = jax.lax.psum_scatter(y, experts, scatter_dimension=0, tiled=True)
+    return y
 
 
 def _exchange(weights, tokens, real, chosen, gates, config, axes, size):

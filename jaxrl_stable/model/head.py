@@ -52,16 +52,19 @@ def token_log_probs(
     weight, chunk = model.head_weight(), model.config.head_chunk
     where = layout(*targets.shape, sampling=False)
     if not where.shape:
-        return _score(weight, hidden, targets, temperature, chunk)
+        return _score(weight.astype(jnp.float32), hidden, targets, temperature, chunk)
     partition = spec(model.head_axes(), weight.shape, jax.sharding.get_abstract_mesh())
     stored, tensor = map(mesh_axes, partition)
     stored = tuple(a for a in stored if a in STORED)
+    copied = tuple(a for a in where.rows + where.columns if a not in stored)
 
     def local(weight, hidden, targets):
+        if copied:  # gradients of copies then add up once, not for every chunk
+            weight = jax.lax.pcast(weight, copied, to="varying")
         if stored:  # cast first: half the bytes travel
             weight = weight.astype(hidden.dtype)
-            weight = jax.lax.all_gather(weight, stored, tiled=True).astype(jnp.float32)
-        return _score(weight, hidden, targets, temperature, chunk, tensor)
+            weight = jax.lax.all_gather(weight, stored, tiled=True)
+        return _score(weight.astype(jnp.float32), hidden, targets, temperature, chunk, tensor)
 
     return jax.shard_map(
         local,
@@ -70,8 +73,34 @@ def token_log_probs(
     )(weight, hidden, targets)
 
 
+def next_token_log_probs(
+    model: Transformer,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    first: int,
+    temperature: float = 1.0,
+) -> HeadOutput:
+    """Scores `tokens[b, t]` from column `first` on, by the hidden state of column t − 1; 0 before.
+
+    Columns that lie on several devices stay there: those before `first` are then scored too.
+    """
+    if layout(*tokens.shape, sampling=False).columns:
+        scored = token_log_probs(model, hidden, jnp.roll(tokens, -1, axis=1), temperature)
+        kept = jnp.arange(tokens.shape[1]) >= first
+        return jax.tree.map(lambda x: jnp.where(kept, jnp.roll(x, 1, axis=1), 0.0), scored)
+    scored = token_log_probs(model, hidden[:, first - 1 : -1], tokens[:, first:], temperature)
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (first, 0))), scored)
+
+
 def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput:
-    """Scores the tokens of one device; `tensor`: mesh axes that the vocabulary is cut over."""
+    """Scores the tokens of one device.
+
+    Args:
+      weight: float32, so that its gradient adds up over chunks in it.
+      hidden, targets, temperature: see `token_log_probs`.
+      chunk: tokens whose logits exist at a time.
+      tensor: mesh axes that the vocabulary is cut over.
+    """
     B, T, D = hidden.shape
     chunk = min(max(chunk // B, 1), T)
     padding = -T % chunk
@@ -110,7 +139,7 @@ def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput
 def _logits(
     hidden: Float[Array, "... D"], weight: Float[Array, "D V"], temperature: float
 ) -> Float[Array, "... V"]:
-    # Cast here, inside a chunk: the weight's gradient then adds up over chunks in float32.
+    # Cast here, inside a chunk: the weight's gradient then adds up over chunks as it came.
     weight = weight.astype(hidden.dtype)
     product = jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
     return product / temperature

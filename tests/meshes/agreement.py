@@ -17,6 +17,7 @@ from jaxrl_stable.model import init_model, tiny
 from jaxrl_stable.optimizer import init_state, make_optimizer
 from jaxrl_stable.quantize import sampling_copy
 from jaxrl_stable.rollout import Sampling, rollout
+from jaxrl_stable.sft import supervised_update
 from jaxrl_stable.sharding import ROWS, make_mesh, shard_rows, sharded_init
 from jaxrl_stable.update import score, update, with_old_policy
 
@@ -26,7 +27,12 @@ OPTIMIZER = make_optimizer(configs.Optimizer(learning_rate=1e-2))
 
 
 def results(
-    mesh: list[int], replay: str, format: str, lot: int | None = None, **model
+    mesh: list[int],
+    replay: str,
+    format: str,
+    lot: int | None = None,
+    sft: bool = False,
+    **model,
 ) -> dict[str, object]:
     """Tokens, routing, log-probabilities, metrics and first moments (gradients) of one step."""
     rng = np.random.default_rng(0)
@@ -58,8 +64,16 @@ def results(
         if mesh.size > 1:
             gate = moments.stacks[0][0].mlp.gate[...]
             assert share(gate) == share(state.model.stacks[0][0].mlp.gate[...])
+        supervised = None
+        if sft:
+            rows = trajectory.real.astype(jax.numpy.int32)
+            places = dict(positions=trajectory.routing.valid.cumsum(-1), segment_ids=rows)
+            packed = dict(tokens=trajectory.tokens, loss_mask=trajectory.response_mask, **places)
+            step = jax.jit(partial(supervised_update, optimizer=OPTIMIZER))
+            supervised = finalize(step(state, packed)[1])
         return jax.device_get(
             {
+                "supervised": supervised,
                 "tokens": trajectory.tokens,
                 "routing": trajectory.routing,
                 "replayed": batch.routing,
@@ -98,7 +112,7 @@ def main(cases: list[dict]) -> None:
     one = {}
     for case in cases:
         case = {"replay": "R3", "format": "int8"} | case
-        key = case["replay"], case["format"]
+        key = case["replay"], case["format"], None, case.get("sft", False)
         if key not in one:
             one[key] = results([1, 1, 1, 1, 1], *key)
         expected, actual = one[key], results(**case)
@@ -112,6 +126,8 @@ def main(cases: list[dict]) -> None:
             np.testing.assert_allclose(
                 value, actual["metrics"][name], rtol=1e-4, atol=1e-5, err_msg=name
             )
+        for name, value in (expected["supervised"] or {}).items():
+            np.testing.assert_allclose(value, actual["supervised"][name], rtol=1e-4, err_msg=name)
         worst = 0.0
         for a, b in zip(*(jax.tree.leaves(x["moments"]) for x in (expected, actual))):
             worst = max(worst, np.abs(a - b).max() / np.abs(a).max())

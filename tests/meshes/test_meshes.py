@@ -19,7 +19,7 @@ ALL = [
     {"mesh": [1, 1, 8, 1, 1], "experts_exchange": "ragged_all_to_all"},
     {"mesh": [1, 2, 2, 2, 1], "experts_exchange": "ragged_all_to_all", "experts": "ragged"},
     {"mesh": [1, 2, 2, 1, 2], "replay": "R2", "format": "none"},
-    {"mesh": [1, 1, 2, 1, 4], "remat": "dots"},
+    {"mesh": [1, 1, 2, 1, 4], "remat": "dots", "sft": True},
 ]
 FEW = [
     {"mesh": [1, 2, 2, 2, 1], "experts_exchange": "ragged_all_to_all"},

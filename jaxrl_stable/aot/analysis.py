@@ -1,0 +1,143 @@
+"""All figures of one compiled program, ready to print, to store and to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxrl_stable.aot import hlo
+from jaxrl_stable.aot.collectives import Collective, bytes_by_kind, collectives
+from jaxrl_stable.aot.loops import steps
+from jaxrl_stable.aot.memory import Memory, Tensor, memory, named_tensors, temporaries
+from jaxrl_stable.aot.programs import Compiled
+from jaxrl_stable.aot.roofline import Roofline, roofline
+from jaxrl_stable.aot.topology import Topology
+from jaxrl_stable.aot.work import kernel_flops, work
+from jaxrl_stable.configs import Reinforcement
+from jaxrl_stable.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What runs once, or one iteration of the loop that decodes; everything is for one chip.
+
+    Attributes:
+      name: of the program, or "decode": one token of every row that is sampled at a time.
+      flops: that the program computes: products and kernels.
+      model_flops: that the model needs.
+      hbm_bytes: read from and written to main memory.
+      sent: bytes by kind of collective; "dcn …" between slices.
+      times: seconds that each resource would need.
+      mfu: upper bound of the share of the peak that useful work reaches.
+      unknown: kernels whose FLOPs are missing.
+    """
+
+    name: str
+    flops: float
+    model_flops: float
+    hbm_bytes: float
+    sent: dict[str, float]
+    times: Roofline
+    mfu: float
+    unknown: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """One program on one topology.
+
+    Attributes:
+      name: of the program.
+      seconds: to compile.
+      memory: bytes on one chip.
+      hbm: bytes that one chip has for programs.
+      parts: what runs once, and the loop over tokens where there is one.
+      tensors: what takes most memory, largest first.
+    """
+
+    name: str
+    seconds: float
+    memory: Memory
+    hbm: float
+    parts: tuple[Part, ...]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.hbm
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        record = dataclasses.asdict(self) | {"fits": self.fits}
+        record["memory"]["total"] = self.memory.total
+        for part, stored in zip(self.parts, record["parts"], strict=True):
+            stored |= {"bound": part.times.bound, "seconds": part.times.step}
+        return record
+
+
+def analyse(
+    compiled: Compiled, config: ModelConfig, topology: Topology, mesh: Mesh, tensors: int = 5
+) -> Figures:
+    """Takes a compiled program apart.
+
+    Args:
+      compiled: the program.
+      config: of the model.
+      topology: what it was compiled for.
+      mesh: over its devices.
+      tensors: how many of the largest to keep.
+    """
+    program = compiled.program
+    module = hlo.parse(compiled.executable.as_text())
+    found = collectives(module, topology.slice_size, topology.slices)
+    coordinates = [device.coords for device in mesh.devices.flat][: topology.slice_size]
+
+    def part(name: str, loop: str, model_flops: float) -> Part:
+        done = work(module, loop, kernel_flops(config))
+        inside: list[Collective] = [each for each in found if each.loop == loop]
+        times = roofline(topology.chip, done.flops, done.hbm_bytes, inside, coordinates)
+        useful = model_flops / topology.chips
+        return Part(
+            name=name,
+            flops=done.flops,
+            model_flops=useful,
+            hbm_bytes=done.hbm_bytes,
+            sent=bytes_by_kind(found, loop),
+            times=times,
+            mfu=times.mfu(useful, topology.chip),
+            unknown=done.unknown,
+        )
+
+    parts = [part(program.name, "", program.model_flops)]
+    loops = sorted({step.loop for step in steps(module)} - {""})
+    parts += [part("decode", loop, program.loop_flops) for loop in loops]
+    largest = [
+        *named_tensors(program.arguments, "argument"),
+        *named_tensors(program.beside, "beside"),
+        *temporaries(module),
+    ]
+    largest.sort(key=lambda tensor: -tensor.bytes)
+    return Figures(
+        name=program.name,
+        seconds=compiled.seconds,
+        memory=memory(compiled.executable, program.beside),
+        hbm=topology.chip.hbm,
+        parts=tuple(parts),
+        tensors=tuple(largest[:tensors]),
+    )
+
+
+def step_seconds(figures: list[Figures], rl: Reinforcement) -> dict[str, float]:
+    """Seconds of one training step at the roofline, by program; every response at its longest."""
+    rows = rl.prompts * rl.group_size
+    decoded = rl.max_tokens * rows // (rl.rollout_rows or rows)
+    total = {}
+    for each in figures:
+        first, *loops = each.parts
+        seconds = first.times.step + decoded * math.fsum(x.times.step for x in loops)
+        runs = rl.objective.mini_batches if each.name == "update" else 1
+        total[each.name] = runs * seconds
+    return total

@@ -1,0 +1,181 @@
+"""What a compiled program sends: each collective, its group, and the bytes a chip puts on the wire.
+
+Bytes are those that leave one chip when the collective runs as a ring of n chips (the convention of
+NCCL's "bus bandwidth", and of the JAX scaling book):
+
+    all-gather           (n − 1) · input                    = (n − 1)/n · output
+    reduce-scatter       (n − 1)/n · input
+    all-reduce           2 (n − 1)/n · input                (a reduce-scatter, then an all-gather)
+    all-to-all           (n − 1)/n · input
+    ragged-all-to-all    (n − 1)/n · the smaller buffer     (what it holds is known at run time)
+    collective-permute   input
+
+libtpu writes some reduce-scatters as a fusion of an all-reduce with the slice that a chip keeps;
+they are what they do. An all-reduce with the slice outside of it sends all that its kind says.
+
+They count once for each run of the instruction, loops multiplied out. Chips of one slice talk over
+ICI. Between slices the compiler for TPU replaces a collective by a send through the host, which it
+labels with the collective's kind: those bytes go over the data-centre network (DCN).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxrl_stable.aot.groups import replica_groups
+from jaxrl_stable.aot.hlo import Array, Computation, Instruction, Module
+from jaxrl_stable.aot.loops import steps
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+_DCN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction.
+
+    Attributes:
+      kind: one of `KINDS`.
+      network: "ici" or "dcn".
+      arrays: what goes in, on one chip.
+      group: devices of the first group; empty over DCN.
+      size: chips (slices over DCN) of a group.
+      sent: bytes that leave a chip in one run.
+      times: runs of it, or runs in one iteration of `loop`.
+      loop: the enclosing loop of unknown length, "" outside.
+      op_name: where in the Python program it comes from.
+      gathers: an all-reduce that brings parts together: each chip adds its own to zeros. XLA for
+        TPU writes an all-gather so when it has no faster way on the links in question.
+    """
+
+    kind: str
+    network: str
+    arrays: tuple[Array, ...]
+    group: tuple[int, ...]
+    size: int
+    sent: float
+    times: int
+    loop: str
+    op_name: str
+    gathers: bool = False
+
+
+def collectives(module: Module, devices: int, slices: int = 1) -> list[Collective]:
+    """All collectives that a program runs.
+
+    Args:
+      module: the program.
+      devices: chips of a slice.
+      slices: number of slices.
+
+    Raises:
+      ValueError: replica groups in a form that is not known.
+    """
+    found, chains = [], set()
+    for step in steps(module):
+        for computation, each in _with_fused(module, step.computation, step.instruction):
+            if each.chain in chains:
+                continue
+            chains |= {each.chain} - {None}
+            collective = _read(module, computation, each, devices, slices)
+            if collective:
+                times = dict(times=step.times, loop=step.loop)
+                found.append(dataclasses.replace(collective, **times))
+    return found
+
+
+def bytes_by_kind(found: Iterable[Collective], loop: str = "") -> dict[str, float]:
+    """Bytes that a chip sends, by "kind" over ICI and "dcn kind" over DCN.
+
+    Args:
+      found: collectives.
+      loop: the loop of unknown length whose iteration is meant; "" for what runs outside them.
+    """
+    total: dict[str, float] = defaultdict(float)
+    for each in found:
+        if each.loop == loop and each.sent:
+            name = each.kind if each.network == "ici" else f"dcn {each.kind}"
+            total[name] += each.sent * each.times
+    return dict(sorted(total.items()))
+
+
+def spanned_axes(group: Sequence[int], coordinates: Sequence[Sequence[int]]) -> int:
+    """Dimensions of the torus along which the chips of a group differ."""
+    places = np.array([coordinates[device] for device in group])
+    return int((places != places[0]).any(0).sum())
+
+
+def _with_fused(module: Module, computation: Computation, instruction: Instruction):
+    """The instruction, or those inside a fusion that holds collectives."""
+    if instruction.opcode != "fusion":
+        return [(computation, instruction)]
+    body = module.body(instruction)
+    return [pair for each in body.instructions for pair in _with_fused(module, body, each)]
+
+
+def _read(
+    module: Module, computation: Computation, each: Instruction, devices: int, slices: int
+) -> Collective | None:
+    common = dict(times=1, loop="", op_name=each.op_name)
+    if each.opcode == "send" and (sent_over_dcn := _DCN.search(each.attributes)):
+        kind = sent_over_dcn[1].lower().replace("_", "-")
+        arrays = computation.operand(each, 0).arrays
+        sent = _sent(kind, slices, sum(a.bytes for a in arrays))
+        return Collective(kind, "dcn", arrays, (), slices, sent, **common)
+    kind = each.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    operands = [computation.by_name[name] for name in each.operands]
+    if kind == "ragged-all-to-all":  # buffers for input and output, then offsets and sizes
+        operands = [min(operands[:2], key=lambda x: x.bytes)]
+    arrays = tuple(array for operand in operands for array in operand.arrays)
+    payload = sum(array.bytes for array in arrays)
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", each.attributes)
+        moves = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
+        moving = [(int(a), int(b)) for a, b in moves if a != b]
+        group = moving[0] if moving else (0,)
+        return Collective(kind, "ici", arrays, group, len(group), payload * bool(moving), **common)
+    groups = replica_groups(each.attributes, devices)
+    size = groups.shape[1]
+    if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
+        kind = "reduce-scatter"  # a fusion of libtpu's: each chip keeps its slice of the sum
+    gathers = kind == "all-reduce" and any(_placed(module, computation, x) for x in operands)
+    sent = _sent(kind, size, payload)
+    return Collective(
+        kind, "ici", arrays, tuple(groups[0].tolist()), size, sent, gathers=gathers, **common
+    )
+
+
+def _sent(kind: str, n: int, payload: int) -> float:
+    factor = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}
+    return factor.get(kind, (n - 1) / n) * payload if n > 1 else 0.0
+
+
+def _placed(module: Module, computation: Computation, value: Instruction) -> bool:
+    """Whether a value is one part written into zeros."""
+    while value.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
+        value = computation.operand(value, 0)
+    if value.opcode == "fusion":
+        body = module.body(value)
+        return _placed(module, body, body.root)
+    if value.opcode != "dynamic-update-slice":
+        return False
+    into = computation.operand(value, 0)
+    while into.opcode in ("copy", "bitcast"):
+        into = computation.operand(into, 0)
+    if into.opcode == "parameter":  # of a fusion that is given the zeros
+        return True
+    return into.opcode == "broadcast"

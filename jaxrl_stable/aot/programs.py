@@ -1,0 +1,227 @@
+"""The programs of a run, lowered for devices that are not there.
+
+They are those of `train.make_programs`, with the same donation, and each gets what the one before
+it returns: what is proven here is what runs. Arguments are shapes with shardings; nothing is ever
+allocated.
+
+A response is taken at its longest, and every row as full: the programs have fixed shapes, so a
+shorter response changes how often the decode loop runs and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_stable.aot.flops import forward_flops
+from jaxrl_stable.batch import TrainBatch, make_batch
+from jaxrl_stable.configs import Experiment, Reinforcement
+from jaxrl_stable.model.attention import attention_implementation
+from jaxrl_stable.model.dispatch import experts_implementation
+from jaxrl_stable.model.transformer import init_model
+from jaxrl_stable.optimizer import TrainState, init_state, make_optimizer
+from jaxrl_stable.rollout import Sampling, Trajectory
+from jaxrl_stable.routing import Routing
+from jaxrl_stable.sharding import ROWS, abstract_state
+from jaxrl_stable.train import make_programs
+from jaxrl_stable.update import with_old_policy
+
+NAMES = ("rollout", "score", "update")  # what can be asked for; the small ones come along
+
+# A chip that is full is a finding here, not an error: without this flag libtpu refuses to compile
+# and says no more than two numbers.
+OPTIONS = {"xla_tpu_no_crash_on_oom": "true"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted program and its abstract arguments.
+
+    Attributes:
+      name: as in `train.Programs`.
+      function: jitted.
+      arguments: by name, in order; shapes with shardings.
+      beside: what else the run holds on its chips meanwhile, by name.
+      model_flops: that the model needs, over all chips; outside loops of unknown length.
+      loop_flops: the same for one iteration of such a loop (a token of all rows in one cache).
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    beside: dict[str, Any]
+    model_flops: float
+    loop_flops: float = 0.0
+
+    def compile(self) -> Compiled:
+        """Compiles, under `jax.set_mesh` of the mesh that the arguments lie on."""
+        begin = time.perf_counter()
+        lowered = self.function.lower(*self.arguments.values())
+        executable = lowered.compile(compiler_options=OPTIONS)
+        shapes = jax.eval_shape(self.function, *self.arguments.values())
+        outputs = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            executable.output_shardings,
+        )
+        return Compiled(self, executable, outputs, time.perf_counter() - begin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program.
+
+    Attributes:
+      program: what was compiled.
+      executable: the result.
+      outputs: what it returns: shapes, with the shardings that the compiler chose.
+      seconds: for tracing, lowering and compiling.
+    """
+
+    program: Program
+    executable: jax.stages.Compiled
+    outputs: Any
+    seconds: float
+
+
+def compiled_programs(
+    experiment: Experiment, mesh: Mesh, names: tuple[str, ...] = NAMES
+) -> Iterator[Compiled]:
+    """Compiles the programs of one training step, in the order in which they run.
+
+    Args:
+      experiment: what would run.
+      mesh: over the devices to compile for; must be in use (`jax.set_mesh`).
+      names: which of `NAMES`; the programs that make their arguments come along.
+
+    Raises:
+      ValueError: a name is unknown, or rows do not divide over the mesh.
+    """
+    for name in names:
+        if name not in NAMES:
+            raise ValueError(f"--programs={name} is unknown; use some of {', '.join(NAMES)}")
+    config, rl = experiment.model, experiment.reinforcement
+    rows, width = rl.prompts * rl.group_size, experiment.data.prompt_width
+    columns, parts = width + rl.max_tokens, rl.objective.mini_batches
+    programs = make_programs(rl, _sampling(rl, config.vocab_size))
+    state = abstract_train_state(experiment, mesh)
+    held = {"optimizer": state.opt_state}
+    if rl.objective.kl_coefficient:
+        held["reference"] = state.model
+
+    sampler = state.model
+    if "rollout" in names:
+        arguments = {"model": state.model}
+        quantized = Program("quantize", programs.quantize, arguments, held, 0.0).compile()
+        sampler = quantized.outputs
+        yield quantized
+    prompts = {
+        "sampler": sampler,
+        "prompts": _rows(mesh, (rows, width), jnp.int32),
+        "prompt_mask": _rows(mesh, (rows, width), bool),
+        "key": abstract_state(mesh, lambda: jax.random.key(0)),
+    }
+    trajectory = abstract_trajectory(mesh, programs.rollout, prompts)
+    if "rollout" in names:
+        same = _layout(sampler) == _layout(state.model)  # nothing was copied
+        rollout = Program(
+            "rollout",
+            programs.rollout,
+            prompts,
+            held if same else held | {"model": state.model},
+            model_flops=forward_flops(config, rows, width, scored=1),
+            loop_flops=forward_flops(
+                config, rl.rollout_rows or rows, 1, 1, past=width + rl.max_tokens // 2
+            ),
+        ).compile()
+        trajectory = rollout.outputs
+        yield rollout
+
+    batch = make_batch(trajectory, _rows(mesh, (rows,), jnp.float32))
+    if rl.objective.needs_score:
+        scored = None
+        if "score" in names:
+            scored = Program(
+                "score",
+                programs.score,
+                {"model": state.model, "batch": batch},
+                held,
+                model_flops=forward_flops(config, rows, columns, rl.max_tokens),
+            ).compile()
+            yield scored
+            scored = scored.outputs
+        else:
+            scored = jax.eval_shape(programs.score, state.model, batch)
+            scored = scored._replace(
+                logp_old=_rows(mesh, (rows, columns), jnp.float32), routing=batch.routing
+            )
+        batch = with_old_policy(batch, scored)
+    if rl.objective.kl_coefficient:
+        logp = _rows(mesh, (rows, columns), jnp.float32)
+        batch = dataclasses.replace(batch, logp_reference=logp)
+
+    if "update" in names:
+        beside = held | {"model": state.model}
+        split = Program("split", programs.split, {"batch": batch}, beside, 0.0).compile()
+        yield split
+        first: TrainBatch = split.outputs[0]
+        yield Program(
+            "update",
+            programs.update,
+            {"state": state, "mini_batch": first},
+            {name: held[name] for name in held if name != "optimizer"}
+            | {"rollout": batch, "other mini-batches": split.outputs[1:]},
+            model_flops=3 * forward_flops(config, rows // parts, columns, rl.max_tokens),
+        ).compile()
+
+
+def for_tpu(experiment: Experiment) -> Experiment:
+    """The experiment with what "auto" stands for on a TPU, as this machine has another backend."""
+    model = experiment.model
+    implementations = dict(
+        attention=attention_implementation(model, "tpu"),
+        experts=experts_implementation(model, "tpu"),
+    )
+    return dataclasses.replace(experiment, model=dataclasses.replace(model, **implementations))
+
+
+def abstract_train_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """Weights and moments as shapes with shardings: the template of a run's checkpoints."""
+    optimizer = make_optimizer(experiment.reinforcement.optimizer)
+    return abstract_state(mesh, lambda: init_state(init_model(experiment.model, 0), optimizer))
+
+
+def abstract_trajectory(
+    mesh: Mesh, rollout: Callable[..., Trajectory], prompts: dict[str, Any]
+) -> Trajectory:
+    """A rollout as shapes, its rows spread over all devices as those of the prompts are."""
+    shapes: Trajectory = jax.eval_shape(rollout, *prompts.values())
+    experts, valid = shapes.routing.experts, shapes.routing.valid
+    by_row = jax.tree.map(
+        lambda x: _rows(mesh, x.shape, x.dtype), dataclasses.replace(shapes, routing=valid)
+    )
+    spread = jax.ShapeDtypeStruct(
+        experts.shape, experts.dtype, sharding=NamedSharding(mesh, P(None, ROWS))
+    )
+    return dataclasses.replace(by_row, routing=Routing(spread, by_row.routing))
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(ROWS)))
+
+
+def _layout(tree: Any) -> list[tuple]:
+    return [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(tree)]
+
+
+def _sampling(rl: Reinforcement, vocab_size: int) -> Sampling:
+    """That of the run, but for its stop token: any one compiles to the same program."""
+    last = vocab_size - 1
+    return Sampling(rl.max_tokens, rl.temperature, rl.top_k, rl.top_p, (last,), last)

@@ -1,0 +1,86 @@
+"""The shortest time that a chip's limits allow: Williams, Waterman and Patterson 2009.
+
+Each resource alone would need work divided by speed; with perfect overlap the step takes as long as
+the slowest of them, which names the bound. Real steps take longer: overlap is never perfect, and
+small or ragged products do not reach the peak. So the utilisation given is an upper bound, except
+where HBM bounds it: its bytes are a rough upper count (see `work`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from jaxrl_stable.aot.collectives import Collective, spanned_axes
+from jaxrl_stable.aot.topology import Chip
+
+RESOURCES = ("compute", "HBM", "ICI", "DCN")
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that one chip needs of each resource.
+
+    Attributes:
+      compute: FLOPs of the program over the peak of bfloat16.
+      hbm: bytes over the bandwidth of main memory.
+      ici: bytes of each collective over all links along the dimensions of the torus that its group
+        spans (a permutation has one link), one collective after the other.
+      dcn: bytes between slices over a chip's share of its host's network.
+    """
+
+    compute: float
+    hbm: float
+    ici: float
+    dcn: float
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict(zip(RESOURCES, dataclasses.astuple(self), strict=True))
+
+    @property
+    def bound(self) -> str:
+        return max(RESOURCES, key=self.seconds.__getitem__)
+
+    @property
+    def step(self) -> float:
+        return max(self.seconds.values())
+
+    def mfu(self, model_flops: float, chip: Chip) -> float:
+        """Share of the peak that useful work can reach.
+
+        Args:
+          model_flops: of the model, for one chip.
+          chip: its figures.
+        """
+        return model_flops / (self.step * chip.flops) if self.step else 0.0
+
+
+def roofline(
+    chip: Chip,
+    flops: float,
+    hbm_bytes: float,
+    found: Iterable[Collective],
+    coordinates: Sequence[Sequence[int]],
+) -> Roofline:
+    """Times of one run of a program, or of one iteration of a loop.
+
+    Args:
+      chip: its figures.
+      flops: that one chip computes.
+      hbm_bytes: that it reads and writes.
+      found: what it sends.
+      coordinates: place in the torus of each device of the program.
+    """
+    ici, dcn = 0.0, 0.0
+    for each in found:
+        if not each.sent:
+            continue
+        if each.network == "dcn":
+            dcn += each.times * each.sent / chip.dcn_bandwidth
+            continue
+        links = 1
+        if each.kind != "collective-permute":
+            links = 2 * max(spanned_axes(each.group, coordinates), 1)
+        ici += each.times * each.sent / (links * chip.link_bandwidth)
+    return Roofline(flops / chip.flops, hbm_bytes / chip.hbm_bandwidth, ici, dcn)

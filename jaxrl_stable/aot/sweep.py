@@ -1,0 +1,103 @@
+"""Weak scaling: the same work for each chip on slices of several sizes.
+
+From one size to the next, `prompts` and `micro_batch_size` grow with the number of chips, and so
+does the mesh axis `data` (it is −1 in the gin file, which takes what the other axes leave). What a
+chip holds and sends should then stay as it is; what does not is what limits the size of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from fractions import Fraction
+from typing import Any
+
+from jaxrl_stable.aot.analysis import Figures
+from jaxrl_stable.aot.report import aligned, duration, size
+from jaxrl_stable.aot.topology import Topology
+from jaxrl_stable.configs import Experiment
+
+
+def scaled(experiment: Experiment, factor: Fraction) -> Experiment:
+    """The experiment with `factor` times the rows, in as many micro-batches.
+
+    Raises:
+      ValueError: the mesh has no axis that grows, or rows do not come out whole.
+    """
+    if experiment.mesh.data != -1:
+        raise ValueError(
+            f"--sweep needs MeshShape.data = -1, the axis that grows; it is {experiment.mesh.data}"
+        )
+    rl = experiment.reinforcement
+    sizes = {name: getattr(rl, name) * factor for name in ("prompts", "micro_batch_size")}
+    for name, value in sizes.items():
+        if value.denominator != 1:
+            raise ValueError(
+                f"--sweep: Reinforcement.{name} is {getattr(rl, name)} on the first slice, "
+                f"and would be {float(value):g} on another; begin with the smallest slice"
+            )
+    rl = dataclasses.replace(rl, **{name: int(value) for name, value in sizes.items()})
+    return dataclasses.replace(experiment, reinforcement=rl)
+
+
+Sizes = list[tuple[Topology, list[Figures]]]
+
+
+def sweep_table(sizes: Sizes) -> str:
+    """What a chip holds, sends and needs, by program and number of chips."""
+    chips = [str(topology.chips) for topology, _ in sizes]
+    rows = [("for each chip, on this many chips:", *chips, "last to first")]
+    for label, values, text in _series(sizes):
+        change = f"{values[-1] / values[0] - 1:+.1%}" if values[0] else ""
+        rows.append((label, *map(text, values), change))
+    return aligned(rows)
+
+
+def sweep_record(sizes: Sizes) -> list[dict[str, Any]]:
+    """As JSON."""
+    return [
+        {
+            "topology": topology.name,
+            "chips": topology.chips,
+            "programs": [each.record() for each in figures],
+        }
+        for topology, figures in sizes
+    ]
+
+
+def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
+    """Memory, bytes sent and time of a chip against the number of chips."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chips = [topology.chips for topology, _ in sizes]
+    panels = {"memory": "memory [GiB]", "sent": "sent [GiB]", "time": "time at the roofline [s]"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.6), layout="constrained")
+    axes[0].axhline(sizes[0][0].chip.hbm / 2**30, color="grey", linestyle=":", label="HBM")
+    for axis, (quantity, title) in zip(axes, panels.items(), strict=True):
+        for label, values, _ in _series(sizes):
+            name, _, kind = label.rpartition(": ")
+            if kind == quantity:
+                scale = 1.0 if quantity == "time" else 2.0**30
+                axis.plot(chips, [value / scale for value in values], marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(chips, [str(n) for n in chips])
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("chips")
+        axis.set_title(f"{title} of a chip")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _series(sizes: Sizes):
+    """(label, value by size, how to write one) of each line."""
+    for programs in zip(*(figures for _, figures in sizes), strict=True):
+        yield f"{programs[0].name}: memory", [each.memory.total for each in programs], size
+        for parts in zip(*(each.parts for each in programs), strict=True):
+            name = parts[0].name
+            yield f"{name}: sent", [math.fsum(part.sent.values()) for part in parts], size
+            yield f"{name}: time", [part.times.step for part in parts], duration
