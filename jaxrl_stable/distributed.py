@@ -11,6 +11,7 @@ import os
 import pathlib
 import time
 import uuid
+import zlib
 from typing import Any
 
 import jax
@@ -151,6 +152,23 @@ def wait_for_all(name: str) -> None:
     """Returns when all processes have come here; `name` is used once a program."""
     if several():
         global_state.client.wait_at_barrier(f"jaxrl_stable/{name}", 1000 * BARRIER)
+
+
+def check_same(what: str, text: str) -> None:
+    """Checks that all processes have the same; with different ones they would part without a word.
+
+    Raises:
+      ValueError: names a process that has another.
+    """
+    if not several():
+        return
+    every = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
+    others = np.flatnonzero(every != every[0]).tolist()
+    if others:
+        raise ValueError(
+            f"processes {others} have another {what} than process 0; give all hosts the same "
+            "files, and the same command"
+        )
 
 
 def check_shared(directory: str | os.PathLike) -> None:

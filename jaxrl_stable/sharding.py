@@ -191,7 +191,8 @@ def gathered(w: Array, names: tuple[str, ...]) -> Array:
     """Brings a weight together from the devices that store parts of it; its gradient goes back.
 
     Said of both directions, as the gradient is then summed where it is kept (a reduce-scatter),
-    never as a whole on every device. Nothing without a mesh.
+    never as a whole on every device. It travels in the type that `w` has here, the compute type, so
+    in half precision the sum over devices is rounded on its way. Nothing without a mesh.
 
     Args:
       w: the weight, or one layer of a stacked one.

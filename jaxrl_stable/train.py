@@ -139,6 +139,8 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
                 data=f"{task.identity}, {rl.prompts} prompts a step, seed {experiment.seed}",
             )
         )
+        known = f"{program.resolved_config()} {task.identity} {checkpoints.steps}"
+        distributed.check_same("configuration, data set or newest checkpoint", known)
         held = distributed.held_rows(row_sharding(mesh), rl.prompts * rl.group_size)
         prompts = prompt_iterator(
             task.train,

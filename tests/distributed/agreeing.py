@@ -83,6 +83,10 @@ def main():
 
     np.testing.assert_array_equal(distributed.any_process([me == 0, me == 1, False]), [1, 1, 0])
 
+    distributed.check_same("data set", "the same")
+    with pytest.raises(ValueError, match=r"processes \[1\] have another data set than process 0"):
+        distributed.check_same("data set", f"of process {me}")
+
     with pytest.raises(ValueError, match=r"processes \[1\] do not see what process 0 writes in"):
         distributed.check_shared(scratch / str(me))
     distributed.check_shared(scratch)
