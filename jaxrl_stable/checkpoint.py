@@ -141,17 +141,13 @@ class Checkpointer:
 
     def _position(self, step: int) -> dict[str, Any]:
         about = self._about(step)
-        if "position" in about:
-            return json.loads(about["position"])
-        # Version 0.1 had grain write it, one file a process; there was one.
-        where = pathlib.Path(self._orbax.directory, str(step))
-        old = where / "dataset" / "process_0-of-1.json"
-        if not old.exists():
+        if "position" not in about:
             raise ValueError(
-                f"checkpoint {where} holds no position in the data; start anew from its weights, "
-                "with --gin.configs.Experiment.init_from and another --workdir"
+                f"checkpoint {self._orbax.directory}/{step} holds no position in the data; start "
+                "anew from its weights, with --gin.configs.Experiment.init_from and another "
+                "--workdir"
             )
-        return json.loads(old.read_text())
+        return json.loads(about["position"])
 
     def _about(self, step: int) -> dict[str, Any]:
         return self._orbax.load_checkpointables(step, {ABOUT: None})[ABOUT]

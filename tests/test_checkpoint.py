@@ -1,7 +1,6 @@
 """Checkpoints: what goes in comes out, the best survives, another model is refused."""
 
 import dataclasses
-import json
 
 import grain
 import jax
@@ -55,22 +54,12 @@ def test_round_trip_of_state_key_and_data_position(tmp_path, config, state, temp
     np.testing.assert_array_equal(next(again), expected)
 
 
-def test_position_that_grain_wrote_itself_is_read(tmp_path, config, state, template):
-    """Version 0.1 left it to grain's handler, in a file for each process."""
-    batches = numbers()
-    next(batches)
+def test_a_checkpoint_without_a_position_is_not_resumed(tmp_path, config, state, template):
+    """From the start of the data, prompts would be repeated without a word."""
     with Checkpointer(tmp_path, config.architecture()) as checkpoints:
         checkpoints.save(1, to_parts(state))
-    (tmp_path / "1" / "dataset").mkdir()
-    file = tmp_path / "1" / "dataset" / "process_0-of-1.json"
-    file.write_text(json.dumps(batches.get_state(), indent=4))
-    again = numbers()
-    with Checkpointer(tmp_path, config.architecture()) as checkpoints:
-        checkpoints.restore(to_parts(template), again)
-        np.testing.assert_array_equal(next(again), next(batches))
-        file.unlink()
         with pytest.raises(ValueError, match="holds no position in the data"):
-            checkpoints.restore(to_parts(template), again)
+            checkpoints.restore(to_parts(template), numbers())
 
 
 def test_newest_and_best_are_kept(tmp_path, config, state):
