@@ -1,0 +1,135 @@
+"""Sums modulo m, with or without working: modular addition, chains of terms, parity."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxrl_stable.array_tasks.series import Series, SeriesTask
+from jaxrl_stable.array_tasks.task import check_sizes, left_padded, with_eos
+
+
+class _Sum(SeriesTask):
+    """Terms in; out come the sums of the first two, three, … of them, or the last sum alone.
+
+    One more way to grade, `answer`: 1 if the symbol before EOS is the result, whatever stands
+    before it, 0 otherwise.
+    """
+
+    REWARD_KINDS: ClassVar[tuple[str, ...]] = ("binary", "per_position", "answer")
+
+    modulus: int
+    worked: bool
+
+    def __post_init__(self):
+        if self.modulus < 2:
+            name = type(self).__name__
+            raise ValueError(f"{name}.modulus is {self.modulus}; use at least 2")
+        super().__post_init__()
+
+    @property
+    def symbol_texts(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.modulus)))
+
+    @property
+    def max_tokens(self) -> int:
+        return self.sizes[1] if self.worked else 2
+
+    def solve(self, answer: Series, slips: Int[Array, "R"]) -> Int[Array, "R"]:
+        if self.worked:
+            # A slip in one sum is as good as another term: all later sums have it too.
+            terms = answer.values.at[1:].add(slips[:-1])
+            sums, length = jnp.cumsum(terms, dtype=jnp.int32)[1:], answer.size - 1
+        else:
+            sums, length = (answer.values.sum(dtype=jnp.int32) + slips[0])[None], 1
+        return with_eos(sums % self.modulus + self.first_symbol, length)
+
+
+class _Terms(_Sum):
+    """Sums that are shown with a plus between the terms; each residue is one symbol."""
+
+    SEPARATORS: ClassVar[tuple[str, ...]] = ("=", "+")
+
+    @property
+    def prompt_width(self) -> int:
+        return 2 * self.sizes[1]
+
+    def prompt(self, answer: Series) -> Int[Array, "P"]:
+        terms = answer.values + self.first_symbol
+        plus = jnp.full_like(terms, self.texts.index("+"))
+        shown = jnp.stack([terms, plus], axis=1).ravel()[:-1]
+        return jnp.append(left_padded(shown, 2 * answer.size - 1), self.texts.index("="))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModularAddition(_Terms):
+    """`17 + 9 =` → `3`, modulo 23. A slip writes another residue.
+
+    The few problems there are (modulus squared) are split by their prompt: a sum may be held out
+    while the same sum with its terms exchanged is not.
+
+    Attributes:
+      modulus: m; the vocabulary has m + 4 ids.
+    """
+
+    worked: ClassVar[bool] = False
+
+    modulus: int = 23
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return 2, 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainSum(_Terms):
+    """`7 + 8 + 4 =` → `5 9`, modulo 10. A slip makes one sum wrong; the rest builds on it.
+
+    Attributes:
+      smallest, largest: terms of a problem.
+      modulus: m; the vocabulary has m + 4 ids.
+      worked: whether the right response has all sums or the result alone.
+    """
+
+    smallest: int = 2
+    largest: int = 4
+    modulus: int = 10
+    worked: bool = True
+
+    def __post_init__(self):
+        check_sizes(self, least=2)
+        super().__post_init__()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.smallest, self.largest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parity(_Sum):
+    """`1 0 1 1 =` → `1 0 1`, parities of the first 2, 3 and 4 bits. A slip turns all later ones.
+
+    Two slips undo each other, so the result (`reward_kind="answer"`) can be right after all. There
+    are few problems of few bits: with 2 or 3 bits one of the two splits may have none.
+
+    Attributes:
+      smallest, largest: bits of a problem.
+      worked: whether the right response has all parities or the last alone.
+    """
+
+    modulus: ClassVar[int] = 2
+
+    smallest: int = 4
+    largest: int = 8
+    worked: bool = True
+
+    def __post_init__(self):
+        check_sizes(self, least=2)
+        super().__post_init__()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.smallest, self.largest

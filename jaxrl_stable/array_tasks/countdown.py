@@ -1,0 +1,175 @@
+"""Countdown: reach a target with given numbers. The reward is a parser that takes any tokens.
+
+An expression is a number, followed by any count of pairs of an operator and a number. It is worked
+out from left to right without precedence, as on a pocket calculator: `2 + 3 * 5` is 25. There are
+no parentheses, so a prefix of an expression needs one number to remember it and no stack; and no
+division, so every expression has an integer value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxrl_stable.array_tasks.task import EOS, Task, check_sizes, left_padded, with_eos
+
+ARROW, PLUS, ZERO = 2, 3, 6  # ids; operators are 3 to 5, digits 6 to 15
+TARGETS = 99  # the largest target: two digits
+LEGAL_REWARD = 0.1
+# Larger values are cut off, so that none overflows. No verdict depends on it: all numbers are from
+# 1 to 9, so the way back to a target is longer than any response.
+_LIMIT = 10**6
+
+
+class Numbers(NamedTuple):
+    """A problem, and the expression that it was made of.
+
+    Attributes:
+      given: the numbers, ascending; 0 behind them.
+      size: how many.
+      target: from 1 to 99.
+      terms, operators: one right response, operators from 0 (+) to 2 (*); the operator of a term
+        stands before it, and that of the first means nothing. Any values behind `size`.
+    """
+
+    given: Int[Array, "largest"]
+    size: Int[Array, ""]
+    target: Int[Array, ""]
+    terms: Int[Array, "largest"]
+    operators: Int[Array, "largest"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Countdown(Task):
+    """`3 5 7 -> 2 2` → `3 * 5 + 7`. Each number is to be used exactly once.
+
+    Numbers are from 1 to 9, and shown in ascending order, so that their order tells nothing; the
+    target has two digits. Every problem can be solved: it is made from an expression, all of whose
+    intermediate results are from 1 to 99. Many can be solved in several ways.
+
+    A slip writes another number or another operator; what is written stays well-formed.
+
+    Graded, in `binary`, 1 for a legal expression that has the target as its value, followed by EOS;
+    0 otherwise. `legal` gives 0.1 to other legal expressions. Legal means well-formed, with every
+    number as often as it is given. (No position is right or wrong by itself, as several responses
+    are right: `per_position` would have no meaning here.)
+
+    Attributes:
+      smallest, largest: numbers of a problem.
+    """
+
+    REWARD_KINDS: ClassVar[tuple[str, ...]] = ("binary", "legal")
+
+    smallest: int = 2
+    largest: int = 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, least=2)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return ("<pad>", "<eos>", "->", "+", "-", "*", *"0123456789")
+
+    @property
+    def prompt_width(self) -> int:
+        return self.largest + 3
+
+    @property
+    def max_tokens(self) -> int:
+        return 2 * self.largest
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        return (9, 3) * self.largest
+
+    def draw(self, key: Key[Array, ""]) -> Numbers:
+        of_size, of_terms, of_operators = jax.random.split(key, 3)
+        size = jax.random.randint(of_size, (), self.smallest, self.largest + 1, dtype=jnp.int32)
+        terms = jax.random.randint(of_terms, (self.largest,), 1, 10, dtype=jnp.int32)
+        noise = jax.random.uniform(of_operators, (self.largest, 3))
+        used = jnp.arange(self.largest) < size
+
+        def step(value, term):
+            number, noise, used = term
+            results = _results(value, number)
+            # One is always in range: up to 90 the sum, from 91 on the difference.
+            operator = jnp.where((results >= 1) & (results <= TARGETS), noise, -1.0).argmax()
+            return jnp.where(used, results[operator], value), operator.astype(jnp.int32)
+
+        rest = jax.tree.map(lambda x: x[1:], (terms, noise, used))
+        target, operators = jax.lax.scan(step, terms[0], rest)
+        given = jnp.where(used, jnp.sort(jnp.where(used, terms, 10)), 0)
+        return Numbers(given, size, target, terms, jnp.pad(operators, (1, 0)))
+
+    def prompt(self, answer: Numbers) -> Int[Array, "P"]:
+        numbers = left_padded(answer.given + ZERO, answer.size)
+        tens, units = jnp.divmod(answer.target, 10)
+        return jnp.append(
+            numbers, jnp.stack([jnp.full_like(tens, ARROW), ZERO + tens, ZERO + units])
+        )
+
+    def solve(self, answer: Numbers, slips: Int[Array, "R"]) -> Int[Array, "R"]:
+        numbers = (answer.terms - 1 + slips[0::2]) % 9 + 1
+        # Slips alternate as the response does, which starts with a number.
+        operators = (answer.operators + jnp.roll(slips[1::2], 1)) % 3
+        pairs = jnp.stack([operators + PLUS, numbers + ZERO], axis=1)
+        return with_eos(pairs.ravel()[1:], 2 * answer.size - 1)
+
+    def judge(
+        self, answer: Numbers, response: Int[Array, "R"], mask: Bool[Array, "R"]
+    ) -> Float[Array, ""]:
+        well_formed, value, used = parse(response, mask)
+        given = _count(answer.given, answer.given > 0)
+        legal = well_formed & (used == given).all()
+        other = LEGAL_REWARD if self.reward_kind == "legal" else 0.0
+        return jnp.where(legal, jnp.where(value == answer.target, 1.0, other), 0.0)
+
+
+def parse(
+    response: Int[Array, "R"], mask: Bool[Array, "R"]
+) -> tuple[Bool[Array, ""], Int[Array, ""], Int[Array, "10"]]:
+    """Reads a response of any tokens.
+
+    Args:
+      response: tokens, `pad_id` where `mask` is False; R is even.
+      mask: True on sampled tokens, EOS included.
+
+    Returns:
+      Whether it is an expression followed by EOS; its value; how often it uses each digit. The last
+      two are defined for whatever tokens, and mean something if the first is True.
+    """
+    place = jnp.arange(len(response))
+    length = mask.sum() - 1  # of the expression
+    body = place < length
+    number = (response >= ZERO) & (response < ZERO + 10)
+    operator = (response >= PLUS) & (response < PLUS + 3)
+    alternates = jnp.where(place % 2 == 0, number, operator)
+    # A response of nothing has padding in the place of EOS, wherever that is.
+    ended = response[length] == EOS
+    well_formed = ended & (length % 2 == 1) & (alternates | ~body).all()
+
+    # What is neither, such as EOS and padding, reads as + 0.
+    digits = jnp.where(number, response - ZERO, 0)
+    operators = jnp.where(operator, response - PLUS, 0)
+
+    def step(value, pair):
+        operator, digit = pair
+        return jnp.clip(_results(value, digit)[operator], -_LIMIT, _LIMIT), None
+
+    value, _ = jax.lax.scan(step, digits[0], (operators[1:-1:2], digits[2::2]))
+    return well_formed, value, _count(digits, number)
+
+
+def _results(value: Int[Array, ""], number: Int[Array, ""]) -> Int[Array, "3"]:
+    """Of the three operators, in the order of their ids."""
+    return jnp.stack([value + number, value - number, value * number])
+
+
+def _count(digits: Int[Array, "W"], mask: Bool[Array, "W"]) -> Int[Array, "10"]:
+    """How often each digit stands where `mask` is True."""
+    return (jax.nn.one_hot(digits, 10, dtype=jnp.int32) * mask[:, None]).sum(0)
