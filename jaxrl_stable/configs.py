@@ -18,7 +18,7 @@ from jaxrl_stable.objective import Objective, one_of
 from jaxrl_stable.sharding import BATCH, ROWS, MeshShape
 
 MOMENT_DTYPES = ("float32", "bfloat16")
-FORMATS = ("none", "int8")  # of the sampler's weights
+FORMATS = ("none", "int8", "int4", "fp8", "int8_w8a8", "fp8_w8a8")  # of the sampler: `quantize`
 
 
 def _positive(config: Any, *fields: str) -> None:
@@ -141,7 +141,8 @@ class Reinforcement:
         (DAPO's dynamic sampling); 1 takes the first as it is.
       temperature: of the sampler, and hence of the policy that is trained.
       top_k, top_p: see `rollout.Sampling`; anything but 0 and 1 biases the gradient.
-      rollout_format: weights of the sampler: "none" (the policy itself) or "int8".
+      rollout_format: of the sampler: "none" (the policy itself); weights in "int8", "int4" or
+        "fp8"; or activations as well, "int8_w8a8" or "fp8_w8a8". See `quantize`.
       rollout_rows: responses sampled at a time, which share the memory for keys and values; None
         takes all of a step.
       rollout_cache: the sampler keeps keys and values of past tokens. False runs the training

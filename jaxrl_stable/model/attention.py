@@ -18,6 +18,7 @@ from jaxrl_stable.model.cache import Cache
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.layout import ONE_DEVICE, Layout
 from jaxrl_stable.model.parameters import matrix, read, scale
+from jaxrl_stable.model.products import product
 from jaxrl_stable.model.rotary import rotate, rotations
 from jaxrl_stable.model.splash import splash_attention
 
@@ -113,9 +114,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], frame: Frame, cache: Cache | None, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         config = self.config
-        q = jnp.einsum("btd,dhk->bthk", x, read(self.query, x.dtype))
-        k = jnp.einsum("btd,dgk->btgk", x, read(self.key, x.dtype))
-        v = jnp.einsum("btd,dgk->btgk", x, read(self.value, x.dtype))
+        q, k, v = (product(x, param) for param in (self.query, self.key, self.value))
         if config.query_key_norm != "none":
             q, k = self.query_norm(q), self.key_norm(k)
         if config.clip_qkv is not None:
@@ -126,7 +125,7 @@ class Attention(nnx.Module):
             if frame.mask is not None:
                 k, v = cache.keys[layer], cache.values[layer]
         y = attend(config, q, k, v, frame)
-        return jnp.einsum("bthk,hkd->btd", y, read(self.out, x.dtype)), cache
+        return product(y, self.out), cache
 
 
 def attend(

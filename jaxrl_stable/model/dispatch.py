@@ -8,6 +8,7 @@ form exists for the CPU, where `jax.lax.ragged_dot` multiplies every row by ever
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -18,19 +19,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.model.parameters import Quantized
+from jaxrl_stable.model.products import multiply
 
 
 class ExpertWeights(NamedTuple):
-    """The matrices of a layer's SwiGLU experts, in the compute type; E counts those that are here.
+    """The matrices of a layer's SwiGLU experts; E counts those that are here.
 
     Attributes:
-      gate, up: into the experts.
+      gate, up: into the experts; in the compute type, or `Quantized` where activations are, too.
       down: out of them.
     """
 
-    gate: Float[Array, "E D F"]
-    up: Float[Array, "E D F"]
-    down: Float[Array, "E F D"]
+    gate: Float[Array, "E D F"] | Quantized
+    up: Float[Array, "E D F"] | Quantized
+    down: Float[Array, "E F D"] | Quantized
 
 
 class Groups(NamedTuple):
@@ -56,6 +59,7 @@ def apply_experts(
     chosen: Int[Array, "N K"],
     gates: Float[Array, "N K"],
     config: ModelConfig,
+    across: tuple[str, ...] = (),
 ) -> Float[Array, "N D"]:
     """Weighted sum of what the chosen experts make of each token.
 
@@ -67,42 +71,52 @@ def apply_experts(
         nothing.
       gates: weight of each choice.
       config: says how the products are computed.
+      across: inside `jax.shard_map`, mesh axes that the experts' width F is cut over.
     """
     E, (n, k) = weights.gate.shape[0], chosen.shape
     chosen = chosen.astype(jnp.int32)
     implementation = experts_implementation(config)
     if implementation == "dense":
-        outputs = _every_expert(weights, tokens, chosen)
+        outputs = _every_expert(weights, tokens, chosen, across)
         here = (chosen >= 0) & (chosen < E) & real[:, None]
         return jnp.einsum("nkd,nk->nd", outputs, jnp.where(here, gates, 0))
     pairs = n * min(k, E)  # experts of a token differ: no more of them can be here
     block = block_rows(pairs, E) if implementation == "blocked" else 1
     groups = group_by_expert(chosen, real, E, block, pairs)
     rows = scatter_rows(tokens, groups.source, groups.slot)
-    rows = _swiglu(weights, rows, groups, implementation)
+    rows = _swiglu(weights, rows, groups, implementation, across)
     return jnp.einsum("nkd,nk->nd", gather_rows(rows, groups.source, groups.slot), gates)
 
 
 def apply_rows(
-    weights: ExpertWeights, rows: Float[Array, "N D"], expert: Int[Array, "N"], config: ModelConfig
+    weights: ExpertWeights,
+    rows: Float[Array, "N D"],
+    expert: Int[Array, "N"],
+    config: ModelConfig,
+    across: tuple[str, ...] = (),
 ) -> Float[Array, "N D"]:
     """Each row through its one expert; rows of an expert that is not here come out as zero."""
     gates = jnp.ones_like(rows, shape=(rows.shape[0], 1))
     real = jnp.ones_like(expert, dtype=bool)
-    return apply_experts(weights, rows, real, expert[:, None], gates, config)
+    return apply_experts(weights, rows, real, expert[:, None], gates, config, across)
 
 
-def _swiglu(weights: ExpertWeights, rows, groups: Groups, implementation: str):
+def _swiglu(weights: ExpertWeights, rows, groups: Groups, implementation: str, across):
     gate = checkpoint_name(grouped_matmul(rows, weights.gate, groups, implementation), "gate")
     up = checkpoint_name(grouped_matmul(rows, weights.up, groups, implementation), "up")
-    return grouped_matmul(jax.nn.silu(gate) * up, weights.down, groups, implementation)
+    return grouped_matmul(jax.nn.silu(gate) * up, weights.down, groups, implementation, across)
 
 
-def _every_expert(weights: ExpertWeights, tokens, chosen) -> Float[Array, "N K D"]:
+def _every_expert(weights: ExpertWeights, tokens, chosen, across) -> Float[Array, "N K D"]:
     """Every expert on every token: the oracle of tests."""
-    hidden = jax.nn.silu(jnp.einsum("nd,edf->nef", tokens, weights.gate))
-    hidden = hidden * jnp.einsum("nd,edf->nef", tokens, weights.up)
-    every = jnp.einsum("nef,efd->ned", hidden, weights.down)
+
+    def each(equation, x, w, across=()):
+        dot = lambda x, w, dtype: jnp.einsum(equation, x, w, preferred_element_type=dtype)  # noqa: E731
+        return multiply(dot, x, w, lambda scale: scale[:, 0], across=across)
+
+    hidden = jax.nn.silu(each("nd,edf->nef", tokens, weights.gate))
+    hidden = hidden * each("nd,edf->nef", tokens, weights.up)
+    every = each("nef,efd->ned", hidden, weights.down, across)
     return jnp.take_along_axis(every, chosen[..., None], axis=1, mode="clip")
 
 
@@ -190,31 +204,58 @@ def _no_gradient(indices: Int[Array, "..."]) -> np.ndarray:
 
 
 def grouped_matmul(
-    x: Float[Array, "R D"], w: Float[Array, "E D F"], groups: Groups, implementation: str
+    x: Float[Array, "R D"],
+    w: Float[Array, "E D F"] | Quantized,
+    groups: Groups,
+    implementation: str,
+    across: tuple[str, ...] = (),
 ) -> Float[Array, "R F"]:
     """Multiplies each group of rows by its expert's matrix.
 
     Rows outside every group come out as zero whatever the kernel leaves there.
+
+    Args:
+      x: rows sorted by group.
+      w: a matrix for each group, as `products.operand` gives it.
+      groups: which rows.
+      implementation: as `experts_implementation` names it.
+      across: mesh axes that D is cut over, see `apply_experts`.
     """
+    if isinstance(w, Quantized) and implementation == "tokamax":
+        # Its kernels for two quantised operands are few and differ between chips.
+        w = dataclasses.replace(w, products="emulated")
+    dot = partial(_grouped_dot, groups=groups, implementation=implementation)
+    return multiply(dot, x, w, lambda scale: scale[_owner(groups, x.shape[0]), 0], across=across)
+
+
+def _owner(groups: Groups, rows: int, block: int = 1) -> Int[Array, "blocks"]:
+    """The expert of each block of rows; the last one past the last group."""
+    ends = jnp.cumsum(groups.sizes) // block
+    owner = jnp.searchsorted(ends, jnp.arange(rows // block), side="right")
+    return jnp.minimum(owner, groups.sizes.shape[0] - 1)
+
+
+def _grouped_dot(x, w, dtype, *, groups: Groups, implementation: str) -> Array:
+    """The product itself, with sums of type `dtype`, or that of x."""
     if implementation == "blocked":
         blocks = x.reshape(-1, groups.block, x.shape[-1])
-        ends = jnp.cumsum(groups.sizes) // groups.block
-        owner = jnp.searchsorted(ends, jnp.arange(blocks.shape[0]), side="right")
-        owner = jnp.minimum(owner, w.shape[0] - 1)  # blocks past the last group hold zeros
-        return jnp.einsum("nbd,ndf->nbf", blocks, w[owner]).reshape(x.shape[0], -1)
+        each = w[_owner(groups, x.shape[0], groups.block)]  # rows past the last group hold zeros
+        y = jnp.einsum("nbd,ndf->nbf", blocks, each, preferred_element_type=dtype)
+        return y.reshape(x.shape[0], -1)
     sizes = groups.sizes.astype(jnp.int32)
+    sums = {} if dtype is None else {"preferred_element_type": dtype}
     if implementation == "tokamax":
         import tokamax
 
         # Kernels only: left to itself it would fall back to the plain op without a word.
         kernels = ("mosaic", "triton") if jax.default_backend() == "gpu" else ("mosaic",)
-        y = tokamax.ragged_dot(x, w, sizes, implementation=kernels)
-    elif implementation == "megablox":
+        y = tokamax.ragged_dot(x, w, sizes, implementation=kernels, **sums)
+    elif implementation == "megablox" and dtype is None:
         from jaxrl_stable.model.megablox import ragged_dot
 
         y = ragged_dot(x, w, sizes)
     else:
-        y = jax.lax.ragged_dot(x, w, sizes)
+        y = jax.lax.ragged_dot(x, w, sizes, **sums)
     return jnp.where((jnp.arange(x.shape[0]) < sizes.sum())[:, None], y, 0)
 
 

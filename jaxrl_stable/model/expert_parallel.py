@@ -33,7 +33,8 @@ from jaxrl_stable.model.dispatch import (
     scatter_rows,
 )
 from jaxrl_stable.model.layout import Layout
-from jaxrl_stable.model.parameters import Quantized, cast
+from jaxrl_stable.model.parameters import Quantized
+from jaxrl_stable.model.products import operand
 from jaxrl_stable.routing import expert_dtype
 from jaxrl_stable.sharding import STORED, gather_axis, mesh_axes, spec
 
@@ -60,7 +61,7 @@ def mixture(
     """
     stored = [param.get_value() for param in params]
     if not layout.shape:
-        weights = ExpertWeights(*(cast(w, x.dtype) for w in stored))
+        weights = ExpertWeights(*(operand(w, x.dtype) for w in stored))
         apply = partial(apply_experts, config=config)
         return _in_lots(apply, weights, x, real, chosen, gates, config, 1)
 
@@ -78,8 +79,8 @@ def mixture(
     def local(stored, x, real, chosen, gates):
         if checked and copied:  # gradients of copies then add up where they are stored, as stored
             stored = jax.lax.pcast(stored, copied, to="varying")
-        bring = zip(stored, map(_of_values, partitions))
-        weights = ExpertWeights(*(_bring(cast(w, x.dtype), p) for w, p in bring))
+        bring = zip(stored, partitions)
+        weights = ExpertWeights(*(_bring(operand(w, x.dtype), p) for w, p in bring))
         experts, _, tensor = map(mesh_axes, _of_values(partitions[0]))
         travel = partial(_travel, config=config, experts=experts, tensor=tensor, layout=layout)
         return _in_lots(travel, weights, x, real, chosen, gates, config, layout.size(experts))
@@ -109,22 +110,25 @@ def _travel(weights, tokens, real, chosen, gates, config, experts, tensor, layou
     if tensor:  # every device of it has these tokens, and adds its own part
         tokens, gates = jax.lax.pcast((tokens, gates), tensor, to="varying")
     if experts and config.experts_exchange == "ragged_all_to_all":
-        y = _exchange(weights, tokens, real, chosen, gates, config, experts, layout.size(experts))
+        y = _exchange(weights, tokens, real, chosen, gates, config, experts, tensor, layout)
         return jax.lax.psum(y, tensor) if tensor else y
     first = 0
     if experts:
         first = jax.lax.axis_index(experts) * weights.gate.shape[0]
         together = partial(jax.lax.all_gather, axis_name=experts, axis=0, tiled=True)
         tokens, real, chosen, gates = map(together, (tokens, real, chosen, gates))
-    y = apply_experts(weights, tokens, real, chosen.astype(jnp.int32) - first, gates, config)
+    y = apply_experts(
+        weights, tokens, real, chosen.astype(jnp.int32) - first, gates, config, tensor
+    )
     y = jax.lax.psum(y, tensor) if tensor else y
     if experts:
         y = jax.lax.psum_scatter(y, experts, scatter_dimension=0, tiled=True)
     return y
 
 
-def _exchange(weights, tokens, real, chosen, gates, config, axes, size):
+def _exchange(weights, tokens, real, chosen, gates, config, axes, tensor, layout):
     """`_travel` by `ragged_all_to_all`: K copies of a token go to the devices of their experts."""
+    size = layout.size(axes)
     E, here = config.num_experts, weights.gate.shape[0]
     pairs = group_by_expert(chosen.astype(jnp.int32), real, E)  # sorted by expert, hence by device
     counts = jax.lax.all_gather(pairs.sizes, axes).reshape(size, size, here)  # from, to, expert
@@ -137,7 +141,7 @@ def _exchange(weights, tokens, real, chosen, gates, config, axes, size):
     arrived = counts[:, jax.lax.axis_index(axes)].reshape(-1)
     run = jnp.searchsorted(jnp.cumsum(arrived), jnp.arange(received), side="right")
     expert = jnp.where(run < arrived.size, run % here, here)
-    rows = apply_rows(weights, rows, expert, config)
+    rows = apply_rows(weights, rows, expert, config, tensor)
     rows = _ragged(rows, pairs.source.shape[0], back, axes)
     outputs = gather_rows(rows, pairs.source, pairs.slot)
     return jnp.einsum("nkd,nk->nd", outputs, gates)
@@ -187,18 +191,20 @@ def _in_lots(function, weights, x, real, chosen, gates, config, senders: int) ->
     padding = -n % lots  # tokens that are not real
     cut = [jnp.pad(a, ((0, padding), *[(0, 0)] * (a.ndim - 1))) for a in flat]
     cut = [a.reshape(lots, -1, *a.shape[1:]) for a in cut]
-    exact = jax.tree.map(lambda w: w.astype(jnp.float32), weights)  # their gradient adds up in it
+    exact = ExpertWeights(*(operand(w, jnp.float32) for w in weights))  # gradients add up in it
 
     @jax.checkpoint
     def one(lot):
-        return function(jax.tree.map(lambda w: w.astype(x.dtype), exact), *lot)
+        return function(ExpertWeights(*(operand(w, x.dtype) for w in exact)), *lot)
 
     return jax.lax.map(one, cut).reshape(n + padding, -1)[:n].reshape(x.shape)
 
 
-def _bring(w: Array, partition: P) -> Array:
+def _bring(w: Array | Quantized, partition: P | Quantized) -> Array | Quantized:
     """Gathers the parts of a weight that are cut for storage alone; the experts stay apart."""
-    for axis, entry in enumerate(partition):
+    if isinstance(w, Quantized):
+        return jax.tree.map(_bring, w, partition)
+    for axis, entry in enumerate(_of_values(partition)):
         if axis:
             w = gather_axis(w, tuple(a for a in mesh_axes(entry) if a in STORED), axis)
     return w

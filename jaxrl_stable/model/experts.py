@@ -14,6 +14,7 @@ from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.expert_parallel import mixture
 from jaxrl_stable.model.layout import ONE_DEVICE, Layout
 from jaxrl_stable.model.parameters import matrix, offset, read
+from jaxrl_stable.model.products import product
 from jaxrl_stable.model.router import choose, gate_weights
 from jaxrl_stable.routing import Routing, expert_dtype
 
@@ -46,9 +47,9 @@ class FeedForward(nnx.Module):
         self.down = matrix(rngs, {"mlp": F, "embed": D}, ("mlp",), gain=gain, **options)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = checkpoint_name(x @ read(self.gate, x.dtype), "gate")
-        up = checkpoint_name(x @ read(self.up, x.dtype), "up")
-        return (jax.nn.silu(gate) * up) @ read(self.down, x.dtype)
+        gate = checkpoint_name(product(x, self.gate), "gate")
+        up = checkpoint_name(product(x, self.up), "up")
+        return product(jax.nn.silu(gate) * up, self.down)
 
 
 class Experts(nnx.Module):

@@ -15,6 +15,7 @@ from jaxrl_stable.model.attention import Frame, Norm, attend, softmax_scale
 from jaxrl_stable.model.cache import Cache
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.parameters import matrix, read
+from jaxrl_stable.model.products import product, rounded
 from jaxrl_stable.model.rotary import rotate
 
 # The latents' norms have this epsilon whatever the config says of the others (transformers
@@ -58,10 +59,10 @@ class LatentAttention(nnx.Module):
         turn = dict(cos=frame.cos, sin=frame.sin, interleaved=sizes.interleaved)
         q = x
         if sizes.query_rank:
-            q = self.query_norm(jnp.einsum("btd,dr->btr", x, read(self.query_down, x.dtype)))
-        q = jnp.einsum("btr,rhk->bthk", q, read(self.query, x.dtype))
+            q = self.query_norm(product(x, self.query_down))
+        q = product(q, self.query)
         q = jnp.concatenate([q[..., :plain], rotate(q[..., plain:], **turn)], axis=-1)
-        down = jnp.einsum("btd,dr->btr", x, read(self.down, x.dtype))
+        down = product(x, self.down)
         latent = self.norm(down[..., : sizes.key_value_rank])
         rotated = rotate(down[..., None, sizes.key_value_rank :], **turn)
         if cache is not None:
@@ -70,12 +71,12 @@ class LatentAttention(nnx.Module):
                 rotated, latent = cache.keys[layer], cache.values[layer][:, :, 0]
         decoding = cache is not None and x.shape[1] == 1
         y = (self._absorbed if decoding else self._expanded)(q, latent, rotated, frame)
-        return jnp.einsum("bthk,hkd->btd", y, read(self.out, x.dtype)), cache
+        return product(y, self.out), cache
 
     def _expanded(self, q, latent, rotated, frame):
         """Makes keys and values of every head, then attends as usual."""
         plain, H = q.shape[-1] - rotated.shape[-1], q.shape[2]
-        up = jnp.einsum("bsr,rhk->bshk", latent, read(self.up, q.dtype))
+        up = product(latent, self.up)
         rotated = jnp.broadcast_to(rotated, (*rotated.shape[:2], H, rotated.shape[3]))
         k, v = jnp.concatenate([up[..., :plain], rotated], axis=-1), up[..., plain:]
         # `dot_product_attention` wants one width for all three.
@@ -88,8 +89,11 @@ class LatentAttention(nnx.Module):
     def _absorbed(self, q, latent, rotated, frame):
         """The same in the latent's space: one column is decoded without expanding the cache.
 
-        q · (W_k c) = (W_kᵀ q) · c, and Σ p (W_v c) = W_v Σ p c (arXiv:2405.04434, §2.1.2).
+        q · (W_k c) = (W_kᵀ q) · c, and Σ p (W_v c) = W_v Σ p c (arXiv:2405.04434, §2.1.2). Where
+        products quantise activations, c is what the expanded product would see; W_k and W_v are
+        dequantised, as their scales belong to the axis that is summed over here.
         """
+        latent = rounded(latent, self.up)
         plain = q.shape[-1] - rotated.shape[-1]
         up = read(self.up, q.dtype)
         narrow = jnp.einsum("bthk,rhk->bthr", q[..., :plain], up[..., :plain])

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Num
 
 from jaxrl_stable.sharding import gathered
 
@@ -22,10 +22,22 @@ from jaxrl_stable.sharding import gathered
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A matrix as int8 with one float32 scale per output channel: `value ≈ int8 * scale`."""
+    """A matrix on a coarse grid, with one float32 scale per output channel: `values * scale`.
 
-    values: Int8[Array, "..."]
+    Attributes:
+      values: int8, int4 or float8_e4m3fn.
+      scale: of each output channel; the axes that a product sums over have size one.
+      products: how activations meet it, static: "weight_only" dequantises the matrix; "native" and
+        "emulated" put the activations on the same grid, see `products`.
+    """
+
+    values: Num[Array, "..."]
     scale: Float[Array, "..."]
+    products: str = dataclasses.field(default="weight_only", metadata=dict(static=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
 
     def dequantize(self, dtype: jnp.dtype) -> Float[Array, "..."]:
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
@@ -73,7 +85,7 @@ def offset(axes: Mapping[str, int], *, stack: int | None = None) -> nnx.Param:
 def read(param: nnx.Param, dtype: str | jnp.dtype) -> Float[Array, "..."]:
     """The value of a parameter in the compute type, whole on every device but for `tensor`.
 
-    The cast comes first: half the bytes travel. What is stored as int8 is dequantised.
+    The cast comes first: half the bytes travel. What is `Quantized` is dequantised.
     """
     return gathered(cast(param.get_value(), dtype), param.get_metadata()["axes"])
 
