@@ -1,5 +1,7 @@
 """Means with intervals: avg@k, pass@k and the gain of a run over problems; anything over seeds.
 
+Also running means, which curves are read by.
+
 For accuracy the unit of resampling is the *problem*: the k samples of one problem share its
 difficulty, so they are not independent, and an interval that counted them as such would be too
 narrow. Accuracies are fractions in [0, 1]. Numpy and scipy only.
@@ -10,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
-from scipy.special import stdtrit
+from scipy.special import ndtr, stdtrit
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -104,6 +106,49 @@ def mean_over_seeds(values: Iterable[float]) -> Estimate:
     mean = values.mean()
     half = stdtrit(len(values) - 1, 0.5 + LEVEL / 2) * values.std(ddof=1) / np.sqrt(len(values))
     return Estimate(float(mean), float(mean - half), float(mean + half))
+
+
+def bootstrap_band(
+    values: Float[np.ndarray, "runs points"], *, draws: int = 2_000, seed: int = 0
+) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
+    """Mean over runs with a pointwise 95 % bootstrap interval: (mean, low, high), NaN where none.
+
+    Whole runs are resampled, so a curve stays a curve. The plain percentile interval is too narrow
+    for few runs (of 5 normal ones it covers the mean in 84 % of cases), so the percentiles are
+    Hesterberg's "expanded" ones (arXiv:1411.5279): the tail that Student's t leaves over,
+    Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). Up to 4 runs that is from the lowest to the highest run.
+    A NaN is left out of its point; a point needs two runs for an interval.
+    """
+    values = np.asarray(values, np.float64)
+    runs = len(values)
+    known = np.isfinite(values)
+    filled, counts = np.where(known, values, 0.0), known.sum(axis=0)
+    mean = np.where(counts > 0, filled.sum(axis=0) / np.maximum(counts, 1), np.nan)
+    if runs < 2:
+        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+    drawn = np.random.default_rng(seed).multinomial(runs, np.full(runs, 1 / runs), size=draws)
+    weights = drawn @ known
+    means = np.where(weights > 0, drawn @ filled / np.maximum(weights, 1), np.nan)
+    quantile = stdtrit(runs - 1, 0.5 + LEVEL / 2)
+    tail = ndtr(-np.sqrt(runs / (runs - 1)) * quantile)
+    enough = counts > 1
+    ends = np.full((2, values.shape[1]), np.nan)
+    if enough.any():
+        ends[:, enough] = np.nanquantile(means[:, enough], (tail, 1 - tail), axis=0)
+    return mean, *ends
+
+
+def smooth(y: Float[np.ndarray, "points"], width: int | None = None) -> Float[np.ndarray, "points"]:
+    """Centred running mean; NaNs are left out. Its width is odd: 1/20 of the points, at least 5."""
+    if not len(y):
+        return y
+    width = max(5, len(y) // 20) | 1 if width is None else width
+    finite = np.isfinite(y)
+    total, count = (
+        np.convolve(values, np.ones(width), "full")[width // 2 :][: len(y)]
+        for values in (np.where(finite, y, 0), finite.astype(float))
+    )
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _scores(correct) -> Float[np.ndarray, "problems k"]:

@@ -6,6 +6,8 @@ Reads what a run wrote to its directory (`run`), draws its curves (`curves`), sa
 means and whether it is healthy (`explanations`), shows sampled responses token by token (`samples`)
 and puts them on a page (`page`). Writes report.html and plots/*.png to the same directory.
 
+`layout`, `drawing`, `text` and `samples` serve the page of a study (`jaxrl_stable.study`) as well.
+
 The page holds what a language model wrote. All of it is escaped, there is no script, and a content
 security policy forbids the page to load or run anything.
 """

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
-import math
 import pathlib
-import re
 from collections.abc import Mapping
 
 import matplotlib
 import matplotlib.axes
 import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
-from jaxtyping import Float
 
+from jaxrl_stable.report.drawing import COLORS, STYLE, Points, finish_axes, inline_svg, thin
 from jaxrl_stable.report.explanations import interval_names
 from jaxrl_stable.report.run import LAYER, Run
-from jaxrl_stable.report.text import escape
-
-Points = Float[np.ndarray, "points"]
+from jaxrl_stable.statistics import smooth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,32 +147,6 @@ MORE_PANELS = (
     ),
 )
 
-# Mid-tones, legible on white and on the dark page. INK and GRID are replaced in the SVG by colours
-# of the page, so that the plots follow its light and dark mode.
-COLORS = ("#3a7fc8", "#d9792f", "#2f9d7b", "#9169c9", "#c9505f", "#8a929c")
-INK, GRID = "#24292e", "#d4d8de"
-STYLE = {
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "lines.linewidth": 1.5,
-    "svg.fonttype": "none",
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-    ),
-}
-MAX_POINTS = 600
-
 
 def draw(run: Run, panel: Panel, path: pathlib.Path) -> str:
     """Draws a panel to a PNG file and returns it as inline SVG; "" when its metrics are missing."""
@@ -213,33 +181,7 @@ def draw(run: Run, panel: Panel, path: pathlib.Path) -> str:
                 axes.fill_between(x, low, high, alpha=0.18, linewidth=0)
         _finish(axes, panel)
         figure.savefig(path, dpi=160, facecolor="white")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _inline_svg(buffer.getvalue(), panel.title)
-
-
-def smooth(y: Points) -> Points:
-    """Centred running mean over 1/20 of the run, at least 5 points; NaNs are left out."""
-    width = max(5, len(y) // 20) | 1
-    finite = np.isfinite(y)
-    total, count = (
-        np.convolve(values, np.ones(width), "full")[width // 2 :][: len(y)]
-        for values in (np.where(finite, y, 0), finite.astype(float))
-    )
-    return np.where(count > 0, total / np.maximum(count, 1), math.nan)
-
-
-def thin(x: Points, y: Points) -> tuple[Points, Points]:
-    """At most `MAX_POINTS` points, the lowest and highest of each stretch: spikes stay seen."""
-    if len(x) <= MAX_POINTS:
-        return x, y
-    keep = {0, len(x) - 1}
-    finite = np.isfinite(y)
-    for part in np.array_split(np.arange(len(x)), MAX_POINTS // 2 - 1):
-        keep.add(int(part[np.where(finite[part], y[part], np.inf).argmin()]))
-        keep.add(int(part[np.where(finite[part], y[part], -np.inf).argmax()]))
-    index = sorted(keep)
-    return x[index], y[index]
+        return inline_svg(figure, panel.title)
 
 
 def _plot_line(axes: matplotlib.axes.Axes, x: Points, y: Points, label: str, color: str) -> None:
@@ -262,19 +204,7 @@ def _plot_by_depth(axes: matplotlib.axes.Axes, series: Mapping[str, tuple[Points
 
 
 def _finish(axes: matplotlib.axes.Axes, panel: Panel) -> None:
-    if panel.log:
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        if high > 5 * low:
-            subs = (1,) if high > 30 * low else (1, 2, 5)
-            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-        else:  # too little for powers of ten
-            axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
-        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    elif axes.get_ylim()[0] < 0 and panel.unit.startswith(("share", "seconds")):
-        axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_formatter(_tick)
-    axes.yaxis.set_major_formatter(_tick_log if panel.log else _tick)
+    finish_axes(axes, panel.log, panel.unit.startswith(("share", "seconds")))
     named = len(axes.get_legend_handles_labels()[1]) > 1
     if named:  # in a row between title and plot, where it hides nothing
         legend = axes.legend(
@@ -291,28 +221,5 @@ def _finish(axes: matplotlib.axes.Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.unit)
 
 
-def _tick(value: float, _: int) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:g}"
-
-
-def _tick_log(value: float, _: int) -> str:
-    """1e-3 rather than 0.001, and 1e-5 rather than 1e-05."""
-    if not 0 < value < 0.01:
-        return _tick(value, _)
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
 def _finite(x: Points, y: Points) -> tuple[Points, Points]:
     return x[np.isfinite(y)], y[np.isfinite(y)]
-
-
-def _inline_svg(text: str, title: str) -> str:
-    """Makes matplotlib's SVG part of the page: no size or address, the page's font and colours."""
-    box = re.search(r'viewBox="[^"]*"', text)[0]
-    text = text[text.index("<defs>") :]  # behind the header and the metadata
-    text = re.sub(r"<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # group names, the same in every plot
-    text = re.sub(r"font-family:[^;\"]*", "font-family: inherit", text)
-    text = text.replace(INK, "currentColor").replace(GRID, "var(--line)")
-    return f'<svg role="img" aria-label="{escape(title)}" {box}>{text}'

@@ -37,15 +37,21 @@ def samples_section(rows: Sequence[Mapping[str, Any]]) -> str:
     earlier = [row for row in rows if row.get("step") != last]
     picks = np.linspace(0, len(earlier) - 1, min(SPREAD, len(earlier))).astype(int)
     spread = [earlier[index] for index in picks]
-    notes = [note for key, note in LEGEND.items() if any(r.get(key) for r in (*newest, *spread))]
-    legend = f'<p class="soft">{" ".join(notes)}</p>' if notes else ""
-    shown, folded = (
-        "".join(article(list(group)) for _, group in itertools.groupby(part, _problem))
-        for part in (newest, spread)
-    )
+    shown, folded = map(articles, (newest, spread))
     if folded:
         folded = f"<details><summary>Earlier in the run</summary><br>{folded}</details>"
-    return f"<h2>Samples</h2>{legend}{shown}{folded}"
+    return f"<h2>Samples</h2>{legend((*newest, *spread))}{shown}{folded}"
+
+
+def legend(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the marks on tokens mean, of those that the rows have."""
+    notes = [note for key, note in LEGEND.items() if any(row.get(key) for row in rows)]
+    return f'<p class="soft">{" ".join(notes)}</p>' if notes else ""
+
+
+def articles(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Samples, those of one problem together."""
+    return "".join(article(list(group)) for _, group in itertools.groupby(rows, _problem))
 
 
 def article(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -82,7 +88,7 @@ def response(row: Mapping[str, Any]) -> str:
 
 
 def token_span(
-    text: str, log_weight: float | None, clipped: bool | None, differs: int | None
+    text: str, log_weight: float | None, clipped: bool | None, differs: int | list[int] | None
 ) -> str:
     """A token with what happened to it.
 
@@ -90,7 +96,7 @@ def token_span(
       text: the token, decoded.
       log_weight: log π_old − log μ, nats.
       clipped: the objective silenced its gradient.
-      differs: number of layers in which sampler and trainer chose different experts.
+      differs: the layers in which sampler and trainer chose different experts, or their number.
     """
     style, notes = "", []
     if is_number(log_weight):
@@ -101,7 +107,7 @@ def token_span(
     if clipped:
         notes.append("clipped")
     if differs:
-        notes.append(f"experts differ in {plain(differs)} layer{'s' * (differs != 1)}")
+        notes.append(f"experts differ in {_layers(differs)}")
     names = f"t{' clipped' * bool(clipped)}{' routed' * bool(differs)}"
     return (
         f'<span class="{names}" style="{style}" data-t="{escape(" · ".join(notes))}">'
@@ -115,6 +121,13 @@ def block(value: Any) -> str:
     rest = len(text) - SHOWN_CHARACTERS
     tail = f" <i>… {rest:,} more characters</i>" if rest > 0 else ""
     return escape(text[:SHOWN_CHARACTERS]) + tail
+
+
+def _layers(differs: int | list[int]) -> str:
+    """ "2 layers" of a number, "layers 0, 3" of a list."""
+    if isinstance(differs, list):
+        return f"layer{'s' * (len(differs) != 1)} {', '.join(map(plain, differs))}"
+    return f"{plain(differs)} layer{'s' * (differs != 1)}"
 
 
 def _problem(row: Mapping[str, Any]) -> tuple:

@@ -4,16 +4,9 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import metrics, report
-from jaxrl_stable.report.curves import (
-    MAX_POINTS,
-    MORE_PANELS,
-    PAPER_PANELS,
-    _tick,
-    _tick_log,
-    draw,
-    smooth,
-    thin,
-)
+from jaxrl_stable.report.curves import MORE_PANELS, PAPER_PANELS, draw
+from jaxrl_stable.report.drawing import MAX_POINTS, thin, tick, tick_log
+from jaxrl_stable.statistics import smooth
 
 PANELS = [panel for panel in PAPER_PANELS + MORE_PANELS if panel.name != "cold_start"]
 
@@ -65,5 +58,5 @@ def test_thin_keeps_spikes_and_smooth_keeps_constants():
 
 @pytest.mark.fast
 def test_ticks_are_short():
-    assert [_tick(v, 0) for v in (0.0, 0.0005, 0.25, 12_000.0)] == ["0", "0.0005", "0.25", "12,000"]
-    assert [_tick_log(v, 0) for v in (1e-5, 2e-3, 0.1)] == ["1e-5", "2e-3", "0.1"]
+    assert [tick(v, 0) for v in (0.0, 0.0005, 0.25, 12_000.0)] == ["0", "0.0005", "0.25", "12,000"]
+    assert [tick_log(v, 0) for v in (1e-5, 2e-3, 0.1)] == ["1e-5", "2e-3", "0.1"]

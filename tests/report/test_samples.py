@@ -22,6 +22,14 @@ def test_tokens_carry_their_figures():
     assert "experts differ in 3 layers" in third
 
 
+def test_layers_that_differ_are_named_where_they_are_known():
+    row = {"tokens": ["a", "b", "c"], "differs": [[0, 3], [2], []]}
+    first, second, third = re.findall(r"<span.*?</span>", response(row))
+    assert 'routed" style="" data-t="experts differ in layers 0, 3"' in first
+    assert 'data-t="experts differ in layer 2"' in second
+    assert "routed" not in third
+
+
 def test_a_token_without_text_can_be_pointed_at():
     assert f">{NO_TEXT}</span>" in response({"tokens": [""], "log_weight": [0.1]})
 

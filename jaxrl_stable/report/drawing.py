@@ -1,0 +1,102 @@
+"""How every page draws: colours, axes, and matplotlib's SVG made part of the page."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import matplotlib
+import matplotlib.axes
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+from jaxtyping import Float
+
+from jaxrl_stable.report.text import escape
+
+Points = Float[np.ndarray, "points"]
+
+# Mid-tones, legible on white and on the dark page. INK and GRID are replaced in the SVG by colours
+# of the page, so that the plots follow its light and dark mode.
+COLORS = ("#3a7fc8", "#d9792f", "#2f9d7b", "#9169c9", "#c9505f", "#8a929c")
+INK, GRID = "#24292e", "#d4d8de"
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.5,
+    "svg.fonttype": "none",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
+}
+MAX_POINTS = 600
+
+
+def thin(x: Points, y: Points) -> tuple[Points, Points]:
+    """At most `MAX_POINTS` points, the lowest and highest of each stretch: spikes stay seen."""
+    if len(x) <= MAX_POINTS:
+        return x, y
+    keep = {0, len(x) - 1}
+    finite = np.isfinite(y)
+    for part in np.array_split(np.arange(len(x)), MAX_POINTS // 2 - 1):
+        keep.add(int(part[np.where(finite[part], y[part], np.inf).argmin()]))
+        keep.add(int(part[np.where(finite[part], y[part], -np.inf).argmax()]))
+    index = sorted(keep)
+    return x[index], y[index]
+
+
+def finish_axes(axes: matplotlib.axes.Axes, log: bool = False, share: bool = False) -> None:
+    """Short ticks; on a logarithmic axis as many as fit. A share starts at 0 or above."""
+    if log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        if high > 5 * low:
+            subs = (1,) if high > 30 * low else (1, 2, 5)
+            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
+        else:  # too little for powers of ten
+            axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    elif share and axes.get_ylim()[0] < 0:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(tick)
+    axes.yaxis.set_major_formatter(tick_log if log else tick)
+
+
+def tick(value: float, _: int) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:g}"
+
+
+def tick_log(value: float, _: int) -> str:
+    """1e-3 rather than 0.001, and 1e-5 rather than 1e-05."""
+    if not 0 < value < 0.01:
+        return tick(value, _)
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def inline_svg(figure: matplotlib.figure.Figure, title: str) -> str:
+    """A figure as part of the page: no size or address, the page's font and colours.
+
+    Draw it under `STYLE` with an `svg.hashsalt` of its own, so that no two plots share an id.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    box = re.search(r'viewBox="[^"]*"', text)[0]
+    text = text[text.index("<defs>") :]  # behind the header and the metadata
+    text = re.sub(r"<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # group names, the same in every plot
+    text = re.sub(r"font-family:[^;\"]*", "font-family: inherit", text)
+    text = text.replace(INK, "currentColor").replace(GRID, "var(--line)")
+    return f'<svg role="img" aria-label="{escape(title)}" {box}>{text}'

@@ -1,0 +1,273 @@
+"""What the runs of a study came to: cells, curves over seeds, collapse, one outcome a run.
+
+A record is what the runner wrote of one finished run (a line of results.jsonl):
+
+    {"cell": name, "figure": [ids], "seed": 0, "settings": {...},
+     "curves": {"gradient_steps": [...], name: [...]},
+     "evaluations": {"gradient_steps": [...], "score": [...]}, "seconds": 12.3}
+
+A value that was not finite is null there, and NaN here. Numpy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jaxrl_stable.statistics import bootstrap_band, smooth
+
+Points = Float[np.ndarray, "points"]
+Record = Mapping[str, Any]
+
+# A share of the recorded points, counted from the end: what a run "ends at".
+LAST = 0.25
+# Points. Evaluations are few and each is a mean over many problems: narrow is enough.
+EVALUATION_WIDTH = 3
+# Below this a KL is rounding of float32 log-probabilities, and its logarithm says nothing.
+KL_FLOOR = 1e-9
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Runs of the same settings, one a seed, in the order of the seeds."""
+
+    name: str
+    settings: Mapping[str, Any]
+    figures: tuple[str, ...]
+    runs: tuple[Record, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collapse:
+    """When a run counts as collapsed; fixed before the runs are looked at.
+
+    A run has collapsed at the first gradient step from which on, for `for_steps` gradient steps (or
+    to the end of the record, if that is nearer and holds two points), one of these is true at every
+    recorded point:
+
+    - score: the held-out score, or the training reward, each under a running mean, is below
+      `score_share` of the highest value it has had so far, *and* more than `margin` below it;
+    - KL: the KL between sampler and trainer is above `kl_limit`;
+    - either is no longer finite after it has been.
+
+    The highest value so far includes the cold start's, so a run that only loses what it was given
+    collapses too. `margin` keeps noise out: of a policy that scores 0.1 now and 0.04 then on 64
+    problems, nothing collapsed. A run that never rises `gain` above its start, in the mean over a
+    quarter of its evaluations, and does not collapse has *not learned*; it is censored, as a stable
+    run is, since there was nothing to lose.
+
+    Attributes:
+      score_share: of the running peak.
+      margin: least fall, score units.
+      gain: least rise that counts as learning, score units.
+      kl_limit: nats a token (k3). Stable runs of arXiv:2512.01374 stay near 0.01.
+      for_steps: gradient steps.
+    """
+
+    score_share: float = 0.5
+    margin: float = 0.1
+    gain: float = 0.05
+    kl_limit: float = 0.5
+    for_steps: float = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one run came to.
+
+    Attributes:
+      seed: of the run.
+      final: mean of the last quarter of its evaluations.
+      peak: highest held-out score under a running mean of three evaluations.
+      area: mean held-out score over the run's gradient steps (area under the curve / steps).
+      reward: mean training reward of the last quarter of the run.
+      kl: log10 of the geometric mean of the mismatch KL over the run (nats a token).
+      entropy: mean of the last quarter of the run, nats.
+      end: last recorded gradient step.
+      time: gradient step of the collapse, or `end` where there was none (censored).
+      cause: "score", "reward" or "KL", whichever came first; "" without a collapse.
+      learned: the score rose by the rule's gain above its start.
+      seconds: the run took; of runs that shared a program, its share.
+    """
+
+    seed: int
+    final: float
+    peak: float
+    area: float
+    reward: float
+    kl: float
+    entropy: float
+    end: float
+    time: float
+    cause: str
+    learned: bool
+    seconds: float
+
+    @property
+    def collapsed(self) -> bool:
+        return bool(self.cause)
+
+    @property
+    def state(self) -> str:
+        return "collapsed" if self.cause else "stable" if self.learned else "not learned"
+
+
+def cells_of(records: Iterable[Record]) -> list[Cell]:
+    """Runs grouped by cell, in the order in which the cells first appear.
+
+    Raises:
+      ValueError: one line; a record lacks a field, a seed stands twice in a cell, or two records of
+        one cell have different settings.
+    """
+    groups: dict[str, list[Record]] = {}
+    for number, record in enumerate(records, 1):
+        missing = {"cell", "seed", "settings", "curves", "evaluations"} - set(record)
+        if missing:
+            raise ValueError(
+                f"results.jsonl, record {number}: no {', '.join(sorted(missing))}; run it again"
+            )
+        groups.setdefault(str(record["cell"]), []).append(record)
+    found = []
+    for name, runs in groups.items():
+        runs = sorted(runs, key=lambda run: run["seed"])
+        for one, other in itertools.pairwise(runs):
+            if one["seed"] == other["seed"]:
+                raise ValueError(
+                    f"results.jsonl: cell {name!r} has seed {one['seed']} twice; delete one line"
+                )
+            if one["settings"] != other["settings"]:
+                raise ValueError(
+                    f"results.jsonl: cell {name!r} has runs of different settings; rename one"
+                )
+        figures = dict.fromkeys(f for run in runs for f in run.get("figure") or ())
+        found.append(Cell(name, runs[0]["settings"], tuple(figures), tuple(runs)))
+    return found
+
+
+def curve(run: Record, name: str) -> tuple[Points, Points]:
+    """(gradient steps, values) of a curve; "score" is the held-out one. Empty where not recorded.
+
+    Raises:
+      ValueError: one line; steps and values are not equally many.
+    """
+    table = run["evaluations" if name == "score" else "curves"]
+    if table.get(name) is None:
+        return np.empty(0), np.empty(0)
+    x, y = (
+        np.array([math.nan if v is None else v for v in table.get(key) or ()], np.float64)
+        for key in ("gradient_steps", name)
+    )
+    if len(x) != len(y):
+        raise ValueError(
+            f"results.jsonl: cell {run['cell']!r}, seed {run['seed']}: {len(y)} values of {name} at"
+            f" {len(x)} gradient steps; run it again"
+        )
+    return x, y
+
+
+def aligned(
+    runs: Sequence[Record], name: str, smoothed: bool = False
+) -> tuple[Points, Float[np.ndarray, "runs points"]]:
+    """Curves of several runs on the gradient steps that any of them has; NaN where one has none."""
+    curves = [curve(run, name) for run in runs]
+    steps = np.unique(np.concatenate([x for x, _ in curves] or [np.empty(0)]))
+    values = np.full((len(curves), len(steps)), np.nan)
+    for row, (x, y) in zip(values, curves):
+        row[np.searchsorted(steps, x)] = smooth(y) if smoothed else y
+    return steps, values
+
+
+def band(cell: Cell, name: str) -> tuple[Points, Points, Points, Points]:
+    """(gradient steps, mean over seeds, low, high) of a curve of a cell.
+
+    The held-out score is taken as it is; other curves under a running mean. Of the KL, which spans
+    decades, mean and interval are geometric.
+    """
+    x, values = aligned(cell.runs, name, smoothed=name != "score")
+    if name == "kl":
+        return x, *(np.exp(y) for y in bootstrap_band(np.log(np.maximum(values, KL_FLOOR))))
+    return x, *bootstrap_band(values)
+
+
+def outcome(run: Record, rule: Collapse) -> Outcome:
+    """What a run came to. Evaluations that were not finite count as a score of 0."""
+    steps, score = curve(run, "score")
+    score = np.nan_to_num(score, nan=0.0)
+    peak = smooth(score, EVALUATION_WIDTH)
+    reward, kl, entropy = (curve(run, name)[1] for name in ("reward", "kl", "entropy"))
+    kl = kl[np.isfinite(kl)]
+    time, cause = collapse(run, rule)
+    ends = [x[-1] for x in (steps, curve(run, "reward")[0], curve(run, "kl")[0]) if len(x)]
+    end = float(max(ends, default=0.0))
+    # A wide mean: the highest of many noisy evaluations lies above the start without learning.
+    level = score if len(score) else np.nan_to_num(reward, nan=0.0)
+    wide = smooth(level, math.ceil(LAST * len(level)) | 1)
+    start = smooth(level, EVALUATION_WIDTH)[:1]
+    return Outcome(
+        seed=run["seed"],
+        final=last_mean(score),
+        peak=float(peak.max()) if len(peak) else math.nan,
+        area=_area(steps, score),
+        reward=last_mean(reward),
+        kl=float(np.log10(np.maximum(kl, KL_FLOOR)).mean()) if len(kl) else math.nan,
+        entropy=last_mean(entropy),
+        end=end,
+        time=min(time, end),
+        cause=cause,
+        learned=bool(len(level) and wide.max() - start[0] >= rule.gain),
+        seconds=float(run.get("seconds") or math.nan),
+    )
+
+
+def collapse(run: Record, rule: Collapse) -> tuple[float, str]:
+    """(gradient step, cause) of the first collapse of a run; (∞, "") where there is none."""
+    (score_steps, score), (reward_steps, reward), (kl_steps, kl) = (
+        curve(run, name) for name in ("score", "reward", "kl")
+    )
+    signals = {
+        "score": (score_steps, _fallen(smooth(score, EVALUATION_WIDTH), rule) | _lost(score)),
+        "reward": (reward_steps, _fallen(smooth(reward), rule) | _lost(reward)),
+        "KL": (kl_steps, (kl > rule.kl_limit) | _lost(kl)),
+    }
+    times = {name: first_lasting(*signal, rule.for_steps) for name, signal in signals.items()}
+    cause = min(times, key=times.__getitem__)
+    return (times[cause], cause) if math.isfinite(times[cause]) else (math.inf, "")
+
+
+def first_lasting(x: Points, bad: Bool[np.ndarray, "points"], for_steps: float) -> float:
+    """First x from which on `bad` holds for `for_steps`, or to the end with two points; else ∞."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], bad, [False])).astype(int)))
+    for start, end in edges.reshape(-1, 2):
+        if end - start >= 2 and (x[end - 1] - x[start] >= for_steps or end == len(x)):
+            return float(x[start])
+    return math.inf
+
+
+def last_mean(y: Points) -> float:
+    """Mean of the finite values among the last quarter of the points; NaN where there are none."""
+    tail = y[len(y) - math.ceil(LAST * len(y)) :]
+    tail = tail[np.isfinite(tail)]
+    return float(tail.mean()) if len(tail) else math.nan
+
+
+def _fallen(y: Points, rule: Collapse) -> Bool[np.ndarray, "points"]:
+    """Where a score lies far below its running peak."""
+    peak = np.fmax.accumulate(y)
+    return (y < rule.score_share * peak) & (peak - y > rule.margin)
+
+
+def _lost(y: Points) -> Bool[np.ndarray, "points"]:
+    finite = np.isfinite(y)
+    return ~finite & np.logical_or.accumulate(finite)
+
+
+def _area(x: Points, y: Points) -> float:
+    if len(x) < 2:
+        return float(y.mean()) if len(y) else math.nan
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))

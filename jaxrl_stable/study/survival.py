@@ -1,0 +1,66 @@
+"""How long the runs of a cell stay stable: Kaplan–Meier curves with Greenwood's bands."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Bool, Float
+
+from jaxrl_stable.statistics import LEVEL, Estimate
+from jaxrl_stable.study.analysis import Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Survival:
+    """Share of runs without collapse after `steps` gradient steps; constant up to the next step."""
+
+    steps: Float[np.ndarray, "points"]
+    share: Float[np.ndarray, "points"]
+    low: Float[np.ndarray, "points"]
+    high: Float[np.ndarray, "points"]
+
+
+def kaplan_meier(
+    times: Sequence[float] | Float[np.ndarray, "runs"],
+    collapsed: Sequence[bool] | Bool[np.ndarray, "runs"],
+) -> Survival:
+    """Product-limit estimate of Kaplan and Meier 1958, from step 0 on.
+
+    The 95 % band is Greenwood's on the scale log(−log S), which stays inside [0, 1]. It is not
+    defined at a share of 1 and of 0: there it is closed at 1 from the start, and keeps the last
+    upper end after the last run has collapsed. A band without width, of a cell in which no run
+    collapsed, is *no* certainty: read `share`.
+    """
+    times, collapsed = np.asarray(times, float), np.asarray(collapsed, bool)
+    estimate = scipy.stats.ecdf(scipy.stats.CensoredData.right_censored(times, ~collapsed)).sf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the ends that are not defined
+        interval = estimate.confidence_interval(LEVEL, method="log-log")
+    share = np.concatenate(([1.0], estimate.probabilities))
+    low, high = (
+        np.concatenate(([1.0], end.probabilities)) for end in (interval.low, interval.high)
+    )
+    low = np.where(share == 1, 1.0, np.where(share == 0, 0.0, low))
+    high = np.where(share == 1, 1.0, high)
+    for index in np.flatnonzero(np.isnan(high)):
+        high[index] = high[index - 1]
+    return Survival(np.concatenate(([0.0], estimate.quantiles)), share, low, high)
+
+
+def survival(outcomes: Sequence[Outcome]) -> Survival:
+    """Survival of a cell; the censored runs end where their record ends."""
+    return kaplan_meier([o.time for o in outcomes], [o.collapsed for o in outcomes])
+
+
+def share(outcomes: Sequence[Outcome], state: str) -> Estimate:
+    """Share of runs in a state ("collapsed", "stable", "not learned").
+
+    With the exact interval of Clopper and Pearson 1934, which has width where all runs agree.
+    """
+    found = scipy.stats.binomtest(sum(o.state == state for o in outcomes), len(outcomes))
+    interval = found.proportion_ci(LEVEL, method="exact")
+    return Estimate(float(found.statistic), float(interval.low), float(interval.high))
