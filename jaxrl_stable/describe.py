@@ -15,7 +15,7 @@ from jaxrl_stable.model.dispatch import experts_implementation
 from jaxrl_stable.model.transformer import init_model
 from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.quantize import quantize, sampling_copy
+from jaxrl_stable.quantize import quantize, resolve_products, sampling_copy
 from jaxrl_stable.routing import expert_dtype
 
 
@@ -66,7 +66,7 @@ def describe(experiment: Experiment) -> str:
         ("routing of a rollout", f"{_bytes(routing_bytes)}  {routing}"),
         ("logits of a head chunk", f"{_bytes(4 * math.prod(logits))}  {logits}"),
     ]
-    lines.append(("computed by", implementations(model_config)))
+    lines.append(("computed by", implementations(experiment)))
     name_width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{name_width}}  {value}" for name, value in lines)
 
@@ -92,12 +92,24 @@ def recommendation(objective: Objective, moe_layers: int) -> str:
     return f"{advice}; this run: {'the same replay' if same else f'replay {objective.replay!r}'}"
 
 
-def implementations(config: ModelConfig) -> str:
+def implementations(experiment: Experiment) -> str:
     """Which implementations run on this machine: what "auto" resolves to."""
+    config, format = experiment.model, experiment.reinforcement.rollout_format
+    sampler = f"sampler {format}"
+    if format.endswith("_w8a8"):
+        sampler += f" with {sampler_products(config, format)} products"
     return (
         f"attention {attention_implementation(config)}, experts {experts_implementation(config)}, "
-        f"{config.dtype} on {jax.device_count()} × {jax.devices()[0].device_kind}"
+        f"{sampler}, {config.dtype} on {jax.device_count()} × {jax.devices()[0].device_kind}"
     )
+
+
+def sampler_products(config: ModelConfig, format: str) -> str:
+    """How the sampler multiplies; its experts may differ, see `dispatch.grouped_matmul`."""
+    products = resolve_products(format)
+    if products == "native" and config.num_experts and experts_implementation(config) == "tokamax":
+        return "native (experts: emulated)"
+    return products
 
 
 def _size(tree: object) -> int:

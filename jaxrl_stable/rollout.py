@@ -209,7 +209,7 @@ def _sample_rows(
         finished=jnp.zeros(B, bool),
     )
     state = jax.lax.while_loop(
-        lambda s: (s.column < T) & s.active.any(), lambda s: sample(feed(s)), sample(state)
+        lambda s: (s.column < T) & anywhere(s.active), lambda s: sample(feed(s)), sample(state)
     )
     rows = partial(jax.tree.map, lambda x: constrain(x, ROWS))
     return Trajectory(
@@ -225,6 +225,23 @@ def _sample_rows(
         routing=Routing(constrain(state.experts, None, ROWS), rows(state.fed)),
         prompt_width=P,
     )
+
+
+@jax.custom_batching.custom_vmap
+def anywhere(active: Bool[Array, "B"]) -> Bool[Array, ""]:
+    """Whether a row goes on; under `jax.vmap`, whether a row of any member does.
+
+    A loop whose end differs between the members of a `vmap` would copy its whole state in every
+    round, to keep what has ended. Here all go on together: rows that are done sample nothing.
+    """
+    return active.any()
+
+
+@anywhere.def_vmap
+def _anywhere_of_all(
+    axis_size: int, in_batched: list[bool], active: Bool[Array, "n B"]
+) -> tuple[Bool[Array, ""], bool]:
+    return anywhere(active), False
 
 
 def _spread(cache: Cache) -> Cache:

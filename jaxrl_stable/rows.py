@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxrl_stable.sharding import BATCH, constrain
+from jaxrl_stable.sharding import BATCH, constrain, mesh_in_use
 
 
 def cut_rows(
@@ -62,6 +61,6 @@ def _columns(over: tuple[str, ...]) -> tuple[str, ...]:
 
 def _devices(rows: int, over: tuple[str, ...]) -> int:
     """Over how many devices the rows of a part are spread; 1 where they do not divide."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     devices = 1 if mesh.empty else math.prod(mesh.shape[a] for a in over)
     return devices if rows % devices == 0 else 1

@@ -127,6 +127,16 @@ def _fitting(axes: tuple[str, ...], size: int, mesh: Any) -> tuple[str, ...]:
     return max((c for c in some if size % parts(c) == 0), key=parts)
 
 
+def mesh_in_use() -> Any:
+    """The mesh of `jax.set_mesh`, empty where there is none or where its axes are not `AXES`.
+
+    Inside a `jax.shard_map` over axes of one's own, such as the runs of a study, every device is on
+    its own: there is nothing to spread over.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(mesh.axis_names) <= set(AXES) else jax.sharding.AbstractMesh((), ())
+
+
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a partition."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
@@ -198,7 +208,7 @@ def gathered(w: Array, names: tuple[str, ...]) -> Array:
       w: the weight, or one layer of a stacked one.
       names: its logical axes; a leading `layers` that a scan has taken off does not count.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     if mesh.empty or mesh.size == 1:
         return w
     stored = spec(names[-w.ndim :], w.shape, mesh)
@@ -258,7 +268,7 @@ def constrain(x: Array, *entries: Any) -> Array:
       x: the array.
       entries: mesh axes of its first axes, None for a whole one.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     if mesh.empty or mesh.size == 1:
         return x
     fits = [
@@ -270,14 +280,14 @@ def constrain(x: Array, *entries: Any) -> Array:
 
 def expert_parts(num_experts: int) -> int:
     """Number of devices that the experts of a layer are spread over, on the mesh in use."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     parts = 1 if mesh.empty else mesh.shape["expert"]
     return parts if num_experts and num_experts % parts == 0 else 1
 
 
 def constrain_state(state: Any) -> Any:
     """Keeps parameters where their axes say, inside a jitted function."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     if mesh.empty or mesh.size == 1:
         return state
 

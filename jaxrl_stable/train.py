@@ -254,7 +254,7 @@ def train(experiment: Experiment, workdir: str | pathlib.Path) -> TrainState:
 def main(experiment: Experiment, workdir: str) -> None:
     """Trains, then writes the report."""
     if distributed.is_main():
-        print(implementations(experiment.model))
+        print(implementations(experiment))
     begin = time.time()
     train(experiment, workdir)
     if not distributed.is_main():

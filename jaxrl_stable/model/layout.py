@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxrl_stable.sharding import BATCH, ROWS
+from jaxrl_stable.sharding import BATCH, ROWS, mesh_in_use
 
 
 class Layout(NamedTuple):
@@ -60,7 +60,7 @@ def layout(batch: int, columns: int, *, sampling: bool) -> Layout:
     Raises:
       ValueError: the rows or columns do not divide; every device would compute all of them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = mesh_in_use()
     shape = () if mesh.empty else tuple((a, n) for a, n in mesh.shape.items() if n > 1)
     present = dict(shape)
     rows = tuple(a for a in (ROWS if sampling else BATCH) if a in present)

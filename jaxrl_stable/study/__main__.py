@@ -1,0 +1,64 @@
+"""Every cell of a grid, with several seeds, and the report.
+
+    python -m jaxrl_stable.study --gin_file=experiments/paper/smoke.gin
+    python -m jaxrl_stable.study --report=runs/smoke
+
+Run the same command again to go on where it stopped; more cells or seeds add to what is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from jaxrl_stable import distributed, program
+from jaxrl_stable.study.config import Study
+from jaxrl_stable.study.evidence import write_evidence
+from jaxrl_stable.study.page import read_records, write_page
+from jaxrl_stable.study.runner import run_study
+
+REPORT = flags.DEFINE_string("report", None, "write the report of a directory again, and stop")
+
+
+def build() -> Study:
+    """The study that gin has parsed."""
+    study = program.configured(Study)()
+    for cell in study.cells().values():
+        cell.objective.check()  # through gin, which notes what the functions read
+    grids = tuple(
+        dataclasses.replace(grid, losses=tuple(map(program.settled, grid.losses)))
+        for grid in study.grids
+    )
+    return dataclasses.replace(study, grids=grids)
+
+
+def describe(study: Study) -> str:
+    """What a dry run prints: the cells."""
+    cells = study.cells()
+    runs = len(cells) * study.seeds
+    return "\n".join([f"{len(cells)} cells × {study.seeds} seeds = {runs} runs", *cells])
+
+
+def default_workdir(files: Sequence[str]) -> str | None:
+    """runs/NAME of the last gin file."""
+    return os.path.join("runs", pathlib.Path(files[-1]).stem) if files else None
+
+
+def main(study: Study, workdir: str) -> None:
+    """Runs the study and writes its report."""
+    run_study(study, workdir)
+    if distributed.is_main():
+        directory = pathlib.Path(workdir)
+        write_evidence(directory, read_records(directory), study)
+        print(f"report: {write_page(directory)}")
+
+
+if __name__ == "__main__":
+    if jax.config.jax_num_cpu_devices == -1:  # on a CPU each core makes its own runs
+        jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    program.run(main, program.Kind(build, describe, default_workdir))

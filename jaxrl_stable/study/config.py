@@ -1,0 +1,274 @@
+"""What a study is: a grid of cells, each run with several seeds. gin binds these dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from jaxrl_stable.array_tasks import Task
+from jaxrl_stable.configs import FORMATS, Optimizer
+from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.objective import Objective, name_of, one_of
+from jaxrl_stable.objectives import minirl
+from jaxrl_stable.study.analysis import Collapse
+
+# Short names of settings that differ from the paper's, in the names of cells.
+SHORT = {
+    ("clip", False): "no clip",
+    ("weight", "none"): "no IS",
+    ("weight", "mismatch"): "weight π_old/μ",
+    ("policies", "recomputed"): "no train-infer IS",
+    ("policies", "bypass"): "bypass",
+    ("clip_anchor", "rollout"): "clip around μ",
+    ("truncation", None): "no truncation",
+    ("aggregation", "seq-mean-token-mean"): "length norm",
+    ("aggregation", "token-mean"): "token mean",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ColdStart:
+    """Supervised training on a teacher's solutions, from random weights.
+
+    Attributes:
+      name: by which a grid asks for it.
+      steps: gradient steps.
+      batch_size: solutions of a step.
+      slips: how often the teacher errs, see `Task.solutions`; what there is to gain by RL.
+      task: problems of the teacher, in the study's vocabulary; None takes the study's task.
+      optimizer: learning rate and the rest.
+    """
+
+    name: str = "default"
+    steps: int = 400
+    batch_size: int = 64
+    slips: float = 0.2
+    task: Task | None = None
+    optimizer: Optimizer = Optimizer(learning_rate=3e-3, warmup_steps=20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One point of the grid.
+
+    Attributes:
+      figures: that show it.
+      objective: loss, replay, N.
+      options: of the loss.
+      rollout_format: weights of the sampler.
+      cold_start: name of the one it begins with.
+      learning_rate: of the updates.
+    """
+
+    figures: tuple[str, ...]
+    objective: Objective
+    options: Mapping[str, Any]
+    rollout_format: str
+    cold_start: str
+    learning_rate: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a record says of the cell; what is not said is as in the paper (`claims.PAPER`)."""
+        return {
+            "loss": name_of(self.objective.loss),
+            "mini_batches": self.objective.mini_batches,
+            "replay": self.objective.replay,
+            "policies": self.objective.policies,
+            "aggregation": self.objective.aggregation,
+            **self.options,
+            "rollout_format": self.rollout_format,
+            "cold_start": self.cold_start,
+            "learning_rate": self.learning_rate,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """All combinations of its fields, for one figure.
+
+    Attributes:
+      figure: name of the figure; "" shows the cells in tables alone.
+      mini_batches, replay, losses, aggregations, policies: see `objective.Objective`.
+      options: of the losses, each a mapping from names of arguments to values.
+      rollout_formats: see `configs.Reinforcement`.
+      cold_starts: names; () takes the study's first.
+      learning_rates: () takes that of the study's optimiser.
+    """
+
+    figure: str = ""
+    mini_batches: tuple[int, ...] = (1,)
+    replay: tuple[str, ...] = ("none",)
+    losses: tuple[Callable, ...] = (minirl,)
+    options: tuple[Mapping[str, Any], ...] = ({},)
+    aggregations: tuple[str, ...] = ("seq-mean-token-sum",)
+    policies: tuple[str, ...] = ("all",)
+    rollout_formats: tuple[str, ...] = ()
+    cold_starts: tuple[str, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+
+    def cells(self, study: Study) -> Iterable[Cell]:
+        """The combinations, first fields slowest."""
+        axes = (
+            self.mini_batches,
+            self.replay,
+            self.losses,
+            self.options,
+            self.aggregations,
+            self.policies,
+            self.rollout_formats or (study.rollout_format,),
+            self.cold_starts or (study.cold_starts[0].name,),
+            self.learning_rates or (study.optimizer.learning_rate,),
+        )
+        for parts, replay, loss, options, aggregation, policies, *rest in itertools.product(*axes):
+            objective = Objective(
+                mini_batches=parts,
+                replay=replay,
+                loss=partial(loss, **options) if options else loss,
+                aggregation=aggregation,
+                policies=policies,
+                horizon=float(study.task.max_tokens),
+            )
+            options = getattr(objective.loss, "keywords", {})
+            yield Cell((self.figure,) if self.figure else (), objective, options, *rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Runs of every cell of the grids with every seed.
+
+    A run is a cold start and then reinforcement learning. Cells of one seed begin with the same
+    policy and draw the same problems and random numbers, so that they can be compared in pairs.
+    Every run makes as many gradient steps, on mini-batches of the same size: with N mini-batches a
+    rollout has N times the prompts, and there are N times fewer of them (arXiv:2512.01374, §4.2).
+
+    Attributes:
+      title: of the report.
+      task: problems and rewards.
+      model: the policy; its vocabulary becomes the task's.
+      cold_starts: by their names.
+      grids: what is run.
+      figures: titles of the figures, by name.
+      seeds: runs of a cell.
+      first_seed: the seeds count from here.
+      prompts: of a mini-batch.
+      group_size: responses to each prompt.
+      gradient_steps: of a run.
+      evaluations: of a run, at equal distances, besides the one before it.
+      heldout_problems, heldout_samples: of an evaluation; by the policy in training, unquantised.
+      temperature: of all sampling.
+      rollout_format: of cells that do not say.
+      optimizer: of the updates.
+      runs_at_a_time: most runs of one program; they share its memory.
+      collapse: when a run counts as collapsed.
+      show: names of cells whose first seed leaves samples for the report.
+    """
+
+    title: str = "A study"
+    task: Task | None = None
+    model: ModelConfig | None = None
+    cold_starts: tuple[ColdStart, ...] = (ColdStart(),)
+    grids: tuple[Grid, ...] = ()
+    figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seeds: int = 5
+    first_seed: int = 0
+    prompts: int = 8
+    group_size: int = 8
+    gradient_steps: int = 256
+    evaluations: int = 32
+    heldout_problems: int = 64
+    heldout_samples: int = 1
+    temperature: float = 1.0
+    rollout_format: str = "fp8"
+    optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_steps=8)
+    runs_at_a_time: int = 32
+    collapse: Collapse = Collapse()
+    show: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for field in ("task", "model"):
+            if getattr(self, field) is None:
+                raise ValueError(f"Study.{field} is missing; bind it")
+        if not self.grids or not self.cold_starts:
+            raise ValueError("Study.grids and Study.cold_starts need at least one entry each")
+        counts = ("seeds", "prompts", "group_size", "gradient_steps", "evaluations")
+        for field in (*counts, "heldout_problems", "heldout_samples", "runs_at_a_time"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"Study.{field} is {getattr(self, field)}; use at least 1")
+        if self.gradient_steps % self.evaluations:
+            raise ValueError(
+                f"Study.gradient_steps ({self.gradient_steps}) must be a multiple of evaluations "
+                f"({self.evaluations})"
+            )
+        one_of(self, "rollout_format", FORMATS)
+        names = [start.name for start in self.cold_starts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Study.cold_starts have the names {names}; make them different")
+        vocabulary = (
+            max(start.task.vocab_size for start in self.cold_starts if start.task)
+            if any(start.task for start in self.cold_starts)
+            else 0
+        )
+        object.__setattr__(
+            self,
+            "model",
+            dataclasses.replace(self.model, vocab_size=max(self.task.vocab_size, vocabulary)),
+        )
+        interval = self.gradient_steps // self.evaluations
+        for cell in self.cells().values():
+            if interval % cell.objective.mini_batches:
+                raise ValueError(
+                    f"Study: {interval} gradient steps between evaluations are no multiple of "
+                    f"N = {cell.objective.mini_batches}; change gradient_steps or evaluations"
+                )
+            if cell.cold_start not in names:
+                raise ValueError(
+                    f"Grid.cold_starts names {cell.cold_start!r}; Study.cold_starts has {names}"
+                )
+            if cell.rollout_format not in FORMATS:
+                raise ValueError(
+                    f"Grid.rollout_formats has {cell.rollout_format!r}; use one of {FORMATS}"
+                )
+
+    def cells(self) -> dict[str, Cell]:
+        """Cells by name, in the order of the grids; one that several figures show is there once."""
+        merged: dict[str, Cell] = {}
+        for cell in itertools.chain.from_iterable(grid.cells(self) for grid in self.grids):
+            key = json.dumps(cell.settings, sort_keys=True, default=str)
+            seen = merged.get(key)
+            figures = (*(seen.figures if seen else ()), *cell.figures)
+            figures = tuple(dict.fromkeys(figures))
+            merged[key] = dataclasses.replace(seen or cell, figures=figures)
+        named = {self.name(cell): cell for cell in merged.values()}
+        if len(named) < len(merged):
+            raise AssertionError("two different cells have one name")
+        return named
+
+    def name(self, cell: Cell) -> str:
+        """What tells a cell from MiniRL with the study's own settings, in short."""
+        settings, parts = cell.settings, []
+        parts.append(f"N={settings.pop('mini_batches')}")
+        loss, replay = settings.pop("loss"), settings.pop("replay")
+        parts += [loss] * (loss != "minirl") + [replay] * (replay != "none")
+        usual = {
+            "policies": "all",
+            "aggregation": "seq-mean-token-sum",
+            "clip": True,
+            "rollout_format": self.rollout_format,
+            "cold_start": self.cold_starts[0].name,
+            "learning_rate": self.optimizer.learning_rate,
+        }
+        for key, value in settings.items():
+            if key in usual and usual[key] == value:
+                continue
+            plain = value if key in ("rollout_format", "cold_start") else f"{key} {value}"
+            parts.append(SHORT.get((key, value), plain) if _hashable(value) else str(plain))
+        return ", ".join(map(str, parts))
+
+
+def _hashable(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | None)

@@ -1,0 +1,312 @@
+"""Runs a study: cells that share a program run together, and what is done is never done again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from jaxrl_stable import distributed
+from jaxrl_stable.metrics import read_jsonl, write_atomic
+from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.study.choice import program_of
+from jaxrl_stable.study.config import Cell, Study
+from jaxrl_stable.study.runs import Run, advance, begin, cold_start, heldout_score
+from jaxrl_stable.study.viewer import sample_rows
+
+# What can change without making the runs that are there different ones.
+OF_NO_RUN = (
+    *("title", "grids", "figures", "seeds", "first_seed", "collapse", "show", "runs_at_a_time"),
+)
+
+
+class Member(NamedTuple):
+    """One run: a cell and a seed."""
+
+    cell: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Lot:
+    """Runs that one program makes together.
+
+    Attributes:
+      members: the runs; the last is repeated up to `size`.
+      size: a multiple of the number of devices, the same for all lots of a program.
+      cells: names of all cells that the program can run.
+    """
+
+    members: tuple[Member, ...]
+    cells: tuple[str, ...]
+    size: int
+
+    @property
+    def padded(self) -> tuple[Member, ...]:
+        return self.members + self.members[-1:] * (self.size - len(self.members))
+
+
+def plan(
+    study: Study, cells: dict[str, Cell], done: Iterable[Member], devices: int
+) -> list[list[Lot]]:
+    """The lots of what is not done: for each program those that it makes, of one size."""
+    done = set(done)
+    programs: dict[tuple, list[str]] = {}
+    for name, cell in cells.items():
+        key = (*program_of(cell.objective), cell.rollout_format)
+        programs.setdefault(key, []).append(name)
+    seeds = range(study.first_seed, study.first_seed + study.seeds)
+    plans = []
+    for names in programs.values():
+        runs = [Member(name, seed) for name in names for seed in seeds]
+        runs = [run for run in runs if run not in done]
+        if not runs:
+            continue
+        count = math.ceil(len(runs) / study.runs_at_a_time)
+        size = math.ceil(math.ceil(len(runs) / count) / devices) * devices
+        shared = tuple(names), size
+        plans.append([Lot(tuple(runs[i : i + size]), *shared) for i in range(0, len(runs), size)])
+    return plans
+
+
+def run_study(study: Study, directory: str | os.PathLike) -> None:
+    """Runs what `directory` does not hold yet; appends records as lots of runs finish.
+
+    Raises:
+      ValueError: the directory holds another study.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    identify(study, directory)
+    results = directory / "results.jsonl"
+    records = read_jsonl(results) if results.exists() else []
+    cells, devices = study.cells(), jax.devices()
+    plans = plan(study, cells, (Member(r["cell"], r["seed"]) for r in records), len(devices))
+    total = sum(len(lot.members) for lots in plans for lot in lots)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+    with Progress(*columns, disable=not distributed.is_main()) as progress:
+        bar = progress.add_task("cold starts", total=total * study.evaluations)
+        starts = make_starts(study, devices) if total else {}
+        for number, lots in enumerate(plans, start=1):
+            program = None
+            for lot in lots:
+                what = f"program {number} of {len(plans)}: {', '.join(lot.cells)}"
+                progress.update(bar, description=f"compiling {what}"[: progress.console.width - 20])
+                runs = begin_runs(study, cells, lot, starts, devices)
+                begin_time = time.perf_counter()
+                if program is None:
+                    step = partial(
+                        advance,
+                        study=study,
+                        objectives=tuple(cells[name].objective for name in lot.cells),
+                        rollout_format=cells[lot.cells[0]].rollout_format,
+                    )
+                    program = over_runs(step, devices).lower(runs, jnp.int32(0)).compile()
+                compiled = time.perf_counter() - begin_time
+                progress.update(bar, description=what[: progress.console.width - 20])
+                tick = partial(progress.advance, bar, len(lot.members))
+                runs, finished = run_lot(study, cells, lot, runs, program, starts, tick)
+                samples = shown(study, cells, lot, runs)
+                if distributed.is_main():
+                    append(directory / "samples.jsonl", samples)
+                    append(results, finished)
+                    seconds = finished[0]["seconds"]
+                    progress.print(
+                        f"{len(lot.members)} runs, {seconds:.1f} s each, compiled in "
+                        f"{compiled:.1f} s: {', '.join(dict.fromkeys(m.cell for m in lot.members))}"
+                    )
+
+
+def over_runs(function: Callable, devices: list[jax.Device]) -> Callable:
+    """Maps `function(run, shared)` over runs; each device makes its part, and knows of no other."""
+    return jax.jit(
+        jax.shard_map(
+            jax.vmap(function, in_axes=(0, None)),
+            mesh=Mesh(np.array(devices), ("runs",)),
+            in_specs=(P("runs"), P()),
+            out_specs=P("runs"),
+            check_vma=False,
+        )
+    )
+
+
+class Start(NamedTuple):
+    """A cold start of every seed.
+
+    Attributes:
+      models: stacked.
+      scores: held-out, one a seed.
+    """
+
+    models: Transformer
+    scores: np.ndarray
+
+
+def make_starts(study: Study, devices: list[jax.Device]) -> dict[str, Start]:
+    """All cold starts that a cell begins with."""
+    wanted = {cell.cold_start for cell in study.cells().values()}
+    keys = [jax.random.fold_in(key, 0) for key in seed_keys(study)]
+    padded = jnp.stack(keys + keys[-1:] * (-len(keys) % len(devices)))
+    starts = {}
+    for config in study.cold_starts:
+        if config.name not in wanted:
+            continue
+
+        def start(key, _, config=config):
+            model = cold_start(config, study, key)
+            return model, heldout_score(model, study)
+
+        models, scores = over_runs(start, devices)(padded, None)
+        scores = distributed.replicated(scores)[: study.seeds]
+        starts[config.name] = Start(models, scores)
+    return starts
+
+
+def seed_keys(study: Study) -> list[jax.Array]:
+    """The key of every seed: 0 is folded in for the cold start, 1 for what follows."""
+    return [jax.random.key(study.first_seed + i) for i in range(study.seeds)]
+
+
+def begin_runs(
+    study: Study, cells: dict[str, Cell], lot: Lot, starts: dict[str, Start], devices
+) -> Run:
+    """The runs of a lot before their first step, stacked."""
+    members = lot.padded
+    names = list(starts)
+    of = np.array([names.index(cells[m.cell].cold_start) for m in members])
+    seed = np.array([m.seed - study.first_seed for m in members])
+    keys = jnp.stack([jax.random.fold_in(key, 1) for key in seed_keys(study)])
+    objective = np.array([lot.cells.index(m.cell) for m in members], np.int32)
+    rate = np.array([cells[m.cell].learning_rate for m in members], np.float32)
+
+    def choose(*models):
+        return jax.tree.map(lambda *x: jnp.stack(x)[of, seed], *models)
+
+    models = jax.jit(choose)(*(start.models for start in starts.values()))
+    first = partial(_first, study)
+    return over_runs(first, devices)((models, keys[seed], objective, rate), None)
+
+
+def _first(study: Study, own: tuple, _: None) -> Run:
+    return begin(study, *own)
+
+
+def run_lot(
+    study: Study,
+    cells: dict[str, Cell],
+    lot: Lot,
+    runs: Run,
+    program: Callable,
+    starts: dict[str, Start],
+    tick: Callable[[], None],
+) -> tuple[Run, list[dict[str, Any]]]:
+    """All steps of a lot; the runs at their end, and their records."""
+    scores, curves, first = [], [], {}
+    begin_time = time.perf_counter()
+    parts = cells[lot.cells[0]].objective.mini_batches
+    rollouts = study.gradient_steps // study.evaluations // parts
+    for interval in range(study.evaluations):
+        runs, measured, score = program(runs, jnp.int32(interval * rollouts))
+        measured, score = distributed.replicated((measured, score))
+        if interval == 0:
+            first = {name: x[:, :2] for name, x in measured.items()}
+        curves.append({name: x.mean(-1) for name, x in measured.items()})
+        scores.append(score)
+        tick()
+    seconds = (time.perf_counter() - begin_time) / len(lot.members)
+    steps = np.arange(study.evaluations + 1) * (study.gradient_steps // study.evaluations)
+    records = []
+    for i, member in enumerate(lot.members):
+        cell = cells[member.cell]
+        before = starts[cell.cold_start].scores[member.seed - study.first_seed]
+        records.append(
+            {
+                "cell": member.cell,
+                "figure": list(cell.figures),
+                "seed": member.seed,
+                "settings": cell.settings | {"task": type(study.task).__name__},
+                "curves": {
+                    "gradient_steps": steps[1:].tolist(),
+                    **{name: rounded(c[name][i] for c in curves) for name in curves[0]},
+                },
+                "evaluations": {
+                    "gradient_steps": steps.tolist(),
+                    "score": rounded([before, *(score[i] for score in scores)]),
+                },
+                "first": {name: rounded(x[i]) for name, x in first.items()},
+                "seconds": round(seconds, 3),
+            }
+        )
+    return runs, records
+
+
+def shown(study: Study, cells: dict[str, Cell], lot: Lot, runs: Run) -> list[dict[str, Any]]:
+    """Samples of the first seed of the cells that `Study.show` names."""
+    rows = []
+    for i, member in enumerate(lot.members):
+        if member.cell in study.show and member.seed == study.first_seed:
+            state = jax.tree.map(lambda x, i=i: x[i], runs.state)
+            about = dict(cell=member.cell, step=study.gradient_steps)
+            key = jax.random.fold_in(jax.random.key(member.seed), 2)
+            rows += sample_rows(study, cells[member.cell], state, key, about)
+    return rows
+
+
+def rounded(values: Iterable[float]) -> list[float | None]:
+    """Five digits of each; None for what is not finite."""
+    return [float(f"{x:.5g}") if math.isfinite(x) else None for x in map(float, values)]
+
+
+def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
+    """Adds lines to a file. A last line that a kill has torn goes first: its run is made again."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def identify(study: Study, directory: pathlib.Path) -> None:
+    """Writes study.json, or compares it with the one that is there.
+
+    Raises:
+      ValueError: records of another study are there.
+    """
+    settings = {
+        field.name: repr(getattr(study, field.name))
+        for field in dataclasses.fields(study)
+        if field.name not in OF_NO_RUN
+    }
+    path = directory / "study.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        for name, value in settings.items():
+            if old.get(name) != value:
+                raise ValueError(
+                    f"{directory} holds a study with another Study.{name}; use another --workdir, "
+                    f"or delete it"
+                )
+    if not distributed.is_main():
+        return
+    about = {
+        "title": study.title,
+        "figures": dict(study.figures),
+        "about": [],
+        "collapse": dataclasses.asdict(study.collapse),
+        "settings": settings,
+    }
+    write_atomic(path, json.dumps(about, indent=1) + "\n")

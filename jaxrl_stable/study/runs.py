@@ -1,0 +1,248 @@
+"""A whole run as a pure function: cold start, then steps of reinforcement learning, as they are in
+`sft` and `train` but for problems and rewards, which are arrays. Mapped over runs, it is a study.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from jaxrl_stable import diagnostics
+from jaxrl_stable.array_tasks import Problems, Task
+from jaxrl_stable.batch import TrainBatch, make_batch, split
+from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.objective import Objective
+from jaxrl_stable.optimizer import TrainState, init_state, make_optimizer
+from jaxrl_stable.quantize import quantize
+from jaxrl_stable.rollout import Sampling, Trajectory, rollout
+from jaxrl_stable.routing import Routing
+from jaxrl_stable.sft import supervised_update
+from jaxrl_stable.study.choice import Choice
+from jaxrl_stable.study.config import ColdStart, Study
+from jaxrl_stable.update import Scored, score, update, with_old_policy
+
+# What is recorded of a run: name in a record -> metric.
+CURVES = {
+    "reward": "reward/mean",
+    "length": "response/length",
+    "kl": "mismatch/kl_k3_token_mean",
+    "k1": "mismatch/kl_k1_token_mean",
+    "entropy": "entropy",
+    "clipped": "clip/region_share",
+    "truncated": "weight/truncated_share",
+    "weight_max": "weight/raw_max",
+    "staleness_kl": "staleness/kl_k3_token_mean",
+    "routing_agreement": "routing/agreement",
+    "differing_tokens_share": "routing/differing_tokens_share",
+    "gradient_norm": "gradient/norm",
+}
+
+
+class Prepared(NamedTuple):
+    """What the updates of a step are made on.
+
+    Attributes:
+      batch: with π_old, where the objective wants it.
+      scored: of that pass; None without one.
+      rewards: of the responses.
+      sampled: the sampler's routing, whatever is replayed.
+    """
+
+    batch: TrainBatch
+    scored: Scored | None
+    rewards: Float[Array, "B"]
+    sampled: Routing
+
+
+class Run(NamedTuple):
+    """What a run carries from step to step, and what is its own in the program it shares.
+
+    Attributes:
+      state: the policy and its moments.
+      key: of problems and samples.
+      objective: index into the objectives of the program.
+      learning_rate: of the updates.
+    """
+
+    state: TrainState
+    key: Key[Array, ""]
+    objective: Int[Array, ""]
+    learning_rate: Float[Array, ""]
+
+
+def demonstrations(task: Task, key: Key[Array, ""], count: int, slips: float) -> dict[str, Array]:
+    """A batch for `sft.supervised_update`: problems, and the teacher's solutions."""
+    of_problems, of_teacher = jax.random.split(key)
+    problems = task.problems(of_problems, count)
+    solutions, mask = task.solutions(of_teacher, problems, slips)
+    real = jnp.concatenate([problems.mask, mask], axis=-1)
+    return dict(
+        tokens=jnp.concatenate([problems.prompts, solutions], axis=-1),
+        segment_ids=real.astype(jnp.int32),
+        positions=jnp.maximum(jnp.cumsum(real, axis=-1) - 1, 0),
+        loss_mask=jnp.concatenate([jnp.zeros_like(problems.mask), mask], axis=-1),
+    )
+
+
+def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transformer:
+    """A policy from random weights that imitates the teacher."""
+    of_weights, of_data = jax.random.split(key)
+    optimizer = make_optimizer(start.optimizer)
+    task = start.task or study.task
+
+    def step(state: TrainState, number: Int[Array, ""]):
+        key = jax.random.fold_in(of_data, number)
+        batch = demonstrations(task, key, start.batch_size, start.slips)
+        return supervised_update(state, batch, optimizer=optimizer)[0], None
+
+    model = Transformer(study.model, nnx.Rngs(of_weights))
+    state, _ = jax.lax.scan(step, init_state(model, optimizer), jnp.arange(start.steps))
+    return state.model
+
+
+def begin(study: Study, model: Transformer, key, objective, learning_rate) -> Run:
+    """A run before its first step."""
+    state = init_state(model, make_optimizer(study.optimizer))
+    return Run(state, key, objective, learning_rate)
+
+
+def advance(
+    run: Run,
+    first: Int[Array, ""],
+    *,
+    study: Study,
+    objectives: tuple[Objective, ...],
+    rollout_format: str,
+) -> tuple[Run, dict[str, Float[Array, "rollouts"]], Float[Array, ""]]:
+    """Runs to the next evaluation.
+
+    Args:
+      run: so far.
+      first: rollouts so far.
+      study: static.
+      objectives: of the runs that share the program.
+      rollout_format: of the sampler.
+
+    Returns:
+      The run, its `CURVES`, and its held-out score at the end.
+    """
+    choice = Choice(objectives, run.objective)
+    rate = dataclasses.replace(study.optimizer, learning_rate=run.learning_rate)
+    rollouts = study.gradient_steps // study.evaluations // choice.mini_batches
+    step = partial(
+        reinforce,
+        study=study,
+        objective=choice,
+        rollout_format=rollout_format,
+        optimizer=make_optimizer(rate),
+    )
+    keys = jax.vmap(partial(jax.random.fold_in, run.key))(first + jnp.arange(rollouts))
+    state, curves = jax.lax.scan(step, run.state, keys)
+    return run._replace(state=state), curves, heldout_score(state.model, study)
+
+
+def reinforce(
+    state: TrainState,
+    key: Key[Array, ""],
+    *,
+    study: Study,
+    objective: Choice,
+    rollout_format: str,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One rollout and its N updates."""
+    made = prepare(state.model, key, study, objective, rollout_format)
+    step = partial(update_on, study=study, objective=objective, optimizer=optimizer)
+    state, metrics = jax.lax.scan(step, state, split(made.batch, objective.mini_batches))
+    of_score = made.scored.metrics if made.scored else {}
+    values = diagnostics.finalize(diagnostics.collapse(metrics) | of_score)
+    values["reward/mean"] = made.rewards.mean()
+    values["response/length"] = made.batch.response_mask.sum(-1).mean()
+    return state, {name: values.get(m, jnp.zeros(())) for name, m in CURVES.items()}
+
+
+def prepare(
+    model: Transformer,
+    key: Key[Array, ""],
+    study: Study,
+    objective: Objective | Choice,
+    rollout_format: str,
+) -> Prepared:
+    """Rollout, reward, advantage and score."""
+    of_problems, of_samples = jax.random.split(key)
+    count = study.prompts * objective.mini_batches
+    problems = repeated(study.task.problems(of_problems, count), study.group_size)
+    trajectory, rewards = sample(quantize(model, rollout_format), problems, of_samples, study)
+    advantages = objective.advantages(
+        rewards,
+        jnp.repeat(jnp.arange(count), study.group_size),
+        jnp.ones_like(rewards, bool),
+        trajectory.response_mask.sum(-1),
+    )
+    batch, scored = make_batch(trajectory, advantages), None
+    if objective.needs_score:
+        passes = dict(micro_batch_size=_mini_batch(study), temperature=study.temperature)
+        scored = score(model, batch, replay=objective.replay, **passes)
+        batch = with_old_policy(batch, scored)
+    return Prepared(batch, scored, rewards, trajectory.routing)
+
+
+def update_on(
+    state: TrainState,
+    batch: TrainBatch,
+    *,
+    study: Study,
+    objective: Objective | Choice,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, diagnostics.Metrics]:
+    """`update`, with the settings of a study."""
+    return update(
+        state,
+        batch,
+        objective=objective,
+        optimizer=optimizer,
+        micro_batch_size=_mini_batch(study),
+        temperature=study.temperature,
+    )
+
+
+def sample(
+    model: Transformer, problems: Problems, key: Key[Array, ""], study: Study
+) -> tuple[Trajectory, Float[Array, "B"]]:
+    """One graded response to each problem."""
+    task = study.task
+    sampling = Sampling(
+        max_tokens=task.max_tokens,
+        temperature=study.temperature,
+        stop_ids=task.stop_ids,
+        pad_id=task.pad_id,
+    )
+    trajectory = rollout(model, problems.prompts, problems.mask, key, sampling)
+    responses = (
+        x[:, trajectory.prompt_width :] for x in (trajectory.tokens, trajectory.response_mask)
+    )
+    return trajectory, task.reward(problems, *responses)
+
+
+def heldout_score(model: Transformer, study: Study) -> Float[Array, ""]:
+    """Mean reward on held-out problems, the same ones with the same random numbers each time."""
+    of_problems, of_samples = jax.random.split(jax.random.key(0))
+    problems = study.task.problems(of_problems, study.heldout_problems, heldout=True)
+    _, rewards = sample(model, repeated(problems, study.heldout_samples), of_samples, study)
+    return rewards.mean()
+
+
+def repeated(problems: Problems, times: int) -> Problems:
+    """Each problem several times in a row."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), problems)
+
+
+def _mini_batch(study: Study) -> int:
+    return study.prompts * study.group_size

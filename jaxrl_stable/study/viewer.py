@@ -1,0 +1,107 @@
+"""Samples of a run for the report: what the last update of a step decided on each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from jaxrl_stable.batch import split
+from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.objective import Objective
+from jaxrl_stable.optimizer import TrainState, make_optimizer
+from jaxrl_stable.routing import overlap
+from jaxrl_stable.study.config import Cell, Study
+from jaxrl_stable.study.runs import Prepared, prepare, update_on
+from jaxrl_stable.update import hidden_states, policy_log_probs
+
+PROBLEMS, RESPONSES = 2, 2  # shown of a cell
+
+
+def sample_rows(
+    study: Study, cell: Cell, state: TrainState, key: Key[Array, ""], about: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Responses to a few problems, as the last mini-batch of a step sees them.
+
+    The rows are those of `samples.sample_rows`, with the layers in which the routers differ, and
+    with `clipped`: the tokens that the objective silences when N − 1 updates have been made.
+
+    Args:
+      study: of the run.
+      cell: of the run.
+      state: of the run.
+      key: of the step.
+      about: what else stands in every row.
+    """
+    found = jax.jit(
+        partial(inspect, study=study, objective=cell.objective, rollout_format=cell.rollout_format)
+    )(state, key)
+    found = jax.device_get(found)
+    P, rows = study.task.prompt_width, []
+    chosen = range(0, PROBLEMS * study.group_size, study.group_size // RESPONSES)
+    for i in chosen if study.group_size >= RESPONSES else range(PROBLEMS):
+        mask = found["mask"][i]
+        layers = [np.flatnonzero(found["differs"][:, i, t - 1]) for t in np.flatnonzero(mask)]
+        prompt = found["tokens"][i, :P][found["real"][i, :P]]
+        tokens = study.task.decode(found["tokens"][i][mask])
+        rows.append(
+            {
+                "prompt": " ".join(study.task.decode(prompt)),
+                "response": " ".join(tokens),
+                "score": float(found["rewards"][i]),
+                "advantage": float(found["advantages"][i]),
+                "tokens": [f"{token} " for token in tokens],
+                "log_weight": found["log_weight"][i][mask].astype(float).round(5).tolist(),
+                "clipped": found["clipped"][i][mask].tolist(),
+                "differs": [layer.tolist() for layer in layers],
+                **about,
+            }
+        )
+    return rows
+
+
+def inspect(
+    state: TrainState,
+    key: Key[Array, ""],
+    *,
+    study: Study,
+    objective: Objective,
+    rollout_format: str,
+) -> dict[str, Array]:
+    """A step up to its last update; arrays of the rows of the last mini-batch."""
+    made = prepare(state.model, key, study, objective, rollout_format)
+    differs = differing_layers(state.model, made)
+    parts = split(made.batch, objective.mini_batches)
+    earlier, last = jax.tree.map(lambda x: x[:-1], parts), jax.tree.map(lambda x: x[-1], parts)
+    step = partial(
+        update_on, study=study, objective=objective, optimizer=make_optimizer(study.optimizer)
+    )
+    state, _ = jax.lax.scan(step, state, earlier)
+    replay = None if objective.replay == "none" else last.routing
+    scored, _ = policy_log_probs(state.model, last, replay, study.temperature)
+    arrays = last.logp_old, last.logp_rollout, last.advantages, last.response_mask
+    loss, _ = objective.token_loss(scored.logp, *arrays)
+    rows = last.tokens.shape[0]
+    old = scored.logp if last.logp_old is None else last.logp_old
+    return dict(
+        tokens=last.tokens,
+        real=last.real,
+        mask=last.response_mask,
+        rewards=made.rewards[-rows:],
+        advantages=last.advantages,
+        log_weight=old - last.logp_rollout,
+        clipped=loss.clipped_high | loss.clipped_low,
+        differs=differs[:, -rows:],
+    )
+
+
+def differing_layers(model: Transformer, made: Prepared) -> Array:
+    """[L, B, T]: where the training router would have chosen other experts than the sampler."""
+    _, router = hidden_states(model, made.batch, None)
+    differs = overlap(made.sampled.experts, router.live) < 1.0
+    return differs & jnp.asarray(made.sampled.valid)

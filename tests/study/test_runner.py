@@ -1,0 +1,176 @@
+"""What is run, in which programs, and what is left on disk, whatever happens on the way."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_stable import program
+from jaxrl_stable.metrics import read_jsonl
+from jaxrl_stable.study import __main__ as study_program
+from jaxrl_stable.study.config import Grid
+from jaxrl_stable.study.evidence import replay_rows
+from jaxrl_stable.study.runner import Member, append, plan, run_study
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = str(pathlib.Path(__file__).parent / "tiny.gin")
+
+
+def runs_of(directory):
+    return {(r["cell"], r["seed"]): r for r in read_jsonl(directory / "results.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One program of two cells."""
+    return program.load([TINY], [], study_program.build)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Made by the program, on two CPU devices, each with its own runs."""
+    directory = tmp_path_factory.mktemp("study")
+    command = [sys.executable, "-m", "jaxrl_stable.study", f"--gin_file={TINY}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "report: runs/tiny/report.html" in done.stdout
+    return directory / "runs" / "tiny"
+
+
+def test_records(small, finished):
+    runs = runs_of(finished)
+    names = "N=2, R3", "N=2, R3, no clip"
+    assert set(runs) == {(name, seed) for name in names for seed in (0, 1)}
+    for run in runs.values():
+        assert run["curves"]["gradient_steps"] == [4, 8]
+        assert run["evaluations"]["gradient_steps"] == [0, 4, 8]
+        assert all(len(values) == 2 for values in run["curves"].values())
+        assert all(0 <= score <= 1 for score in run["evaluations"]["score"])
+        assert run["settings"]["replay"] == "R3" and run["figure"] == ["two"]
+        assert all(kl > 0 for kl in run["first"]["kl"])
+    clipped = [runs["N=2, R3, no clip", s]["curves"]["clipped"] for s in (0, 1)]
+    assert not np.any(clipped)
+    # The same start, problems and random numbers: cells differ in what they are, seeds in luck.
+    first = [runs[c, 0]["first"]["reward"][0] for c in ("N=2, R3", "N=2, R3, no clip")]
+    assert first[0] == first[1]
+    before = [runs["N=2, R3", s]["evaluations"]["score"][0] for s in (0, 1)]
+    assert before[0] == runs["N=2, R3, no clip", 0]["evaluations"]["score"][0]
+    assert len(set(map(str, (r["curves"]["entropy"] for r in runs.values())))) == 4 and before
+
+
+def test_report(finished):
+    page = (finished / "report.html").read_text()
+    assert "N=2, R3, no clip" in page and "weight " in page
+
+
+def test_samples(small, finished):
+    """Every token of a response has its figures; layers are those that there are."""
+    rows = read_jsonl(finished / "samples.jsonl")
+    assert len(rows) == 4 and {row["cell"] for row in rows} == {"N=2, R3"}
+    for row in rows:
+        assert len({len(row[k]) for k in ("tokens", "log_weight", "clipped", "differs")}) == 1
+        assert all(layer in (0, 1) for layers in row["differs"] for layer in layers)
+        assert any(row["log_weight"]) and row["response"].split() == [
+            t.strip() for t in row["tokens"]
+        ]
+        prompt, answer = row["prompt"].split()[:-1], row["response"].split()
+        right = sum(a == b for a, b in zip([*prompt[::-1], "<eos>"], answer))
+        assert row["score"] == pytest.approx(right / max(len(prompt) + 1, len(answer)))
+
+
+def test_nothing_is_run_twice(small, finished, tmp_path):
+    """Killed while it wrote, and a third seed: what is there stays as it is, to the byte.
+
+    The run whose line was torn is made again, here on one device, and comes out the same.
+    """
+    assert jax.device_count() == 1
+    whole = (finished / "results.jsonl").read_bytes()
+    (tmp_path / "study.json").write_bytes((finished / "study.json").read_bytes())
+    (tmp_path / "results.jsonl").write_bytes(whole[:-40])
+    kept = whole[: whole[:-40].rfind(b"\n") + 1]
+    run_study(dataclasses.replace(small, seeds=3), tmp_path)
+    assert (tmp_path / "results.jsonl").read_bytes().startswith(kept)
+    runs, expected = runs_of(tmp_path), runs_of(finished)
+    assert set(runs) == {(cell, seed) for cell, _ in expected for seed in (0, 1, 2)}
+    for key, run in expected.items():
+        for name, tolerance in (("reward", 0), ("entropy", 1e-3), ("kl", 2e-2)):
+            got = runs[key]["curves"][name]
+            np.testing.assert_allclose(got, run["curves"][name], rtol=tolerance, atol=1e-7)
+
+
+def test_append_after_a_torn_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": ')
+    append(path, [{"a": 2}])
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_another_study_is_refused(small, finished):
+    other = dataclasses.replace(small, temperature=0.5)
+    with pytest.raises(ValueError, match=r"another Study\.temperature; use another --workdir"):
+        run_study(other, finished)
+
+
+def test_plan_shares_programs(study):
+    """One program for all objectives that share their passes; lots of one size."""
+    cells = study.cells()
+    plans = plan(study, cells, (), 1)
+    assert [len(lots) for lots in plans] == [1, 1]
+    assert plans[1][0].cells == (
+        "N=2, R3",
+        "N=2, R3, no clip",
+        "N=2, gspo, R3",
+        "N=2, R3, careful",
+    )
+    members = [m for lots in plans for lot in lots for m in lot.members]
+    assert len(members) == len(set(members)) == 5 * study.seeds
+    few = dataclasses.replace(study, runs_at_a_time=3)
+    lots = plan(few, cells, (Member("N=2, R3", 0),), 2)[1]
+    assert [len(lot.members) for lot in lots] == [4, 3] and {lot.size for lot in lots} == {4}
+    assert all(len(lot.padded) == 4 for lot in lots)
+    assert Member("N=2, R3", 0) not in [m for lot in lots for m in lot.members]
+
+
+def test_evidence(small, finished):
+    """What replay carries: one byte for each of two experts in each of two layers."""
+    (row,) = replay_rows(runs_of(finished).values(), small)
+    assert row["bytes_per_token"] == 4 and row["kl_step0"] > 0
+    runs = [runs_of(finished)["N=2, R3", s] for s in (0, 1)]
+    assert row["kl_step1"] == pytest.approx(np.mean([r["first"]["kl"][1] for r in runs]))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(gradient_steps=9), "must be a multiple of evaluations"),
+        (dict(evaluations=8), "no multiple of N = 2"),
+        (dict(seeds=0), "Study.seeds is 0"),
+        (dict(task=None), "Study.task is missing"),
+        (dict(rollout_format="int3"), "Study.rollout_format is 'int3'"),
+        (dict(grids=(Grid(cold_starts=("x",)),)), "names 'x'"),
+        (dict(grids=()), "at least one entry"),
+    ],
+)
+def test_errors(study, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(study, **change)
+
+
+def test_gin_file_and_losses():
+    """Options that gin binds to a loss reach the cells; a binding nobody reads is an error."""
+    lines = [
+        "study.Grid.losses = (@objectives.gspo,)",
+        "study.Grid.options = ({},)",
+        "objectives.gspo.clip_high = 0.5",
+    ]
+    built = program.load([TINY], lines, study_program.build)
+    cell = built.cells()["N=2, gspo, R3, clip_high 0.5"]
+    assert cell.settings["loss"] == "gspo" and cell.settings["clip_high"] == 0.5
+    with pytest.raises(ValueError, match="nothing uses it"):
+        program.load([TINY], ["objectives.sapo.temperature_high = 2.0"], study_program.build)
