@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from jaxrl_stable import program
-from jaxrl_stable.describe import describe, recommendation
+from jaxrl_stable.describe import describe, implementations, recommendation, sampler_products
+from jaxrl_stable.model import tiny
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.objectives import cispo, gspo, minirl
 from jaxrl_stable.program import load_experiment
@@ -122,3 +123,25 @@ def test_a_dry_run_says_what_is_minimised():
     assert "ppo, standardized, seq-mean-token-mean" in text and "the paper at N = 4" in text
     assert "reference policy" in text
     assert "reference policy" not in describe(load_experiment([TINY]))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        ("int8", "sampler int8, "),
+        ("fp8_w8a8", "sampler fp8_w8a8 with emulated products, "),
+    ],
+)
+def test_what_runs_names_the_products_of_the_sampler(format, expected):
+    bindings = [f"configs.Reinforcement.rollout_format='{format}'"]
+    experiment = load_experiment([TINY], bindings)
+    assert expected in implementations(experiment)
+    assert expected in describe(experiment)
+
+
+@pytest.mark.fast
+def test_grouped_kernels_emulate_what_other_products_do_natively(monkeypatch):
+    monkeypatch.setattr("jaxrl_stable.describe.resolve_products", lambda format: "native")
+    assert sampler_products(tiny(experts="blocked"), "int8_w8a8") == "native"
+    assert sampler_products(tiny(experts="tokamax"), "int8_w8a8") == "native (experts: emulated)"

@@ -20,6 +20,7 @@ ALL = [
     {"mesh": [1, 2, 2, 2, 1], "experts_exchange": "ragged_all_to_all", "experts": "ragged"},
     {"mesh": [1, 2, 2, 1, 2], "replay": "R2", "format": "none"},
     {"mesh": [1, 1, 2, 1, 4], "remat": "dots", "sft": True},
+    {"mesh": [1, 2, 2, 2, 1], "replay": "R2", "format": "int8_w8a8"},
 ]
 FEW = [
     {"mesh": [1, 2, 2, 2, 1], "experts_exchange": "ragged_all_to_all"},

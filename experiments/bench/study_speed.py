@@ -1,0 +1,168 @@
+"""Runs of a study side by side against the same runs one after another.
+
+    python experiments/bench/study_speed.py [--runs=10] [--devices=2] [--hidden=32] [--rounds=4]
+
+Claim: ten runs mapped over devices and vmapped within them take less than half of the time of ten
+runs in sequence, and have the same curves. One cell (N = 2, R3, an fp8 sampler) on `Reverse`, a
+seed a run. After compilation each round advances every run to its next evaluation, by each way, in
+random order:
+
+    in sequence      the program of a single run, on one device
+    one device       the program of `runner.over_runs`, on one device: vmapped
+    all devices      the same over all devices, as a study runs
+
+On a CPU a device is a share of the cores (`jax_num_cpu_devices`). Prints one Markdown table of
+seconds of a round, wall time and CPU time, as ratios to "in sequence", and the largest difference
+between the curves; then what whole runs would take with compilation, where those in sequence are
+processes of their own. README.md beside this file says what the figures mean.
+"""
+
+import argparse
+import os
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_stable.array_tasks import Reverse
+from jaxrl_stable.model import tiny
+from jaxrl_stable.study.config import ColdStart, Grid, Study
+from jaxrl_stable.study.runner import Lot, Member, begin_runs, make_starts, over_runs
+from jaxrl_stable.study.runs import advance
+
+CURVES = ("reward", "entropy", "kl")
+
+
+def make_study(runs: int, hidden: int, steps: int) -> Study:
+    """One cell, with a seed for each run."""
+    return Study(
+        task=Reverse(),
+        model=tiny(hidden_size=hidden, num_layers=4, num_heads=2, moe_intermediate_size=hidden),
+        cold_starts=(ColdStart(steps=steps),),
+        grids=(Grid(mini_batches=(2,), replay=("R3",)),),
+        seeds=runs,
+        rollout_format="fp8",
+    )
+
+
+def member(runs, i):
+    """Run `i` of a stack, on the first device."""
+    return jax.device_put(jax.tree.map(lambda x: x[i], runs), jax.devices()[0])
+
+
+def in_sequence(program):
+    """Advances runs one by one; curves come back stacked, as from `over_runs`."""
+
+    def step(runs, first):
+        made = [jax.block_until_ready(program(run, first)) for run in runs]
+        curves = jax.tree.map(lambda *x: np.stack(x), *(curves for _, curves, _ in made))
+        return [run for run, _, _ in made], curves
+
+    return step
+
+
+def side_by_side(program):
+    def step(runs, first):
+        runs, curves, _ = jax.block_until_ready(program(runs, first))
+        return runs, jax.tree.map(np.asarray, curves)
+
+    return step
+
+
+def compiled(name, function, runs):
+    """The program, and the wall and CPU seconds that it took to make."""
+    begin = time.perf_counter(), time.process_time()
+    program = jax.jit(function).lower(runs, jnp.int32(0)).compile()
+    spent = np.subtract((time.perf_counter(), time.process_time()), begin)
+    print(f"compiled {name}: {spent[0]:.0f} s, CPU {spent[1]:.0f} s", flush=True)
+    return program, spent
+
+
+def measure(steps, states, rounds, rollouts):
+    """Wall and CPU seconds [rounds, ways, 2], and the curves of each way, round after round."""
+    rng, seconds = np.random.default_rng(0), np.empty((rounds, len(steps), 2))
+    curves = {name: [] for name in steps}
+    for number in range(rounds):
+        for i in rng.permutation(len(steps)):
+            name = list(steps)[i]
+            begin = time.perf_counter(), time.process_time()
+            states[name], made = steps[name](states[name], jnp.int32(number * rollouts))
+            seconds[number, i] = np.subtract((time.perf_counter(), time.process_time()), begin)
+            curves[name].append({curve: made[curve] for curve in CURVES})
+    joined = {
+        name: {c: np.concatenate([x[c] for x in made], axis=-1) for c in CURVES}
+        for name, made in curves.items()
+    }
+    return seconds, joined
+
+
+def spread(ratios):
+    """Median, smallest and largest."""
+    return f"{np.median(ratios):.2f} [{ratios.min():.2f}, {ratios.max():.2f}]"
+
+
+def table(seconds, curves):
+    """Prints one row for each way; the first of them is what the others are compared with."""
+    first, base = next(iter(curves)), seconds[:, 0]
+    print(f"{first}, seconds of a round: {spread(base[:, 0])}, CPU time {spread(base[:, 1])}\n")
+    length = curves[first][CURVES[0]].shape[-1]
+    print("| | wall time | CPU time ", end="")
+    print(f"| apart in {', '.join(CURVES)}: first rollout | of {length} |\n|---|---|---|---|---|")
+    for i, (way, made) in enumerate(curves.items()):
+        ratios = (spread(seconds[:, i, j] / base[:, j]) for j in (0, 1))
+        apart = [np.abs(made[name] - curves[first][name]) for name in CURVES]
+        early = ", ".join(f"{x[:, 0].max():.1e}" for x in apart)
+        whole = ", ".join(f"{x.max():.1e}" for x in apart)
+        print(f"| {way} | {' | '.join(ratios)} | {early} | {whole} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=10, help="a multiple of --devices")
+    parser.add_argument("--devices", type=int, default=os.cpu_count())
+    parser.add_argument("--hidden", type=int, default=32, help="width of the policy")
+    parser.add_argument("--rounds", type=int, default=4, help="evaluation intervals")
+    parser.add_argument("--cold_start", type=int, default=100, help="steps")
+    options = parser.parse_args()
+    if jax.config.jax_num_cpu_devices == -1:
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    devices, study = jax.devices(), make_study(options.runs, options.hidden, options.cold_start)
+    cells = study.cells()
+    ((name, cell),) = cells.items()
+    members = tuple(Member(name, seed) for seed in range(options.runs))
+    rollouts = study.gradient_steps // study.evaluations // cell.objective.mini_batches
+    begin = time.perf_counter()
+    starts = make_starts(study, devices)
+    print(f"{options.runs} cold starts: {time.perf_counter() - begin:.0f} s", flush=True)
+    runs = begin_runs(study, cells, Lot(members, (name,), options.runs), starts, devices)
+    step = partial(
+        advance, study=study, objectives=(cell.objective,), rollout_format=cell.rollout_format
+    )
+    singles = [member(runs, i) for i in range(options.runs)]
+    stacked = jax.device_put(runs, devices[0])
+    states = {"in sequence": singles, "one device": stacked, "all devices": runs}
+    single, compiling = compiled("one run", step, singles[0])
+    vmapped, _ = compiled("one device", over_runs(step, devices[:1]), stacked)
+    spread_out, compiling_all = compiled("all devices", over_runs(step, devices), runs)
+    steps = {
+        "in sequence": in_sequence(single),
+        "one device": side_by_side(vmapped),
+        "all devices": side_by_side(spread_out),
+    }
+    seconds, curves = measure(steps, states, options.rounds, rollouts)
+    print(f"\n{options.runs} runs, {len(devices)} devices\n")
+    table(seconds, curves)
+    rounds = study.evaluations * np.median(seconds, axis=0)
+    alone, together = options.runs * compiling + rounds[0], compiling_all + rounds[-1]
+    wall, cpu = together / alone
+    print(f"\ncompilation and {study.evaluations} rounds, estimated from the medians:")
+    print(
+        f"{alone[0]:.0f} s in processes of their own, {together[0]:.0f} s on all devices; ", end=""
+    )
+    print(f"ratio {wall:.2f}, of CPU time {cpu:.2f}")
+
+
+if __name__ == "__main__":
+    main()
