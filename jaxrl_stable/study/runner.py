@@ -82,8 +82,16 @@ def plan(
     return plans
 
 
-def run_study(study: Study, directory: str | os.PathLike) -> None:
+def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = True) -> None:
     """Runs what `directory` does not hold yet; appends records as lots of runs finish.
+
+    Runs are spread over all devices of JAX. On a CPU that is one, unless
+    `jax.config.update("jax_num_cpu_devices", os.cpu_count())` comes before anything else.
+
+    Args:
+      study: what to run.
+      directory: where results.jsonl, samples.jsonl and study.json are kept.
+      show_progress: print what runs and how long it will take.
 
     Raises:
       ValueError: the directory holds another study.
@@ -97,9 +105,14 @@ def run_study(study: Study, directory: str | os.PathLike) -> None:
     plans = plan(study, cells, (Member(r["cell"], r["seed"]) for r in records), len(devices))
     total = sum(len(lot.members) for lots in plans for lot in lots)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-    with Progress(*columns, disable=not distributed.is_main()) as progress:
+    with Progress(*columns, disable=not (show_progress and distributed.is_main())) as progress:
         bar = progress.add_task("cold starts", total=total * study.evaluations)
+        begin_time = time.perf_counter()
         starts = make_starts(study, devices) if total else {}
+        for name, start in starts.items():
+            progress.print(f"cold start {name}: score {start.scores.mean():.3f}")
+        if starts:
+            progress.print(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
         for number, lots in enumerate(plans, start=1):
             program = None
             for lot in lots:
