@@ -1,9 +1,9 @@
 """Every cell of a grid, with several seeds, and the report.
 
     python -m jaxrl_stable.study --gin_file=experiments/paper/smoke.gin
-    python -m jaxrl_stable.study --report=runs/smoke
 
-Run the same command again to go on where it stopped; more cells or seeds add to what is there.
+Run the same command again to go on where it stopped; more cells or seeds add to what is there, and
+where nothing is left to run the report alone is made again.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-from absl import flags
 
 from jaxrl_stable import distributed, program
 from jaxrl_stable.study.config import Study
 from jaxrl_stable.study.evidence import write_evidence
-from jaxrl_stable.study.page import read_records, write_page
+from jaxrl_stable.study.markdown import write_claims
+from jaxrl_stable.study.page import read_records, write_figure, write_page
 from jaxrl_stable.study.runner import run_study
-
-REPORT = flags.DEFINE_string("report", None, "write the report of a directory again, and stop")
 
 
 def build() -> Study:
@@ -54,7 +52,12 @@ def main(study: Study, workdir: str) -> None:
     run_study(study, workdir)
     if distributed.is_main():
         directory = pathlib.Path(workdir)
-        write_evidence(directory, read_records(directory), study)
+        records = read_records(directory)
+        write_evidence(directory, records, study)
+        write_claims(directory, records, study.collapse)
+        for figure in sorted({name for record in records for name in record["figure"]}):
+            title = study.figures.get(figure, figure)
+            write_figure(records, figure, directory / f"{figure}.png", title)
         print(f"report: {write_page(directory)}")
 
 

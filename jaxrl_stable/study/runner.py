@@ -28,8 +28,9 @@ from jaxrl_stable.study.runs import Run, advance, begin, cold_start, heldout_sco
 from jaxrl_stable.study.viewer import sample_rows
 
 # What can change without making the runs that are there different ones.
-OF_NO_RUN = (
-    *("title", "grids", "figures", "seeds", "first_seed", "collapse", "show", "runs_at_a_time"),
+OF_NO_RUN = frozenset(
+    {"title", "grids", "figures", "seeds", "first_seed", "collapse", "show", "runs_at_a_time"}
+    | {"cold_starts"}  # compared one by one, so that there can be more
 )
 
 
@@ -114,33 +115,22 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
         if starts:
             progress.print(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
         for number, lots in enumerate(plans, start=1):
-            program = None
+            what = f"program {number} of {len(plans)}: {', '.join(lots[0].cells)}"
+            progress.update(bar, description=what[: progress.console.width - 20])
+            begin_time = time.perf_counter()
+            program = compiled(study, cells, lots[0], starts, devices)
+            seconds = time.perf_counter() - begin_time
+            progress.print(f"{what}: compiled in {seconds:.0f} s", soft_wrap=True)
             for lot in lots:
-                what = f"program {number} of {len(plans)}: {', '.join(lot.cells)}"
-                progress.update(bar, description=f"compiling {what}"[: progress.console.width - 20])
                 runs = begin_runs(study, cells, lot, starts, devices)
-                begin_time = time.perf_counter()
-                if program is None:
-                    step = partial(
-                        advance,
-                        study=study,
-                        objectives=tuple(cells[name].objective for name in lot.cells),
-                        rollout_format=cells[lot.cells[0]].rollout_format,
-                    )
-                    program = over_runs(step, devices).lower(runs, jnp.int32(0)).compile()
-                compiled = time.perf_counter() - begin_time
-                progress.update(bar, description=what[: progress.console.width - 20])
                 tick = partial(progress.advance, bar, len(lot.members))
                 runs, finished = run_lot(study, cells, lot, runs, program, starts, tick)
                 samples = shown(study, cells, lot, runs)
                 if distributed.is_main():
                     append(directory / "samples.jsonl", samples)
                     append(results, finished)
-                    seconds = finished[0]["seconds"]
-                    progress.print(
-                        f"{len(lot.members)} runs, {seconds:.1f} s each, compiled in "
-                        f"{compiled:.1f} s: {', '.join(dict.fromkeys(m.cell for m in lot.members))}"
-                    )
+                seconds = finished[0]["seconds"]
+                progress.print(f"  {len(finished)} runs, {seconds:.1f} s each")
 
 
 def over_runs(function: Callable, devices: list[jax.Device]) -> Callable:
@@ -217,6 +207,24 @@ def _first(study: Study, own: tuple, _: None) -> Run:
     return begin(study, *own)
 
 
+def compiled(
+    study: Study,
+    cells: dict[str, Cell],
+    lot: Lot,
+    starts: dict[str, Start],
+    devices: list[jax.Device],
+) -> Callable:
+    """`advance` for all lots of the size and the cells of this one."""
+    step = partial(
+        advance,
+        study=study,
+        objectives=tuple(cells[name].objective for name in lot.cells),
+        rollout_format=cells[lot.cells[0]].rollout_format,
+    )
+    runs = begin_runs(study, cells, lot, starts, devices)
+    return over_runs(step, devices).lower(runs, jnp.int32(0)).compile()
+
+
 def run_lot(
     study: Study,
     cells: dict[str, Cell],
@@ -271,7 +279,7 @@ def shown(study: Study, cells: dict[str, Cell], lot: Lot, runs: Run) -> list[dic
     rows = []
     for i, member in enumerate(lot.members):
         if member.cell in study.show and member.seed == study.first_seed:
-            state = jax.tree.map(lambda x, i=i: x[i], runs.state)
+            state = distributed.replicated(jax.tree.map(lambda x, i=i: x[i], runs.state))
             about = dict(cell=member.cell, step=study.gradient_steps)
             key = jax.random.fold_in(jax.random.key(member.seed), 2)
             rows += sample_rows(study, cells[member.cell], state, key, about)
@@ -304,11 +312,12 @@ def identify(study: Study, directory: pathlib.Path) -> None:
         for field in dataclasses.fields(study)
         if field.name not in OF_NO_RUN
     }
-    path = directory / "study.json"
+    settings |= {f"cold_starts {start.name!r}": repr(start) for start in study.cold_starts}
+    path, old = directory / "study.json", {}
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
         for name, value in settings.items():
-            if old.get(name) != value:
+            if old.get(name, value) != value:
                 raise ValueError(
                     f"{directory} holds a study with another Study.{name}; use another --workdir, "
                     f"or delete it"
@@ -320,6 +329,6 @@ def identify(study: Study, directory: pathlib.Path) -> None:
         "figures": dict(study.figures),
         "about": [],
         "collapse": dataclasses.asdict(study.collapse),
-        "settings": settings,
+        "settings": old | settings,
     }
     write_atomic(path, json.dumps(about, indent=1) + "\n")

@@ -7,8 +7,9 @@ from study_records import cell, study
 
 from jaxrl_stable.statistics import Estimate
 from jaxrl_stable.study import verdicts
-from jaxrl_stable.study.analysis import cells_of
+from jaxrl_stable.study.analysis import Collapse, cells_of
 from jaxrl_stable.study.claims import CLAIMS, PAPER
+from jaxrl_stable.study.markdown import claim_lines, write_claims
 from jaxrl_stable.study.verdicts import (
     CONTRADICTED,
     NOT_RUN,
@@ -224,3 +225,23 @@ def test_survival_is_compared_up_to_the_shorter_record():
             claims=[CLAIM["n2-clip-survival"]],
         )
         assert row.evidence[0].paired.difference.value == pytest.approx(expected, abs=0.06)
+
+
+def test_markdown_says_what_was_found(tmp_path):
+    """A line for every claim in every setting, with its own cells, figures and verdict."""
+    rows = evaluate(cells_of(study()))
+    _, _, *lines = claim_lines(rows)
+    assert len(lines) == len(rows)
+    for row, line in zip(rows, lines):
+        sentence, _, shown, verdict = line.strip("| ").split(" | ")
+        assert sentence.startswith(row.claim.sentence)
+        assert verdict.replace("*", "").split(":")[0] == row.verdict
+        for entry in row.evidence:
+            assert all(f"`{name}`" in shown for name in entry.names)
+            if entry.paired and row.claim.outcome == "final":
+                assert f"{abs(entry.paired.difference.value):.3f}" in shown
+                assert f"{entry.paired.pairs} seeds" in shown
+    write_claims(tmp_path, study(), Collapse())
+    text = (tmp_path / "claims.md").read_text()
+    assert f"{sum(row.verdict == REPRODUCED for row in rows)} reproduced" in text
+    assert all(line in text for line in lines)

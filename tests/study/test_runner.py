@@ -13,7 +13,7 @@ import pytest
 from jaxrl_stable import program
 from jaxrl_stable.metrics import read_jsonl
 from jaxrl_stable.study import __main__ as study_program
-from jaxrl_stable.study.config import Grid
+from jaxrl_stable.study.config import ColdStart, Grid
 from jaxrl_stable.study.evidence import replay_rows
 from jaxrl_stable.study.runner import Member, append, plan, run_study
 
@@ -67,6 +67,9 @@ def test_records(small, finished):
 def test_report(finished):
     page = (finished / "report.html").read_text()
     assert "N=2, R3, no clip" in page and "weight " in page
+    assert (finished / "two.png").read_bytes().startswith(b"\x89PNG")
+    claims = (finished / "claims.md").read_text()
+    assert "`N=2, R3` against `N=2, R3, no clip`" in claims or "not run" in claims
 
 
 def test_samples(small, finished):
@@ -94,7 +97,8 @@ def test_nothing_is_run_twice(small, finished, tmp_path):
     (tmp_path / "study.json").write_bytes((finished / "study.json").read_bytes())
     (tmp_path / "results.jsonl").write_bytes(whole[:-40])
     kept = whole[: whole[:-40].rfind(b"\n") + 1]
-    run_study(dataclasses.replace(small, seeds=3), tmp_path)
+    more = (*small.cold_starts, ColdStart(name="of no cell"))
+    run_study(dataclasses.replace(small, seeds=3, cold_starts=more), tmp_path)
     assert (tmp_path / "results.jsonl").read_bytes().startswith(kept)
     runs, expected = runs_of(tmp_path), runs_of(finished)
     assert set(runs) == {(cell, seed) for cell, _ in expected for seed in (0, 1, 2)}
@@ -114,6 +118,9 @@ def test_append_after_a_torn_line(tmp_path):
 def test_another_study_is_refused(small, finished):
     other = dataclasses.replace(small, temperature=0.5)
     with pytest.raises(ValueError, match=r"another Study\.temperature; use another --workdir"):
+        run_study(other, finished)
+    other = dataclasses.replace(small, cold_starts=(ColdStart(steps=1),))
+    with pytest.raises(ValueError, match=r"another Study\.cold_starts 'default'"):
         run_study(other, finished)
 
 

@@ -1,0 +1,67 @@
+"""The table of claims as Markdown, for documentation that is read without a browser."""
+
+from __future__ import annotations
+
+import pathlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from jaxrl_stable.metrics import write_atomic
+from jaxrl_stable.study.analysis import Collapse, Record, cells_of
+from jaxrl_stable.study.tables import MEANINGS, chance, difference
+from jaxrl_stable.study.verdicts import NOT_RUN, RULE, Evidence, Row, evaluate
+
+HEAD = (
+    "| claim | setting | evidence | verdict |",
+    "|---|---|---|---|",
+)
+
+
+def write_claims(directory: pathlib.Path, records: Iterable[Record], rule: Collapse) -> None:
+    """Writes claims.md: every claim with its figures and its verdict."""
+    rows = evaluate(cells_of(records), rule)
+    counts = Counter(row.verdict for row in rows)
+    lines = [
+        "# Claims",
+        "",
+        ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()) + ".",
+        "",
+        RULE,
+        "",
+        *claim_lines(rows),
+    ]
+    write_atomic(directory / "claims.md", "\n".join(lines) + "\n")
+
+
+def claim_lines(rows: Sequence[Row]) -> list[str]:
+    """The table; claims that were not run stand in it, too."""
+    lines = list(HEAD)
+    for row in rows:
+        sentence = f"{row.claim.sentence} ({row.claim.source})"
+        shown = "<br>".join(evidence(row, entry) for entry in row.evidence) or "–"
+        verdict = row.verdict if row.verdict == NOT_RUN else f"**{row.verdict}**"
+        verdict += f": {row.note}" if row.note else ""
+        cells = (sentence, row.setting or "–", shown, verdict)
+        lines.append(f"| {' | '.join(cell.replace('|', '∣') for cell in cells)} |")
+    return lines
+
+
+def evidence(row: Row, entry: Evidence) -> str:
+    """One comparison: cells, difference with its interval, seeds, p values."""
+    names = " against ".join(f"`{name}`" for name in entry.names)
+    states = [Counter(group) for group in entry.states]
+    if len(entry.names) == 1:
+        (state,), (group,) = states, entry.states
+        return (
+            f"{names}: {state['stable']} of {len(group)} runs stable, {state['collapsed']} "
+            f"collapsed, {state['not learned']} not learned"
+        )
+    if entry.paired is None:
+        return f"{names}: –"
+    p, outcome = entry.paired, row.claim.outcome
+    collapsed = " against ".join(str(state["collapsed"]) for state in states)
+    return (
+        f"{names}: {MEANINGS[outcome]} {difference(p.difference, outcome)}; {p.pairs} seeds, "
+        f"p {chance(p.p)}, Holm {chance(entry.p_holm)}, permutation {chance(p.p_sign_flip)}; "
+        f"collapsed {collapsed}"
+    )
