@@ -128,13 +128,15 @@ def _fitting(axes: tuple[str, ...], size: int, mesh: Any) -> tuple[str, ...]:
 
 
 def mesh_in_use() -> Any:
-    """The mesh of `jax.set_mesh`, empty where there is none or where its axes are not `AXES`.
+    """The mesh of `jax.set_mesh`; empty where there is none, or nothing to spread over.
 
     Inside a `jax.shard_map` over axes of one's own, such as the runs of a study, every device is on
-    its own: there is nothing to spread over.
+    its own.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if set(mesh.axis_names) <= set(AXES) else jax.sharding.AbstractMesh((), ())
+    foreign = set(mesh.axis_names) - set(AXES)
+    alone = foreign and set(mesh.axis_names) <= set(mesh.manual_axes)
+    return jax.sharding.AbstractMesh((), ()) if alone else mesh
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -57,6 +57,19 @@ def test_norm_is_reported_before_clipping(model, ones):
     np.testing.assert_allclose(norms[0], size**0.5, rtol=1e-5)
 
 
+def test_rates_can_be_mapped(model, ones):
+    """A study maps runs over learning rates, with warm-up and decay as they are."""
+    config = Optimizer(warmup_steps=1, decay_steps=4, clip_norm=1e9)
+
+    def moved(rate):
+        optimizer = make_optimizer(dataclasses.replace(config, learning_rate=rate))
+        state, _ = apply_gradients(init_state(model, optimizer), ones, optimizer)
+        return (model.norm.weight[...] - state.model.norm.weight[...])[0]
+
+    rates = jnp.array([1e-3, 4e-3])
+    np.testing.assert_allclose(jax.jit(jax.vmap(moved))(rates), rates, rtol=2e-3)
+
+
 def test_weight_decay_spares_the_norms(model):
     zeros = jax.tree.map(jnp.zeros_like, model)
     state, _ = step(model, zeros, Optimizer(learning_rate=0.1, weight_decay=0.5))

@@ -139,7 +139,7 @@ def memory(programs, state, data):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=30, help="steps of each arm")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write, or add, the figures")
     options = parser.parse_args()
     programs = {name: make_programs(reinforcement(name), SAMPLING) for name in ("none", "R3")}
     rl = reinforcement("R3")
@@ -172,7 +172,8 @@ def main():
             f"{name} {x}" for name, x in zip(names, extra, strict=True)
         )
     if options.json:
-        text = json.dumps({"replay_cost": found}, indent=1, ensure_ascii=False)
+        held = json.loads(options.json.read_text()) if options.json.exists() else {}
+        text = json.dumps(held | {"replay_cost": found}, indent=1, ensure_ascii=False)
         options.json.write_text(text + "\n", encoding="utf-8")
 
 

@@ -17,9 +17,9 @@ import jax
 
 from jaxrl_stable import distributed, program
 from jaxrl_stable.study.config import Study
-from jaxrl_stable.study.evidence import write_evidence
 from jaxrl_stable.study.markdown import write_claims
 from jaxrl_stable.study.page import read_records, write_figure, write_page
+from jaxrl_stable.study.replay import write_evidence
 from jaxrl_stable.study.runner import run_study
 
 
@@ -29,7 +29,11 @@ def build() -> Study:
     for cell in study.cells().values():
         cell.objective.check()  # through gin, which notes what the functions read
     grids = tuple(
-        dataclasses.replace(grid, losses=tuple(map(program.settled, grid.losses)))
+        dataclasses.replace(
+            grid,
+            losses=tuple(map(program.settled, grid.losses)),
+            advantages=tuple(map(program.settled, grid.advantages)),
+        )
         for grid in study.grids
     )
     return dataclasses.replace(study, grids=grids)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from jaxrl_stable.advantages import centered
 from jaxrl_stable.array_tasks import Task
 from jaxrl_stable.configs import FORMATS, Optimizer
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.objective import Objective, name_of, one_of
 from jaxrl_stable.objectives import minirl
 from jaxrl_stable.study.analysis import Collapse
+from jaxrl_stable.study.claims import PAPER
 
 # Short names of settings that differ from the paper's, in the names of cells.
 SHORT = {
@@ -74,6 +76,7 @@ class Cell:
     @property
     def settings(self) -> dict[str, Any]:
         """What a record says of the cell; what is not said is as in the paper (`claims.PAPER`)."""
+        estimator = name_of(self.objective.advantages)
         return {
             "loss": name_of(self.objective.loss),
             "mini_batches": self.objective.mini_batches,
@@ -81,6 +84,7 @@ class Cell:
             "policies": self.objective.policies,
             "aggregation": self.objective.aggregation,
             **self.options,
+            **({} if estimator == "centered" else {"advantages": estimator}),
             "rollout_format": self.rollout_format,
             "cold_start": self.cold_start,
             "learning_rate": self.learning_rate,
@@ -93,7 +97,7 @@ class Grid:
 
     Attributes:
       figure: name of the figure; "" shows the cells in tables alone.
-      mini_batches, replay, losses, aggregations, policies: see `objective.Objective`.
+      mini_batches, replay, losses, aggregations, policies, advantages: see `objective.Objective`.
       options: of the losses, each a mapping from names of arguments to values.
       rollout_formats: see `configs.Reinforcement`.
       cold_starts: names; () takes the study's first.
@@ -107,6 +111,7 @@ class Grid:
     options: tuple[Mapping[str, Any], ...] = ({},)
     aggregations: tuple[str, ...] = ("seq-mean-token-sum",)
     policies: tuple[str, ...] = ("all",)
+    advantages: tuple[Callable, ...] = (centered,)
     rollout_formats: tuple[str, ...] = ()
     cold_starts: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
@@ -120,21 +125,25 @@ class Grid:
             self.options,
             self.aggregations,
             self.policies,
+            self.advantages,
             self.rollout_formats or (study.rollout_format,),
             self.cold_starts or (study.cold_starts[0].name,),
             self.learning_rates or (study.optimizer.learning_rate,),
         )
-        for parts, replay, loss, options, aggregation, policies, *rest in itertools.product(*axes):
+        for parts, replay, loss, options, *more, rollout, start, rate in itertools.product(*axes):
+            aggregation, policies, advantages = more
             objective = Objective(
                 mini_batches=parts,
                 replay=replay,
                 loss=partial(loss, **options) if options else loss,
+                advantages=advantages,
                 aggregation=aggregation,
                 policies=policies,
                 horizon=float(study.task.max_tokens),
             )
             options = getattr(objective.loss, "keywords", {})
-            yield Cell((self.figure,) if self.figure else (), objective, options, *rest)
+            figures = (self.figure,) if self.figure else ()
+            yield Cell(figures, objective, options, rollout, start, rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,16 +217,16 @@ class Study:
         names = [start.name for start in self.cold_starts]
         if len(set(names)) < len(names):
             raise ValueError(f"Study.cold_starts have the names {names}; make them different")
-        vocabulary = (
-            max(start.task.vocab_size for start in self.cold_starts if start.task)
-            if any(start.task for start in self.cold_starts)
-            else 0
-        )
-        object.__setattr__(
-            self,
-            "model",
-            dataclasses.replace(self.model, vocab_size=max(self.task.vocab_size, vocabulary)),
-        )
+        tasks = [self.task, *(start.task for start in self.cold_starts if start.task)]
+        for task in tasks:
+            if any(a != b for a, b in zip(task.texts, self.task.texts)):
+                raise ValueError(
+                    f"ColdStart.task: its ids mean {task.texts}, those of Study.task "
+                    f"{self.task.texts}; use a task of the same kind"
+                )
+        vocabulary = max(task.vocab_size for task in tasks)
+        model = dataclasses.replace(self.model, vocab_size=vocabulary)
+        object.__setattr__(self, "model", model)
         interval = self.gradient_steps // self.evaluations
         for cell in self.cells().values():
             if interval % cell.objective.mini_batches:
@@ -234,18 +243,23 @@ class Study:
                     f"Grid.rollout_formats has {cell.rollout_format!r}; use one of {FORMATS}"
                 )
 
+        for name in self.show:
+            if name not in self.cells():
+                raise ValueError(f"Study.show names {name!r}; the cells are {list(self.cells())}")
+
     def cells(self) -> dict[str, Cell]:
         """Cells by name, in the order of the grids; one that several figures show is there once."""
         merged: dict[str, Cell] = {}
         for cell in itertools.chain.from_iterable(grid.cells(self) for grid in self.grids):
-            key = json.dumps(cell.settings, sort_keys=True, default=str)
+            usual = PAPER if cell.settings["loss"] == "minirl" else {}
+            key = json.dumps({**usual, **cell.settings}, sort_keys=True, default=str)
             seen = merged.get(key)
             figures = (*(seen.figures if seen else ()), *cell.figures)
             figures = tuple(dict.fromkeys(figures))
             merged[key] = dataclasses.replace(seen or cell, figures=figures)
         named = {self.name(cell): cell for cell in merged.values()}
         if len(named) < len(merged):
-            raise AssertionError("two different cells have one name")
+            raise ValueError("Study.grids: two different cells have one name; name their options")
         return named
 
     def name(self, cell: Cell) -> str:
@@ -255,9 +269,7 @@ class Study:
         loss, replay = settings.pop("loss"), settings.pop("replay")
         parts += [loss] * (loss != "minirl") + [replay] * (replay != "none")
         usual = {
-            "policies": "all",
-            "aggregation": "seq-mean-token-sum",
-            "clip": True,
+            **PAPER,
             "rollout_format": self.rollout_format,
             "cold_start": self.cold_starts[0].name,
             "learning_rate": self.optimizer.learning_rate,
@@ -265,7 +277,8 @@ class Study:
         for key, value in settings.items():
             if key in usual and usual[key] == value:
                 continue
-            plain = value if key in ("rollout_format", "cold_start") else f"{key} {value}"
+            bare = key in ("rollout_format", "cold_start", "advantages")
+            plain = value if bare else f"{key} {value}"
             parts.append(SHORT.get((key, value), plain) if _hashable(value) else str(plain))
         return ", ".join(map(str, parts))
 

@@ -35,7 +35,8 @@ NO_FIGURE = "other"
 JUDGED = (verdicts.REPRODUCED, verdicts.UNSEEN, verdicts.CONTRADICTED)
 CURVES = (
     "Lines: means over seeds. Bands: 95 % bootstrap intervals over runs. Held-out scores as "
-    "evaluated, the rest under a running mean over a twentieth of the run; the KL's mean is "
+    "evaluated, the rest under a running mean over a twentieth of the points, and five at least; "
+    "the KL's mean is "
     "geometric. Survival: Kaplan–Meier with Greenwood's band, the curves set apart a little. "
     "Dots: seeds (× collapsed, ■ not learned)."
 )
@@ -73,7 +74,7 @@ def write_page(directory: str | os.PathLike) -> pathlib.Path:
                      "bytes_per_token"}], "replay_cost": {text: value}}
       samples.jsonl  rows as of a training run (`jaxrl_stable.samples`), and "cell"
       study.json     {"title": text, "figures": {id: title}, "about": [lines],
-                     "collapse": fields of `Collapse`}
+                     "collapse": fields of `Collapse`, "cells": {name: [ids]}}
 
     Raises:
       ValueError: one line, when a file is missing, empty or damaged.
@@ -109,13 +110,16 @@ def write_figure(
 
 
 def read_records(directory: pathlib.Path) -> list[dict]:
-    """The records of a study.
+    """The records of a study, with the cells and the figures that study.json has now.
 
     Raises:
       ValueError: one line, when there are none.
     """
     path = directory / "results.jsonl"
     records = read_jsonl(path) if path.exists() else []
+    cells = read_summary(directory / "study.json").get("cells")
+    if cells is not None:  # records of cells that the study no longer has stay in the file
+        records = [r | {"figure": cells[r["cell"]]} for r in records if r["cell"] in cells]
     if not records:
         raise ValueError(f"{path}: missing or empty; run the study first")
     return records

@@ -103,34 +103,48 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
     results = directory / "results.jsonl"
     records = read_jsonl(results) if results.exists() else []
     cells, devices = study.cells(), jax.devices()
+    for record in records:
+        cell = cells.get(record["cell"])
+        if cell and record["settings"] != as_json(cell.settings | of_task(study)):
+            raise ValueError(
+                f"{results}: cell {record['cell']!r} was run with other settings; use another "
+                "--workdir"
+            )
+    distributed.check_same(
+        "study or its results",
+        f"{[c.settings for c in cells.values()]} {study.seeds} {len(records)}",
+    )
     plans = plan(study, cells, (Member(r["cell"], r["seed"]) for r in records), len(devices))
     total = sum(len(lot.members) for lots in plans for lot in lots)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-    with Progress(*columns, disable=not (show_progress and distributed.is_main())) as progress:
+    show_progress = show_progress and distributed.is_main()
+    with Progress(*columns, disable=not show_progress) as progress:
+        say = progress.print if show_progress else lambda *_, **__: None
         bar = progress.add_task("cold starts", total=total * study.evaluations)
         begin_time = time.perf_counter()
         starts = make_starts(study, devices) if total else {}
         for name, start in starts.items():
-            progress.print(f"cold start {name}: score {start.scores.mean():.3f}")
+            say(f"cold start {name}: score {start.scores.mean():.3f}")
         if starts:
-            progress.print(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
+            say(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
         for number, lots in enumerate(plans, start=1):
             what = f"program {number} of {len(plans)}: {', '.join(lots[0].cells)}"
             progress.update(bar, description=what[: progress.console.width - 20])
             begin_time = time.perf_counter()
             program = compiled(study, cells, lots[0], starts, devices)
             seconds = time.perf_counter() - begin_time
-            progress.print(f"{what}: compiled in {seconds:.0f} s", soft_wrap=True)
+            say(f"{what}: compiled in {seconds:.0f} s", soft_wrap=True)
             for lot in lots:
                 runs = begin_runs(study, cells, lot, starts, devices)
                 tick = partial(progress.advance, bar, len(lot.members))
                 runs, finished = run_lot(study, cells, lot, runs, program, starts, tick)
+                if distributed.is_main():
+                    append(results, finished)
                 samples = shown(study, cells, lot, runs)
                 if distributed.is_main():
                     append(directory / "samples.jsonl", samples)
-                    append(results, finished)
                 seconds = finished[0]["seconds"]
-                progress.print(f"  {len(finished)} runs, {seconds:.1f} s each")
+                say(f"  {len(finished)} runs, {seconds:.1f} s each")
 
 
 def over_runs(function: Callable, devices: list[jax.Device]) -> Callable:
@@ -258,7 +272,7 @@ def run_lot(
                 "cell": member.cell,
                 "figure": list(cell.figures),
                 "seed": member.seed,
-                "settings": cell.settings | {"task": type(study.task).__name__},
+                "settings": as_json(cell.settings | of_task(study)),
                 "curves": {
                     "gradient_steps": steps[1:].tolist(),
                     **{name: rounded(c[name][i] for c in curves) for name in curves[0]},
@@ -284,6 +298,16 @@ def shown(study: Study, cells: dict[str, Cell], lot: Lot, runs: Run) -> list[dic
             key = jax.random.fold_in(jax.random.key(member.seed), 2)
             rows += sample_rows(study, cells[member.cell], state, key, about)
     return rows
+
+
+def of_task(study: Study) -> dict[str, str]:
+    """What the settings of every record say of the task."""
+    return {"task": type(study.task).__name__}
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON gives it back; what JSON does not know becomes text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def rounded(values: Iterable[float]) -> list[float | None]:
@@ -327,7 +351,7 @@ def identify(study: Study, directory: pathlib.Path) -> None:
     about = {
         "title": study.title,
         "figures": dict(study.figures),
-        "about": [],
+        "cells": {name: list(cell.figures) for name, cell in study.cells().items()},
         "collapse": dataclasses.asdict(study.collapse),
         "settings": old | settings,
     }

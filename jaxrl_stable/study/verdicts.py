@@ -182,6 +182,8 @@ def settings(
         if not all(rest in by_rest for by_rest in candidates):
             continue
         shown = json.loads(rest)
+        if shown.get("rollout_format") == "none" and any("weight" in side for side in sides):
+            continue  # sampler and trainer agree: the weight is 1 in both
         label = ", ".join(f"{key} {shown[key]}" for key in varying if key in shown)
         for chosen in itertools.product(*(by_rest[rest] for by_rest in candidates)):
             left = iter(chosen)

@@ -43,8 +43,9 @@ def sample_rows(
     )(state, key)
     found = jax.device_get(found)
     P, rows = study.task.prompt_width, []
-    chosen = range(0, PROBLEMS * study.group_size, study.group_size // RESPONSES)
-    for i in chosen if study.group_size >= RESPONSES else range(PROBLEMS):
+    group, responses = study.group_size, range(min(RESPONSES, study.group_size))
+    problems = range(min(PROBLEMS, study.prompts))
+    for i in (problem * group + response for problem in problems for response in responses):
         mask = found["mask"][i]
         layers = [np.flatnonzero(found["differs"][:, i, t - 1]) for t in np.flatnonzero(mask)]
         prompt = found["tokens"][i, :P][found["real"][i, :P]]

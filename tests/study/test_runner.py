@@ -1,6 +1,7 @@
 """What is run, in which programs, and what is left on disk, whatever happens on the way."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import subprocess
@@ -11,11 +12,16 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import program
+from jaxrl_stable.array_tasks import ChainSum
 from jaxrl_stable.metrics import read_jsonl
 from jaxrl_stable.study import __main__ as study_program
+from jaxrl_stable.study.analysis import cells_of
+from jaxrl_stable.study.claims import CLAIMS
 from jaxrl_stable.study.config import ColdStart, Grid
-from jaxrl_stable.study.evidence import replay_rows
+from jaxrl_stable.study.page import read_records
+from jaxrl_stable.study.replay import replay_rows
 from jaxrl_stable.study.runner import Member, append, plan, run_study
+from jaxrl_stable.study.verdicts import matches
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(pathlib.Path(__file__).parent / "tiny.gin")
@@ -124,6 +130,45 @@ def test_another_study_is_refused(small, finished):
         run_study(other, finished)
 
 
+def test_records_of_other_settings_are_refused(small, finished, tmp_path):
+    """A name leaves out what is usual in its study: it says nothing without the settings."""
+    (tmp_path / "study.json").write_bytes((finished / "study.json").read_bytes())
+    text = (finished / "results.jsonl").read_text().replace('"learning_rate": 0.01', '"other": 1')
+    (tmp_path / "results.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="'N=2, R3' was run with other settings"):
+        run_study(small, tmp_path)
+
+
+def test_the_study_decides_on_figures(finished, tmp_path):
+    """Not the record, which may be older than the figure, or than the cell's removal."""
+    (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes())
+    about = json.loads((finished / "study.json").read_text())
+    about["cells"] = {"N=2, R3": ["two", "later"]}
+    (tmp_path / "study.json").write_text(json.dumps(about))
+    records = read_records(tmp_path)
+    assert {record["cell"] for record in records} == {"N=2, R3"} and len(records) == 2
+    assert all(record["figure"] == ["two", "later"] for record in records)
+
+
+def test_defaults_that_are_spelt_out_are_the_same_cell(study):
+    grids = Grid(options=({},)), Grid(options=({"clip": True, "truncation": 5.0},), figure="x")
+    (cell,) = dataclasses.replace(study, grids=grids).cells().items()
+    assert cell[0] == "N=1" and cell[1].figures == ("x",)
+
+
+def test_every_claim_finds_its_cells_in_the_grid():
+    """The claims name settings; the grid of the paper has a cell for each of them."""
+    built = program.load([str(ROOT / "experiments/paper/grid.gin")], [], study_program.build)
+    rows = [
+        {"cell": name, "figure": list(cell.figures), "seed": 0, "settings": cell.settings}
+        for name, cell in built.cells().items()
+    ]
+    cells = cells_of(rows)
+    for claim in CLAIMS:
+        for side in (side for comparison in claim.comparisons for side in comparison):
+            assert any(matches(cell, side, claim) for cell in cells), (claim.id, side)
+
+
 def test_plan_shares_programs(study):
     """One program for all objectives that share their passes; lots of one size."""
     cells = study.cells()
@@ -162,6 +207,8 @@ def test_evidence(small, finished):
         (dict(rollout_format="int3"), "Study.rollout_format is 'int3'"),
         (dict(grids=(Grid(cold_starts=("x",)),)), "names 'x'"),
         (dict(grids=()), "at least one entry"),
+        (dict(show=("N=3",)), "Study.show names 'N=3'"),
+        (dict(cold_starts=(ColdStart(task=ChainSum()),)), "ColdStart.task: its ids mean"),
     ],
 )
 def test_errors(study, change, message):
@@ -174,6 +221,7 @@ def test_gin_file_and_losses():
     lines = [
         "study.Grid.losses = (@objectives.gspo,)",
         "study.Grid.options = ({},)",
+        "study.Study.show = ()",
         "objectives.gspo.clip_high = 0.5",
     ]
     built = program.load([TINY], lines, study_program.build)

@@ -24,8 +24,8 @@ def replay_rows(records: Iterable[Record], study: Study) -> list[dict[str, Any]]
     """One row for every N, replay and sampler of MiniRL: means over the seeds.
 
     `kl_step0` and `kl_step1` are the k3 KL (nats a token) between sampler and trainer in the first
-    and the second rollout. `bytes_per_token` is L · K · the bytes of an expert's id, which is what
-    routing adds to a rollout.
+    rollout and in the second, N updates later. `bytes_per_token` is L · K · the bytes of an
+    expert's id, which is what routing adds to a rollout, replayed or not.
     """
     config = study.model
     width = expert_dtype(config.num_experts).itemsize
@@ -35,15 +35,18 @@ def replay_rows(records: Iterable[Record], study: Study) -> list[dict[str, Any]]
         full = canonical(cell.settings)
         if any(full[key] != value for key, value in PAPER.items() if key not in FREE):
             continue
-        kl = np.array([run["first"]["kl"] for run in cell.runs], float)
-        agreement = np.array([run["first"]["routing_agreement"] for run in cell.runs], float)
+        kl, agreement = (
+            np.array([run["first"][name] for run in cell.runs], float)
+            for name in ("kl", "routing_agreement")
+        )
+        sampler = full["rollout_format"]
         rows.append(
             {
-                "setting": f"{cell.name}, {full['rollout_format']}",
+                "setting": cell.name if sampler in cell.name else f"{cell.name}, {sampler}",
                 "kl_step0": float(kl[:, 0].mean()),
-                "kl_step1": float(kl[:, -1].mean()),
+                "kl_step1": float(kl[:, 1].mean()) if kl.shape[1] > 1 else None,
                 "routing_agreement": float(agreement[:, 0].mean()),
-                "bytes_per_token": carried if full["replay"] != "none" else 0,
+                "bytes_per_token": carried,
             }
         )
     return rows
