@@ -43,18 +43,18 @@ class TrainState:
 def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
     """The optax chain of a config."""
     rate, warmup = config.learning_rate, max(config.warmup_steps, 1)
-    # For a rate of 1, as optax wants numbers: a study maps runs over their rates.
-    schedule = optax.linear_schedule(0.0, 1.0, warmup)
+    schedule = optax.linear_schedule(0.0, rate, warmup)
     if config.decay_steps:
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, 1.0, warmup, warmup + config.decay_steps, 0.1
-        )
+        # For a rate of 1, as optax wants a number: a study maps runs over their rates.
+        whole = warmup + config.decay_steps
+        share = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, whole, 0.1)
+        schedule = lambda count: rate * share(count)  # noqa: E731
     # optax counts from 0 before the first update: shift by one so that it has a non-zero rate.
     return in_float32(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
             optax.adamw(
-                lambda count: rate * schedule(count + 1),
+                lambda count: schedule(count + 1),
                 config.b1,
                 config.b2,
                 config.eps,

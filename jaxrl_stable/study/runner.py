@@ -125,6 +125,7 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
         starts = make_starts(study, devices) if total else {}
         for name, start in starts.items():
             say(f"cold start {name}: score {start.scores.mean():.3f}")
+        check_starts(study, starts, records)
         if starts:
             say(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
         for number, lots in enumerate(plans, start=1):
@@ -190,6 +191,25 @@ def make_starts(study: Study, devices: list[jax.Device]) -> dict[str, Start]:
         scores = distributed.replicated(scores)[: study.seeds]
         starts[config.name] = Start(models, scores)
     return starts
+
+
+def check_starts(study: Study, starts: dict[str, Start], records: list[dict[str, Any]]) -> None:
+    """Checks that new runs begin where the recorded ones of their seed began: they are paired.
+
+    Raises:
+      ValueError: the code, the libraries or the machine make other cold starts than before.
+    """
+    for record in records:
+        seed, start = record["seed"] - study.first_seed, record["settings"]["cold_start"]
+        if start in starts and 0 <= seed < study.seeds:
+            (score,) = rounded([starts[start].scores[seed]])
+            before = record["evaluations"]["score"][0]
+            if score != before:
+                raise ValueError(
+                    f"cold start {start!r} of seed {record['seed']} scores {score}, and {before} "
+                    "in results.jsonl: another version or machine made it, and new runs could not "
+                    "be compared with it in pairs; use another --workdir"
+                )
 
 
 def seed_keys(study: Study) -> list[jax.Array]:

@@ -15,7 +15,7 @@ from jaxrl_stable import program
 from jaxrl_stable.array_tasks import ChainSum
 from jaxrl_stable.metrics import read_jsonl
 from jaxrl_stable.study import __main__ as study_program
-from jaxrl_stable.study.analysis import cells_of
+from jaxrl_stable.study import analysis
 from jaxrl_stable.study.claims import CLAIMS
 from jaxrl_stable.study.config import ColdStart, Grid
 from jaxrl_stable.study.page import read_records
@@ -139,6 +139,16 @@ def test_records_of_other_settings_are_refused(small, finished, tmp_path):
         run_study(small, tmp_path)
 
 
+def test_other_cold_starts_are_refused(small, finished, tmp_path):
+    """Other libraries or another machine: the seeds would no longer be pairs."""
+    (tmp_path / "study.json").write_bytes((finished / "study.json").read_bytes())
+    rows = read_jsonl(finished / "results.jsonl")
+    rows[0]["evaluations"]["score"][0] += 0.25
+    append(tmp_path / "results.jsonl", rows[:3])
+    with pytest.raises(ValueError, match="cold start 'default' of seed 0 scores"):
+        run_study(small, tmp_path)
+
+
 def test_the_study_decides_on_figures(finished, tmp_path):
     """Not the record, which may be older than the figure, or than the cell's removal."""
     (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes())
@@ -159,11 +169,9 @@ def test_defaults_that_are_spelt_out_are_the_same_cell(study):
 def test_every_claim_finds_its_cells_in_the_grid():
     """The claims name settings; the grid of the paper has a cell for each of them."""
     built = program.load([str(ROOT / "experiments/paper/grid.gin")], [], study_program.build)
-    rows = [
-        {"cell": name, "figure": list(cell.figures), "seed": 0, "settings": cell.settings}
-        for name, cell in built.cells().items()
+    cells = [
+        analysis.Cell(name, cell.settings, cell.figures, ()) for name, cell in built.cells().items()
     ]
-    cells = cells_of(rows)
     for claim in CLAIMS:
         for side in (side for comparison in claim.comparisons for side in comparison):
             assert any(matches(cell, side, claim) for cell in cells), (claim.id, side)
