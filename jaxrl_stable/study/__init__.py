@@ -5,7 +5,8 @@ Running it:
     config.py      Study, Grid, Cell, ColdStart: what gin binds
     runs.py        one run as a pure function, of the library's own rollout, score and update
     choice.py      several objectives in one program
-    runner.py      lots of runs over devices; results.jsonl, appended as they finish
+    runner.py      lots of runs over devices
+    records.py     results.jsonl and study.json, and whether they belong to the study
     viewer.py      samples, token by token
     replay.py      what replay does to the mismatch in the first rollouts
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -20,18 +19,21 @@ from jax.sharding import PartitionSpec as P
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from jaxrl_stable import distributed
-from jaxrl_stable.metrics import read_jsonl, write_atomic
+from jaxrl_stable.metrics import read_jsonl
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.study.choice import program_of
 from jaxrl_stable.study.config import Cell, Study
+from jaxrl_stable.study.records import (
+    append,
+    as_json,
+    check_settings,
+    check_starts,
+    identify,
+    of_task,
+    rounded,
+)
 from jaxrl_stable.study.runs import Run, advance, begin, cold_start, heldout_score
 from jaxrl_stable.study.viewer import sample_rows
-
-# What can change without making the runs that are there different ones.
-OF_NO_RUN = frozenset(
-    {"title", "grids", "figures", "seeds", "first_seed", "collapse", "show", "runs_at_a_time"}
-    | {"cold_starts"}  # compared one by one, so that there can be more
-)
 
 
 class Member(NamedTuple):
@@ -103,13 +105,7 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
     results = directory / "results.jsonl"
     records = read_jsonl(results) if results.exists() else []
     cells, devices = study.cells(), jax.devices()
-    for record in records:
-        cell = cells.get(record["cell"])
-        if cell and record["settings"] != as_json(cell.settings | of_task(study)):
-            raise ValueError(
-                f"{results}: cell {record['cell']!r} was run with other settings; use another "
-                "--workdir"
-            )
+    check_settings(study, records)
     distributed.check_same(
         "study or its results",
         f"{[c.settings for c in cells.values()]} {study.seeds} {len(records)}",
@@ -125,7 +121,7 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
         starts = make_starts(study, devices) if total else {}
         for name, start in starts.items():
             say(f"cold start {name}: score {start.scores.mean():.3f}")
-        check_starts(study, starts, records)
+        check_starts(study, {name: start.scores for name, start in starts.items()}, records)
         if starts:
             say(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
         for number, lots in enumerate(plans, start=1):
@@ -191,25 +187,6 @@ def make_starts(study: Study, devices: list[jax.Device]) -> dict[str, Start]:
         scores = distributed.replicated(scores)[: study.seeds]
         starts[config.name] = Start(models, scores)
     return starts
-
-
-def check_starts(study: Study, starts: dict[str, Start], records: list[dict[str, Any]]) -> None:
-    """Checks that new runs begin where the recorded ones of their seed began: they are paired.
-
-    Raises:
-      ValueError: the code, the libraries or the machine make other cold starts than before.
-    """
-    for record in records:
-        seed, start = record["seed"] - study.first_seed, record["settings"]["cold_start"]
-        if start in starts and 0 <= seed < study.seeds:
-            (score,) = rounded([starts[start].scores[seed]])
-            before = record["evaluations"]["score"][0]
-            if score != before:
-                raise ValueError(
-                    f"cold start {start!r} of seed {record['seed']} scores {score}, and {before} "
-                    "in results.jsonl: another version or machine made it, and new runs could not "
-                    "be compared with it in pairs; use another --workdir"
-                )
 
 
 def seed_keys(study: Study) -> list[jax.Array]:
@@ -318,61 +295,3 @@ def shown(study: Study, cells: dict[str, Cell], lot: Lot, runs: Run) -> list[dic
             key = jax.random.fold_in(jax.random.key(member.seed), 2)
             rows += sample_rows(study, cells[member.cell], state, key, about)
     return rows
-
-
-def of_task(study: Study) -> dict[str, str]:
-    """What the settings of every record say of the task."""
-    return {"task": type(study.task).__name__}
-
-
-def as_json(value: Any) -> Any:
-    """A value as JSON gives it back; what JSON does not know becomes text."""
-    return json.loads(json.dumps(value, default=str))
-
-
-def rounded(values: Iterable[float]) -> list[float | None]:
-    """Five digits of each; None for what is not finite."""
-    return [float(f"{x:.5g}") if math.isfinite(x) else None for x in map(float, values)]
-
-
-def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
-    """Adds lines to a file. A last line that a kill has torn goes first: its run is made again."""
-    with open(path, "a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def identify(study: Study, directory: pathlib.Path) -> None:
-    """Writes study.json, or compares it with the one that is there.
-
-    Raises:
-      ValueError: records of another study are there.
-    """
-    settings = {
-        field.name: repr(getattr(study, field.name))
-        for field in dataclasses.fields(study)
-        if field.name not in OF_NO_RUN
-    }
-    settings |= {f"cold_starts {start.name!r}": repr(start) for start in study.cold_starts}
-    path, old = directory / "study.json", {}
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
-        for name, value in settings.items():
-            if old.get(name, value) != value:
-                raise ValueError(
-                    f"{directory} holds a study with another Study.{name}; use another --workdir, "
-                    f"or delete it"
-                )
-    if not distributed.is_main():
-        return
-    about = {
-        "title": study.title,
-        "figures": dict(study.figures),
-        "cells": {name: list(cell.figures) for name, cell in study.cells().items()},
-        "collapse": dataclasses.asdict(study.collapse),
-        "settings": old | settings,
-    }
-    write_atomic(path, json.dumps(about, indent=1) + "\n")

@@ -19,8 +19,9 @@ from jaxrl_stable.study import analysis
 from jaxrl_stable.study.claims import CLAIMS
 from jaxrl_stable.study.config import ColdStart, Grid
 from jaxrl_stable.study.page import read_records
+from jaxrl_stable.study.records import append
 from jaxrl_stable.study.replay import replay_rows
-from jaxrl_stable.study.runner import Member, append, plan, run_study
+from jaxrl_stable.study.runner import Member, plan, run_study
 from jaxrl_stable.study.verdicts import matches
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -1,0 +1,123 @@
+"""What a study leaves on disk, and whether what is there belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrl_stable import distributed
+from jaxrl_stable.metrics import write_atomic
+from jaxrl_stable.study.config import Study
+
+# What can change without making the runs that are there different ones.
+OF_NO_RUN = frozenset(
+    {"title", "grids", "figures", "seeds", "first_seed", "collapse", "show", "runs_at_a_time"}
+    | {"cold_starts"}  # compared one by one, so that there can be more
+)
+
+
+def identify(study: Study, directory: pathlib.Path) -> None:
+    """Writes study.json, or compares it with the one that is there.
+
+    Raises:
+      ValueError: records of another study are there.
+    """
+    settings = {
+        field.name: repr(getattr(study, field.name))
+        for field in dataclasses.fields(study)
+        if field.name not in OF_NO_RUN
+    }
+    settings |= {f"cold_starts {start.name!r}": repr(start) for start in study.cold_starts}
+    path, old = directory / "study.json", {}
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        for name, value in settings.items():
+            if old.get(name, value) != value:
+                raise ValueError(
+                    f"{directory} holds a study with another Study.{name}; use another --workdir, "
+                    f"or delete it"
+                )
+    if not distributed.is_main():
+        return
+    about = {
+        "title": study.title,
+        "figures": dict(study.figures),
+        "cells": {name: list(cell.figures) for name, cell in study.cells().items()},
+        "collapse": dataclasses.asdict(study.collapse),
+        "settings": old | settings,
+    }
+    write_atomic(path, json.dumps(about, indent=1) + "\n")
+
+
+def check_settings(study: Study, records: Iterable[dict[str, Any]]) -> None:
+    """Checks that cells mean what they meant when they were run: names leave out what is usual.
+
+    Raises:
+      ValueError: a cell has other settings.
+    """
+    cells = study.cells()
+    for record in records:
+        cell = cells.get(record["cell"])
+        if cell and record["settings"] != as_json(cell.settings | of_task(study)):
+            raise ValueError(
+                f"results.jsonl: cell {record['cell']!r} was run with other settings; use another "
+                "--workdir"
+            )
+
+
+def check_starts(
+    study: Study, scores: Mapping[str, np.ndarray], records: Iterable[dict[str, Any]]
+) -> None:
+    """Checks that new runs begin where the recorded ones of their seed began: they are paired.
+
+    Args:
+      study: of the runs.
+      scores: of each cold start, one a seed.
+      records: of the runs that are done.
+
+    Raises:
+      ValueError: the code, the libraries or the machine make other cold starts than before.
+    """
+    for record in records:
+        seed, start = record["seed"] - study.first_seed, record["settings"]["cold_start"]
+        if start in scores and 0 <= seed < study.seeds:
+            (score,) = rounded([scores[start][seed]])
+            before = record["evaluations"]["score"][0]
+            if score != before:
+                raise ValueError(
+                    f"cold start {start!r} of seed {record['seed']} scores {score}, and {before} "
+                    "in results.jsonl: another version or machine made it, and new runs could not "
+                    "be compared with it in pairs; use another --workdir"
+                )
+
+
+def of_task(study: Study) -> dict[str, str]:
+    """What the settings of every record say of the task."""
+    return {"task": type(study.task).__name__}
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON gives it back; what JSON does not know becomes text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def rounded(values: Iterable[float]) -> list[float | None]:
+    """Five digits of each; None for what is not finite."""
+    return [float(f"{x:.5g}") if math.isfinite(x) else None for x in map(float, values)]
+
+
+def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
+    """Adds lines to a file. A last line that a kill has torn goes first: its run is made again."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
