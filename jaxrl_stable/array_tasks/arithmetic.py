@@ -103,10 +103,6 @@ class ChainSum(_Terms):
         check_sizes(self, least=2)
         super().__post_init__()
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        return self.smallest, self.largest
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parity(_Sum):
@@ -129,7 +125,3 @@ class Parity(_Sum):
     def __post_init__(self):
         check_sizes(self, least=2)
         super().__post_init__()
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        return self.smallest, self.largest

@@ -33,10 +33,6 @@ class _Letters(SeriesTask):
         super().__post_init__()
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        return self.smallest, self.largest
-
-    @property
     def symbol_texts(self) -> tuple[str, ...]:
         return tuple(string.ascii_lowercase[: self.symbols])
 

@@ -50,9 +50,9 @@ class SeriesTask(Task):
             )
 
     @property
-    @abc.abstractmethod
     def sizes(self) -> tuple[int, int]:
-        """Fewest and most symbols of a problem."""
+        """Fewest and most symbols of a problem; fields, where they are not fixed."""
+        return self.smallest, self.largest
 
     @property
     @abc.abstractmethod

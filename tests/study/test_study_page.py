@@ -1,37 +1,14 @@
-import html.parser
 import json
 import re
 
 import numpy as np
 import pytest
+from html_page import Page
 from study_records import cell, record, study
 
 from jaxrl_stable.study import page, panels
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
-
-
-class Page(html.parser.HTMLParser):
-    """Tags of a page, and whether every tag that is opened is closed."""
-
-    VOID = frozenset({"meta", "br"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open = [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")
