@@ -12,7 +12,7 @@ from jaxrl_stable.batch import make_batch
 from jaxrl_stable.configs import FORMATS
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.model.parameters import Quantized, read
-from jaxrl_stable.quantize import quantize, resolve_products, sampling_copy
+from jaxrl_stable.quantize import expanded, quantize, resolve_products, sampling_copy
 from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.update import score
 
@@ -192,6 +192,28 @@ def test_outputs_differ_by_the_coarseness_of_the_format(gaps):
     assert 1e-5 < gaps["int8"] < gaps["fp8"] < gaps["int4"] < 1
     for format in ("int8", "fp8"):  # quantised activations add to it
         assert gaps[format] * 1.1 < gaps[f"{format}_w8a8"] < 10 * gaps[format]
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_an_expanded_copy_computes_the_same(stack, format):
+    positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def hidden(copy):
+        return copy(TOKENS, positions, jnp.ones_like(TOKENS)).hidden
+
+    copy = quantize(stack, format)
+    wide = expanded(copy)
+    leaves = [leaf.dtype for leaf in jax.tree.leaves(wide)]
+    assert set(leaves) == {jnp.dtype("float32")}
+    np.testing.assert_array_equal(hidden(wide), hidden(copy))
+    assert np.any(hidden(wide) != hidden(stack))
+
+
+def test_native_products_keep_the_narrow_type(stack):
+    copy = quantize(stack, "int8_w8a8", "native")
+    for a, b in zip(jax.tree.leaves(expanded(copy)), jax.tree.leaves(copy), strict=True):
+        assert a is b
 
 
 @pytest.fixture(scope="module")

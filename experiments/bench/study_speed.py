@@ -1,11 +1,12 @@
 """Runs of a study side by side against the same runs one after another.
 
-    python experiments/bench/study_speed.py [--runs=10] [--devices=2] [--hidden=32] [--rounds=4]
+    python experiments/bench/study_speed.py [--runs=10] [--devices=2] [--rounds=4]
+    python experiments/bench/study_speed.py --whole
 
 Claim: ten runs mapped over devices and vmapped within them take less than half of the time of ten
-runs in sequence, and have the same curves. One cell (N = 2, R3, an fp8 sampler) on `Reverse`, a
-seed a run. After compilation each round advances every run to its next evaluation, by each way, in
-random order:
+runs in sequence, and have the same curves. One cell (N = 2, R3) in the setting of the paper's
+study, a seed a run. After compilation each round advances every run to its next evaluation, by each
+way, in random order:
 
     in sequence      the program of a single run, on one device
     one device       the program of `runner.over_runs`, on one device: vmapped
@@ -13,12 +14,18 @@ random order:
 
 On a CPU a device is a share of the cores (`jax_num_cpu_devices`). Prints one Markdown table of
 seconds of a round, wall time and CPU time, as ratios to "in sequence", and the largest difference
-between the curves; then what whole runs would take with compilation, where those in sequence are
-processes of their own. README.md beside this file says what the figures mean.
+between the curves.
+
+With `--whole` the runs are whole ones instead, from the command line to the report: one study with
+ten seeds against ten studies with one seed, one after another. Those share a cache of compiled
+programs, so that only the first compiles. README.md beside this file says what the figures mean.
 """
 
 import argparse
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from functools import partial
 
@@ -26,25 +33,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_stable.array_tasks import Reverse
-from jaxrl_stable.model import tiny
-from jaxrl_stable.study.config import ColdStart, Grid, Study
+from jaxrl_stable import program
+from jaxrl_stable.study.__main__ import build
+from jaxrl_stable.study.config import Study
 from jaxrl_stable.study.runner import Lot, Member, begin_runs, make_starts, over_runs
 from jaxrl_stable.study.runs import advance
 
 CURVES = ("reward", "entropy", "kl")
+GIN_FILE = "experiments/paper/base.gin"
+ONE_CELL = (
+    "study.Study.grids = (@study.Grid(),)",
+    "study.Grid.mini_batches = (2,)",
+    "study.Grid.replay = ('R3',)",
+)
 
 
-def make_study(runs: int, hidden: int, steps: int) -> Study:
-    """One cell, with a seed for each run."""
-    return Study(
-        task=Reverse(),
-        model=tiny(hidden_size=hidden, num_layers=4, num_heads=2, moe_intermediate_size=hidden),
-        cold_starts=(ColdStart(steps=steps),),
-        grids=(Grid(mini_batches=(2,), replay=("R3",)),),
-        seeds=runs,
-        rollout_format="fp8",
-    )
+def make_study(runs: int) -> Study:
+    """One cell, with a seed for each run; their cold starts are short, as they are not measured."""
+    bindings = (*ONE_CELL, f"study.Study.seeds = {runs}", "study.ColdStart.steps = 100")
+    return program.load([GIN_FILE], bindings, build)
 
 
 def member(runs, i):
@@ -72,12 +79,10 @@ def side_by_side(program):
 
 
 def compiled(name, function, runs):
-    """The program, and the wall and CPU seconds that it took to make."""
-    begin = time.perf_counter(), time.process_time()
-    program = jax.jit(function).lower(runs, jnp.int32(0)).compile()
-    spent = np.subtract((time.perf_counter(), time.process_time()), begin)
-    print(f"compiled {name}: {spent[0]:.0f} s, CPU {spent[1]:.0f} s", flush=True)
-    return program, spent
+    begin = time.perf_counter()
+    made = jax.jit(function).lower(runs, jnp.int32(0)).compile()
+    print(f"compiled {name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return made
 
 
 def measure(steps, states, rounds, rollouts):
@@ -118,17 +123,45 @@ def table(seconds, curves):
         print(f"| {way} | {' | '.join(ratios)} | {early} | {whole} |")
 
 
+def whole_runs(runs):
+    """Wall seconds of one study with all seeds, and of as many studies with one seed each."""
+
+    def seconds(directory, first, seeds, cache):
+        command = [sys.executable, "-m", "jaxrl_stable.study", f"--gin_file={GIN_FILE}"]
+        command += [f"--gin.{line.replace(' = ', '=')}" for line in ONE_CELL]
+        command += [f"--gin.study.Study.first_seed={first}", f"--gin.study.Study.seeds={seeds}"]
+        begin = time.perf_counter()
+        subprocess.run(
+            [*command, f"--workdir={directory}"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
+        )
+        return time.perf_counter() - begin
+
+    with tempfile.TemporaryDirectory() as scratch:
+        together = seconds(f"{scratch}/all", 0, runs, f"{scratch}/cache_all")
+        print(f"one study of {runs} seeds: {together:.0f} s", flush=True)
+        each = [seconds(f"{scratch}/{i}", i, 1, f"{scratch}/cache") for i in range(runs)]
+    first, *later = each
+    print(f"{runs} studies of one: {sum(each):.0f} s; the first {first:.0f} s, ", end="")
+    print(f"those after it {spread(np.array(later))} s")
+    print(f"ratio {together / sum(each):.2f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=10, help="a multiple of --devices")
     parser.add_argument("--devices", type=int, default=os.cpu_count())
-    parser.add_argument("--hidden", type=int, default=32, help="width of the policy")
     parser.add_argument("--rounds", type=int, default=4, help="evaluation intervals")
-    parser.add_argument("--cold_start", type=int, default=100, help="steps")
+    parser.add_argument("--whole", action="store_true", help="whole runs instead of rounds")
     options = parser.parse_args()
+    if options.whole:
+        whole_runs(options.runs)
+        return
     if jax.config.jax_num_cpu_devices == -1:
         jax.config.update("jax_num_cpu_devices", options.devices)
-    devices, study = jax.devices(), make_study(options.runs, options.hidden, options.cold_start)
+    devices, study = jax.devices(), make_study(options.runs)
     cells = study.cells()
     ((name, cell),) = cells.items()
     members = tuple(Member(name, seed) for seed in range(options.runs))
@@ -143,9 +176,9 @@ def main():
     singles = [member(runs, i) for i in range(options.runs)]
     stacked = jax.device_put(runs, devices[0])
     states = {"in sequence": singles, "one device": stacked, "all devices": runs}
-    single, compiling = compiled("one run", step, singles[0])
-    vmapped, _ = compiled("one device", over_runs(step, devices[:1]), stacked)
-    spread_out, compiling_all = compiled("all devices", over_runs(step, devices), runs)
+    single = compiled("one run", step, singles[0])
+    vmapped = compiled("one device", over_runs(step, devices[:1]), stacked)
+    spread_out = compiled("all devices", over_runs(step, devices), runs)
     steps = {
         "in sequence": in_sequence(single),
         "one device": side_by_side(vmapped),
@@ -154,14 +187,6 @@ def main():
     seconds, curves = measure(steps, states, options.rounds, rollouts)
     print(f"\n{options.runs} runs, {len(devices)} devices\n")
     table(seconds, curves)
-    rounds = study.evaluations * np.median(seconds, axis=0)
-    alone, together = options.runs * compiling + rounds[0], compiling_all + rounds[-1]
-    wall, cpu = together / alone
-    print(f"\ncompilation and {study.evaluations} rounds, estimated from the medians:")
-    print(
-        f"{alone[0]:.0f} s in processes of their own, {together[0]:.0f} s on all devices; ", end=""
-    )
-    print(f"ratio {wall:.2f}, of CPU time {cpu:.2f}")
 
 
 if __name__ == "__main__":

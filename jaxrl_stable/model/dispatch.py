@@ -140,7 +140,7 @@ def group_by_expert(
     most = n * k if most is None else most
     here = real[:, None] & (experts >= 0) & (experts < num_experts)
     ids = jnp.where(here, experts, num_experts).reshape(-1)
-    order = jnp.argsort(ids, stable=True)
+    order = stable_argsort(ids, num_experts)
     counts = jnp.bincount(ids, length=num_experts + 1)
     padded = counts if block == 1 else (counts + block - 1) // block * block
     start, padded_start = jnp.cumsum(counts) - counts, jnp.cumsum(padded) - padded
@@ -151,6 +151,17 @@ def group_by_expert(
     source = jnp.full((capacity,), n * k, order.dtype).at[rows].set(order, mode="drop")
     slot = jnp.zeros((n * k,), rows.dtype).at[order].set(rows).reshape(n, k)
     return Groups(source, slot, padded[:num_experts], block)
+
+
+def stable_argsort(ids: Int[Array, "n"], largest: int) -> Int[Array, "n"]:
+    """`jnp.argsort(ids, stable=True)` of ids from 0 to `largest`.
+
+    A key that holds the place beside the id is sorted alone, which costs a CPU a sixth.
+    """
+    n = ids.shape[0]
+    if (largest + 1) * n > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(ids, stable=True)
+    return jnp.sort(ids * n + jnp.arange(n)) % n
 
 
 @partial(jax.custom_vjp, nondiff_argnums=())
@@ -239,7 +250,10 @@ def _grouped_dot(x, w, dtype, *, groups: Groups, implementation: str) -> Array:
     """The product itself, with sums of type `dtype`, or that of x."""
     if implementation == "blocked":
         blocks = x.reshape(-1, groups.block, x.shape[-1])
-        each = w[_owner(groups, x.shape[0], groups.block)]  # rows past the last group hold zeros
+        owner = _owner(groups, x.shape[0], groups.block)  # rows past the last group hold zeros
+        # A product with 0 and 1: a CPU gathers matrices number by number, and ten times slower.
+        picked = jax.nn.one_hot(owner, w.shape[0], dtype=w.dtype)
+        each = jnp.einsum("ne,edf->ndf", picked, w)
         y = jnp.einsum("nbd,ndf->nbf", blocks, each, preferred_element_type=dtype)
         return y.reshape(x.shape[0], -1)
     sizes = groups.sizes.astype(jnp.int32)

@@ -25,15 +25,23 @@ class Quantized:
     """A matrix on a coarse grid, with one float32 scale per output channel: `values * scale`.
 
     Attributes:
-      values: int8, int4 or float8_e4m3fn.
+      values: int8, int4 or float8_e4m3fn, in that type or a wider one.
       scale: of each output channel; the axes that a product sums over have size one.
       products: how activations meet it, static: "weight_only" dequantises the matrix; "native" and
         "emulated" put the activations on the same grid, see `products`.
+      stored_wider: name of the grid when `values` has another type than it, static; see
+        `quantize.expanded`.
     """
 
     values: Num[Array, "..."]
     scale: Float[Array, "..."]
     products: str = dataclasses.field(default="weight_only", metadata=dict(static=True))
+    stored_wider: str | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+    @property
+    def grid(self) -> jnp.dtype:
+        """int8, int4 or float8_e4m3fn."""
+        return jnp.dtype(self.stored_wider or self.values.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -45,16 +45,33 @@ def to_grid(
       dtype: one of LARGEST.
       across: inside `jax.shard_map`, mesh axes that these axes are cut over.
     """
+    values, scale = _scaled(x, axes, dtype, across)
+    return nearest(values, dtype).astype(dtype), scale
+
+
+def nearest(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """The nearest value of a grid, ties to even; x is float32 and not beyond the grid's largest.
+
+    Arithmetic alone: XLA converts to float8 by way of float16, number by number on a CPU.
+    """
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.round(x)
+    # e4m3: three bits behind the leading one, and steps of 2^-9 below 2^-6.
+    small = jnp.round(x * 2.0**9) * 2.0**-9
+    return jnp.where(jnp.abs(x) < 2.0**-6, small, jax.lax.reduce_precision(x, 8, 3))
+
+
+def _scaled(
+    x: Float[Array, "..."], axes: tuple[int, ...], dtype: jnp.dtype, across: tuple[str, ...]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """`to_grid` before its rounding."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     most = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
     if across:
         most = jax.lax.pmax(most, across)
     scale = most / LARGEST[jnp.dtype(dtype).name]
     scale = jnp.where(scale == 0, 1.0, scale)
-    values = x / scale
-    if jnp.issubdtype(dtype, jnp.integer):
-        values = jnp.round(values)
-    return values.astype(dtype), scale
+    return x / scale, scale
 
 
 def product(x: Float[Array, "..."], param: nnx.Param) -> Float[Array, "..."]:
@@ -97,10 +114,12 @@ def multiply(
     """
     if not isinstance(w, Quantized):
         return dot(x, w, None)
-    rows, scale = to_grid(x, tuple(range(-summed, 0)), w.values.dtype, across)
+    rows, scale = _scaled(x, tuple(range(-summed, 0)), w.grid, across)
+    rows = nearest(rows, w.grid)
     if w.products == "native":
-        integer = jnp.issubdtype(w.values.dtype, jnp.integer)
-        y = dot(rows, w.values, jnp.int32 if integer else jnp.float32).astype(jnp.float32)
+        integer = jnp.issubdtype(w.grid, jnp.integer)
+        sums = jnp.int32 if integer else jnp.float32
+        y = dot(rows.astype(w.grid), w.values, sums).astype(jnp.float32)
     else:
         y = dot(rows.astype(x.dtype), w.values.astype(x.dtype), jnp.float32)
     kept = scale.shape[:-summed]
@@ -118,7 +137,7 @@ def rounded(x: Float[Array, "... D"], param: nnx.Param) -> Float[Array, "... D"]
     w = param.get_value()
     if not quantizes_activations(w):
         return x
-    values, scale = to_grid(x, (-1,), w.values.dtype)
+    values, scale = to_grid(x, (-1,), w.grid)
     return (values.astype(jnp.float32) * scale).astype(x.dtype)
 
 

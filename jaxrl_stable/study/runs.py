@@ -20,7 +20,7 @@ from jaxrl_stable.batch import TrainBatch, make_batch, split
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.optimizer import TrainState, init_state, make_optimizer
-from jaxrl_stable.quantize import quantize
+from jaxrl_stable.quantize import expanded, quantize
 from jaxrl_stable.rollout import Sampling, Trajectory, rollout
 from jaxrl_stable.routing import Routing
 from jaxrl_stable.sft import supervised_update
@@ -43,6 +43,7 @@ CURVES = {
     "differing_tokens_share": "routing/differing_tokens_share",
     "gradient_norm": "gradient/norm",
 }
+MAXIMA = frozenset({"weight_max"})  # the largest between two evaluations; of the others the mean
 
 
 class Prepared(NamedTuple):
@@ -179,7 +180,8 @@ def prepare(
     of_problems, of_samples = jax.random.split(key)
     count = study.prompts * objective.mini_batches
     problems = repeated(study.task.problems(of_problems, count), study.group_size)
-    trajectory, rewards = sample(quantize(model, rollout_format), problems, of_samples, study)
+    sampler = expanded(quantize(model, rollout_format))
+    trajectory, rewards = sample(sampler, problems, of_samples, study)
     advantages = objective.advantages(
         rewards,
         jnp.repeat(jnp.arange(count), study.group_size),
@@ -233,7 +235,9 @@ def sample(
 
 def heldout_score(model: Transformer, study: Study) -> Float[Array, ""]:
     """Mean reward on held-out problems, the same ones with the same random numbers each time."""
-    of_problems, of_samples = jax.random.split(jax.random.key(0))
+    # No run draws from it: they fold 0, 1 or 2 into the key of their seed (see `runner`).
+    key = jax.random.fold_in(jax.random.key(0), 3)
+    of_problems, of_samples = jax.random.split(key)
     problems = study.task.problems(of_problems, study.heldout_problems, heldout=True)
     _, rewards = sample(model, repeated(problems, study.heldout_samples), of_samples, study)
     return rewards.mean()

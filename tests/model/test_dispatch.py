@@ -14,6 +14,7 @@ from jaxrl_stable.model.dispatch import (
     group_by_expert,
     grouped_matmul,
     scatter_rows,
+    stable_argsort,
 )
 
 # Four tokens, two choices each; token 2 is padding; expert 1 is unused.
@@ -36,6 +37,14 @@ def test_groups_in_blocks_by_hand():
     np.testing.assert_array_equal(groups.source[:9], [1, 6, 8, 0, 3, 8, 2, 7, 8])
     assert np.all(np.asarray(groups.source[9:]) == 8)
     np.testing.assert_array_equal(groups.slot[REAL], [[3, 0], [6, 4], [1, 7]])
+
+
+@pytest.mark.parametrize("largest", [4, 2**31 // 200 - 1, 2**31 // 200, 2**31 - 2])
+def test_sorting_by_expert_keeps_the_order_of_equals(largest):
+    """On both sides of the size up to which an id and its place fit one integer."""
+    ids = np.random.default_rng(0).choice([0, 1, 2, largest - 1, largest], 200)
+    found = jax.jit(stable_argsort, static_argnums=1)(jnp.asarray(ids, jnp.int32), largest)
+    np.testing.assert_array_equal(found, np.argsort(ids, kind="stable"))
 
 
 @pytest.mark.parametrize("block", [1, 2, 8])

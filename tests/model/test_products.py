@@ -16,7 +16,13 @@ from jaxrl_stable.model.config import LatentAttention
 from jaxrl_stable.model.dispatch import ExpertWeights, apply_experts, group_by_expert
 from jaxrl_stable.model.dispatch import grouped_matmul as grouped
 from jaxrl_stable.model.parameters import Quantized
-from jaxrl_stable.model.products import product, products_implementation, rounded, to_grid
+from jaxrl_stable.model.products import (
+    nearest,
+    product,
+    products_implementation,
+    rounded,
+    to_grid,
+)
 from jaxrl_stable.quantize import quantize
 
 LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
@@ -66,6 +72,16 @@ def test_grids_by_hand(dtype, x, values):
     found, scale = to_grid(jnp.array([x]) / 8, (1,), jnp.dtype(dtype))
     assert found.dtype == dtype and scale.shape == (1, 1) and scale[0, 0] == 0.125
     np.testing.assert_array_equal(found[0].astype(jnp.float32), values)
+
+
+def test_every_value_of_float8_and_what_rounds_to_it():
+    """All of the grid, the points halfway between two values, and their float32 neighbours."""
+    grid = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    grid = np.unique(grid[np.isfinite(grid)])
+    ties = (grid[1:] + grid[:-1]) / 2
+    x = np.concatenate([grid, ties, *(np.nextafter(ties, np.float32(s)) for s in (-500, 500))])
+    expected = x.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(nearest(jnp.asarray(x), jnp.float8_e4m3fn), expected)
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
