@@ -17,8 +17,8 @@ seconds of a round, wall time and CPU time, as ratios to "in sequence", and the 
 between the curves.
 
 With `--whole` the runs are whole ones instead, from the command line to the report: one study with
-ten seeds against ten studies with one seed, one after another. Those share a cache of compiled
-programs, so that only the first compiles. README.md beside this file says what the figures mean.
+ten seeds against ten studies with one seed, one after another, each of which compiles its program
+as any other process would. README.md beside this file says what the figures mean.
 """
 
 import argparse
@@ -126,27 +126,21 @@ def table(seconds, curves):
 def whole_runs(runs):
     """Wall seconds of one study with all seeds, and of as many studies with one seed each."""
 
-    def seconds(directory, first, seeds, cache):
+    def seconds(directory, first, seeds):
         command = [sys.executable, "-m", "jaxrl_stable.study", f"--gin_file={GIN_FILE}"]
         command += [f"--gin.{line.replace(' = ', '=')}" for line in ONE_CELL]
         command += [f"--gin.study.Study.first_seed={first}", f"--gin.study.Study.seeds={seeds}"]
         begin = time.perf_counter()
-        subprocess.run(
-            [*command, f"--workdir={directory}"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
-        )
+        command.append(f"--workdir={directory}")
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - begin
 
     with tempfile.TemporaryDirectory() as scratch:
-        together = seconds(f"{scratch}/all", 0, runs, f"{scratch}/cache_all")
+        together = seconds(f"{scratch}/all", 0, runs)
         print(f"one study of {runs} seeds: {together:.0f} s", flush=True)
-        each = [seconds(f"{scratch}/{i}", i, 1, f"{scratch}/cache") for i in range(runs)]
-    first, *later = each
-    print(f"{runs} studies of one: {sum(each):.0f} s; the first {first:.0f} s, ", end="")
-    print(f"those after it {spread(np.array(later))} s")
-    print(f"ratio {together / sum(each):.2f}")
+        each = np.array([seconds(f"{scratch}/{i}", i, 1) for i in range(runs)])
+    print(f"{runs} studies of one: {each.sum():.0f} s, each {spread(each)} s")
+    print(f"ratio {together / each.sum():.2f}")
 
 
 def main():

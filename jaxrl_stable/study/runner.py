@@ -32,7 +32,7 @@ from jaxrl_stable.study.records import (
     of_task,
     rounded,
 )
-from jaxrl_stable.study.runs import MAXIMA, Run, advance, begin, cold_start, heldout_score
+from jaxrl_stable.study.runs import Run, advance, begin, cold_start, heldout_score
 from jaxrl_stable.study.viewer import sample_rows
 
 
@@ -190,8 +190,7 @@ def make_starts(study: Study, devices: list[jax.Device]) -> dict[str, Start]:
 
 
 def seed_keys(study: Study) -> list[jax.Array]:
-    """The key of every seed: 0 is folded in for the cold start, 1 for what follows, 2 for samples
-    that are shown; 3, of seed 0, for the held-out problems of all."""
+    """The key of every seed: 0 is folded in for the cold start, 1 for what follows."""
     return [jax.random.key(study.first_seed + i) for i in range(study.seeds)]
 
 
@@ -256,9 +255,7 @@ def run_lot(
         measured, score = distributed.replicated((measured, score))
         if interval == 0:
             first = {name: x[:, :2] for name, x in measured.items()}
-        curves.append(
-            {name: (x.max if name in MAXIMA else x.mean)(-1) for name, x in measured.items()}
-        )
+        curves.append({name: x.mean(-1) for name, x in measured.items()})
         scores.append(score)
         tick()
     seconds = (time.perf_counter() - begin_time) / len(lot.members)

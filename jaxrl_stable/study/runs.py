@@ -43,7 +43,6 @@ CURVES = {
     "differing_tokens_share": "routing/differing_tokens_share",
     "gradient_norm": "gradient/norm",
 }
-MAXIMA = frozenset({"weight_max"})  # the largest between two evaluations; of the others the mean
 
 
 class Prepared(NamedTuple):
@@ -235,9 +234,7 @@ def sample(
 
 def heldout_score(model: Transformer, study: Study) -> Float[Array, ""]:
     """Mean reward on held-out problems, the same ones with the same random numbers each time."""
-    # No run draws from it: they fold 0, 1 or 2 into the key of their seed (see `runner`).
-    key = jax.random.fold_in(jax.random.key(0), 3)
-    of_problems, of_samples = jax.random.split(key)
+    of_problems, of_samples = jax.random.split(jax.random.key(0))
     problems = study.task.problems(of_problems, study.heldout_problems, heldout=True)
     _, rewards = sample(model, repeated(problems, study.heldout_samples), of_samples, study)
     return rewards.mean()
