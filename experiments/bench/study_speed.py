@@ -161,7 +161,7 @@ def main():
     members = tuple(Member(name, seed) for seed in range(options.runs))
     rollouts = study.gradient_steps // study.evaluations // cell.objective.mini_batches
     begin = time.perf_counter()
-    starts = make_starts(study, devices)
+    starts = make_starts(study, devices, [cell.cold_start])
     print(f"{options.runs} cold starts: {time.perf_counter() - begin:.0f} s", flush=True)
     runs = begin_runs(study, cells, Lot(members, (name,), options.runs), starts, devices)
     step = partial(

@@ -36,7 +36,7 @@ MARGIN = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence, and the comparisons that bear it out: all of them have to.
+    """A sentence, and the comparisons that bear it out: all of them have to, or all together.
 
     Attributes:
       id: short name.
@@ -51,6 +51,8 @@ class Claim:
       same: keys of `PAPER` to leave open, but equal in the cells compared.
       free: keys that do not matter.
       margin: of "equal" and "not higher", in units of the outcome.
+      together: the comparisons make one, of their means for each seed: the main effect of a setting
+        in a factorial design, which fewer seeds can show than its effect in any one cell.
     """
 
     id: str
@@ -62,6 +64,7 @@ class Claim:
     same: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     margin: float = MARGIN
+    together: bool = False
 
 
 def _paper(id: str, figure: str, sentence: str, first: Selector, second: Selector, *rest: str):
@@ -164,6 +167,16 @@ def _off_policy(n: int, figure: str) -> tuple[Claim, ...]:
     return tuple(found)
 
 
+def _each(key: str, first: Selector, second: Selector) -> tuple[tuple[Selector, Selector], ...]:
+    """The comparison at every N off-policy, and with every value of another setting."""
+    values = {"replay": ("none", "R2", "R3"), "clip": (True, False)}[key]
+    return tuple(
+        tuple({"mini_batches": n, key: value, **side} for side in (first, second))
+        for n in (2, 4, 8)
+        for value in values
+    )
+
+
 OFF_POLICY = (
     *_off_policy(2, "Fig. 2"),
     *_off_policy(4, "Fig. 3"),
@@ -176,6 +189,22 @@ OFF_POLICY = (
         {"mini_batches": 8, **R3},
         "survival",
         "lower",
+    ),
+    *(
+        Claim(
+            f"off-policy-{id}",
+            f"N = 2, 4 and 8 together, {beside}: without {part} the run collapses earlier.",
+            "arXiv:2512.01374, Figs 2–4",
+            comparisons,
+            "survival",
+            "lower",
+            together=True,
+        )
+        for id, part, beside, comparisons in (
+            ("clip", "clipping", "whatever is replayed", _each("replay", {"clip": False}, {})),
+            ("r2", "R2", "clipped or not", _each("clip", {}, R2)),
+            ("r3", "R3", "clipped or not", _each("clip", {}, R3)),
+        )
     ),
     Claim(
         "similar-peaks",

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,7 +118,8 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
         say = progress.print if show_progress else lambda *_, **__: None
         bar = progress.add_task("cold starts", total=total * study.evaluations)
         begin_time = time.perf_counter()
-        starts = make_starts(study, devices) if total else {}
+        missing = {cells[m.cell].cold_start for lots in plans for lot in lots for m in lot.members}
+        starts = make_starts(study, devices, missing)
         for name, start in starts.items():
             say(f"cold start {name}: score {start.scores.mean():.3f}")
         check_starts(study, {name: start.scores for name, start in starts.items()}, records)
@@ -169,14 +170,15 @@ class Start(NamedTuple):
     scores: np.ndarray
 
 
-def make_starts(study: Study, devices: list[jax.Device]) -> dict[str, Start]:
-    """All cold starts that a cell begins with."""
-    wanted = {cell.cold_start for cell in study.cells().values()}
+def make_starts(
+    study: Study, devices: list[jax.Device], names: Collection[str]
+) -> dict[str, Start]:
+    """The cold starts of these names."""
     keys = [jax.random.fold_in(key, 0) for key in seed_keys(study)]
     padded = jnp.stack(keys + keys[-1:] * (-len(keys) % len(devices)))
     starts = {}
     for config in study.cold_starts:
-        if config.name not in wanted:
+        if config.name not in names:
             continue
 
         def start(key, _, config=config):

@@ -17,6 +17,8 @@ from jaxrl_stable.study.claims import CLAIMS, PAPER, Claim, Selector, cold_start
 from jaxrl_stable.study.comparison import Paired, holm, paired
 from jaxrl_stable.study.survival import share
 
+Comparisons = tuple[tuple[Cell, ...], ...]  # the cells of each
+
 REPRODUCED, UNSEEN = "reproduced", "not visible at this scale"
 CONTRADICTED, NOT_RUN, OPEN = "contradicted", "not run", "no claim"
 ALPHA = 0.05
@@ -30,7 +32,8 @@ RULE = (
     "less (contradicted: above 0). “Stable” is about one cell and not corrected: the exact 95 % "
     "interval of the share of runs that learned and did not collapse lies above one half "
     "(contradicted: that of collapsed runs does). A claim of several comparisons needs all of "
-    "them; one that is contradicted contradicts it. Everything else is not visible at this scale, "
+    "them; one that is contradicted contradicts it. Cells taken together are averaged "
+    "for each seed, and then compared as one. Everything else is not visible at this scale, "
     "which is no evidence of absence. The permutation p stands beside as a check and decides "
     "nothing: with n pairs it cannot be below 2^(1−n)."
 )
@@ -38,13 +41,13 @@ RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """One comparison: names of the cells, and their figures.
+    """One comparison, or several together: names of the cells, and their figures.
 
     Attributes:
-      names: of the cells.
-      states: of the runs of each cell.
-      stable, collapsed: shares of such runs in the first cell, with their exact intervals.
-      paired: the two cells over the seeds they share; None of one cell, or without two seeds.
+      names: of the cells; of several the first.
+      states: of the runs of each side.
+      stable, collapsed: shares of such runs on the first side, with their exact intervals.
+      paired: the two sides over the seeds they share; None of one cell, or without two seeds.
       p_holm: `paired.p` corrected over all comparisons of the table.
     """
 
@@ -91,8 +94,8 @@ def evaluate(
         if not claim.comparisons:
             claim = cold_starts(claim, tuple(starts))
         found = [
-            Row(claim, setting, tuple(_evidence(claim, chosen, outcomes) for chosen in groups))
-            for setting, groups in settings(claim, cells)
+            Row(claim, setting, tuple(_evidence(claim, p, outcomes) for p in _parts(claim, chosen)))
+            for setting, chosen in settings(claim, cells)
         ]
         rows += found or [Row(claim, note=_missing(claim, cells))]
     tests = [e.paired.p for row in rows for e in row.evidence if e.paired]
@@ -151,9 +154,7 @@ def matches(cell: Cell, selector: Selector, claim: Claim) -> bool:
     return True
 
 
-def settings(
-    claim: Claim, cells: Sequence[Cell]
-) -> Iterable[tuple[str, tuple[tuple[Cell, ...], ...]]]:
+def settings(claim: Claim, cells: Sequence[Cell]) -> Iterable[tuple[str, Comparisons]]:
     """(what is particular to them, cells of each comparison) for every setting of the study.
 
     Cells belong together when all settings agree that the claim leaves open, but for those that
@@ -212,28 +213,41 @@ def following(cells: Sequence[Cell]) -> set[str]:
     return found
 
 
+def _parts(claim: Claim, comparisons: Comparisons) -> tuple[Comparisons, ...]:
+    """The comparisons that are tested as one."""
+    return (comparisons,) if claim.together else tuple((one,) for one in comparisons)
+
+
 def _evidence(
-    claim: Claim, cells: tuple[Cell, ...], outcomes: Mapping[str, Sequence[Outcome]]
+    claim: Claim, comparisons: Comparisons, outcomes: Mapping[str, Sequence[Outcome]]
 ) -> Evidence:
-    groups = [outcomes[cell.name] for cell in cells]
+    """Of comparisons that are tested as one; seeds that not all of them have are left out."""
+    sides = tuple(zip(*comparisons))
+    groups = [[outcomes[cell.name] for cell in side] for side in sides]
     found = None
-    if len(groups) == 2:
-        pairs = list(_shared(claim.outcome, *groups))
+    if len(sides) == 2:
+        values: dict[int, list[tuple[float, float]]] = {}
+        for pair in zip(*groups):
+            for seed, both in _shared(claim.outcome, *pair):
+                values.setdefault(seed, []).append(both)
+        pairs = [np.mean(v, axis=0) for v in values.values() if len(v) == len(comparisons)]
         if len(pairs) > 1:
             found = paired(*np.transpose(pairs), claim.expect, claim.margin)
+    runs = [list(itertools.chain(*group)) for group in groups]
+    more = f" and {len(comparisons) - 1} more" if len(comparisons) > 1 else ""
     return Evidence(
-        names=tuple(cell.name for cell in cells),
-        states=tuple(tuple(o.state for o in group) for group in groups),
-        stable=share(groups[0], "stable"),
-        collapsed=share(groups[0], "collapsed"),
+        names=tuple(side[0].name + more for side in sides),
+        states=tuple(tuple(run.state for run in group) for group in runs),
+        stable=share(runs[0], "stable"),
+        collapsed=share(runs[0], "collapsed"),
         paired=found,
     )
 
 
 def _shared(
     name: str, first: Sequence[Outcome], second: Sequence[Outcome]
-) -> Iterable[tuple[float, float]]:
-    """Values of two cells for each seed that both have; pairs that are not finite are left out."""
+) -> Iterable[tuple[int, tuple[float, float]]]:
+    """Each seed that two cells have, and their values; pairs that are not finite are left out."""
     other = {o.seed: o for o in second}
     runs = (*first, *second)
     # Nothing is known of a censored run beyond its end.
@@ -243,7 +257,7 @@ def _shared(
             continue
         pair = tuple(_value(o, name, horizon) for o in (one, other[one.seed]))
         if all(map(math.isfinite, pair)):
-            yield pair
+            yield one.seed, pair
 
 
 def _value(run: Outcome, name: str, horizon: float) -> float:

@@ -48,7 +48,8 @@ def study():
 
 @pytest.fixture(scope="session")
 def starts(study):
-    return make_starts(study, jax.devices()[:1])
+    names = [start.name for start in study.cold_starts]
+    return make_starts(study, jax.devices()[:1], names)
 
 
 @pytest.fixture(scope="session")

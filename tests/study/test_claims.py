@@ -49,6 +49,7 @@ def test_claims_are_well_formed():
         assert {len(comparison) for comparison in claim.comparisons} <= sides
         for first, *second in claim.comparisons:
             assert [first] != second
+        assert not claim.together or claim.expect != "stable"
     for n in (2, 4, 8):
         claim = CLAIM[f"n{n}-r2-r3"]
         better, worse = (side["replay"] for side in claim.comparisons[0])
@@ -212,6 +213,42 @@ def test_three_cold_starts_are_compared_pairwise():
     rows = rows[:16] + cell("z", final=0.9, cold_start="z", **at)
     assert judged(rows, "cold-starts") == [CONTRADICTED]
     assert judged(rows[:16], "cold-starts") == [NOT_RUN]
+
+
+def main_effect(clipped, unclipped):
+    """N = 2, 4 and 8 with every replay: nine pairs of cells."""
+    for n, replay in itertools.product((2, 4, 8), ("none", "R2", "R3")):
+        at = dict(mini_batches=n, replay=replay, noise=0.0)
+        yield from cell(f"{n} {replay}", collapse_at=list(next(clipped)), **at)
+        yield from cell(
+            f"{n} {replay} no clip", collapse_at=list(next(unclipped)), clip=False, **at
+        )
+
+
+@pytest.mark.fast
+def test_cells_taken_together_show_what_no_pair_of_them_does():
+    """In each of nine pairs two of eight runs collapse, other seeds each time; with a clip none."""
+    rng = np.random.default_rng(0)
+    seeds = (rng.permutation(8)[:2] for _ in range(9))
+    early = ([100 if i in chosen else None for i in range(8)] for chosen in seeds)
+    rows = list(main_effect(iter([[None] * 8] * 9), early))
+    assert judged(rows, *(f"n{n}-clip-survival" for n in (2, 4, 8))) == [UNSEEN] * 3
+    (row,) = evaluate(cells_of(rows), claims=[CLAIM["off-policy-clip"]])
+    (entry,) = row.evidence
+    assert row.verdict == REPRODUCED
+    assert entry.names == ("2 none no clip and 8 more", "2 none and 8 more")
+    assert [states.count("collapsed") for states in entry.states] == [18, 0]
+    assert [len(states) for states in entry.states] == [72, 72]
+    # 18 of 72 runs end at a quarter of the run, more or less: they lose three quarters of it.
+    assert entry.paired.difference.value == pytest.approx(-0.25 * 0.7, abs=0.03)
+    assert entry.paired.pairs == 8
+    assert judged(rows, "off-policy-r3") == [UNSEEN], "replay changes nothing here"
+
+    some = [row for row in rows if (row["cell"], row["seed"]) != ("4 R2", 3)]
+    (row,) = evaluate(cells_of(some), claims=[CLAIM["off-policy-clip"]])
+    assert row.evidence[0].paired.pairs == 7, "a seed that one cell lacks is left out of all"
+    some = [row for row in rows if row["cell"] != "4 R2"]
+    assert judged(some, "off-policy-clip") == [NOT_RUN]
 
 
 @pytest.mark.fast
