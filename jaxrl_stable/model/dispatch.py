@@ -251,7 +251,7 @@ def _grouped_dot(x, w, dtype, *, groups: Groups, implementation: str) -> Array:
     if implementation == "blocked":
         blocks = x.reshape(-1, groups.block, x.shape[-1])
         owner = _owner(groups, x.shape[0], groups.block)  # rows past the last group hold zeros
-        # A product with 0 and 1: a CPU gathers matrices number by number, and ten times slower.
+        # A product with 0 and 1: a CPU gathers matrices number by number, several times slower.
         picked = jax.nn.one_hot(owner, w.shape[0], dtype=w.dtype)
         each = jnp.einsum("ne,edf->ndf", picked, w)
         y = jnp.einsum("nbd,ndf->nbf", blocks, each, preferred_element_type=dtype)

@@ -52,7 +52,7 @@ def to_grid(
 def nearest(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
     """The nearest value of a grid, ties to even; x is float32 and not beyond the grid's largest.
 
-    Arithmetic alone: XLA converts to float8 by way of float16, number by number on a CPU.
+    Arithmetic alone: XLA converts to float8 by way of float16, which takes a CPU longer.
     """
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.round(x)

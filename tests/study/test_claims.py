@@ -239,7 +239,7 @@ def test_cells_taken_together_show_what_no_pair_of_them_does():
     assert entry.names == ("2 none no clip and 8 more", "2 none and 8 more")
     assert [states.count("collapsed") for states in entry.states] == [18, 0]
     assert [len(states) for states in entry.states] == [72, 72]
-    # 18 of 72 runs end at a quarter of the run, more or less: they lose three quarters of it.
+    # 18 of 72 runs end at a quarter of the run, more or less: they lose some seven tenths of it.
     assert entry.paired.difference.value == pytest.approx(-0.25 * 0.7, abs=0.03)
     assert entry.paired.pairs == 8
     assert judged(rows, "off-policy-r3") == [UNSEEN], "replay changes nothing here"
