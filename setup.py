@@ -43,8 +43,9 @@ EXTRAS = {
         *("nbclient", "ipykernel"),
     ],
     # What checkpoints and losses are compared with; in an environment of its own, as torch is
-    # large. The tests replace private methods of trl, hence the exact version.
-    "parity": ["torch", "transformers>=5", "trl==1.16.0"],
+    # large. Exact versions: the tests replace private methods of trl, and which tensors of a model
+    # transformers keeps in float32 changes with its version.
+    "parity": ["torch", "transformers==5.24.0", "trl==1.16.0"],
     # Not beside "parity": it holds back safetensors, and with it transformers.
     "tunix": ["google-tunix==0.1.7"],
     # What the launchers' scripts and manifests are checked with.

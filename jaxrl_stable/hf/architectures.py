@@ -18,12 +18,15 @@ class Architecture(NamedTuple):
       class_name: the causal language model of transformers.
       read: fields of `ModelConfig` from the JSON object.
       write: JSON fields beyond the common ones, from a `ModelConfig`.
+      float32: endings of the tensors that are stored in float32 whatever the rest is
+        (transformers: `_keep_in_fp32_modules_strict`).
     """
 
     model_type: str
     class_name: str
     read: Callable[[Json], Json]
     write: Callable[[ModelConfig], Json]
+    float32: tuple[str, ...] = ()
 
 
 def _experts(content: Json, *names: str) -> Json:
@@ -156,5 +159,12 @@ ARCHITECTURES = (
         _read_mixtral,
         lambda config: _experts_json(config, "num_local_experts") | {"sliding_window": None},
     ),
-    Architecture("deepseek_v3", "DeepseekV3ForCausalLM", _read_deepseek_v3, _write_deepseek_v3),
+    Architecture(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        _read_deepseek_v3,
+        _write_deepseek_v3,
+        # The whole router: a choice between experts hangs on it.
+        float32=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    ),
 )

@@ -36,8 +36,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "additional_chat_templates",
 )
-# Read and written in float32 whatever the rest is (transformers: `_keep_in_fp32_modules_strict`).
-_ALWAYS_FLOAT32 = "e_score_correction_bias"
 # Keys that one version of transformers writes and the other, or an engine, does not understand:
 # each config has both, whichever version wrote the one that it descends from.
 _SPELLINGS = ("rope_parameters", "rope_theta", "rope_scaling", "num_experts", "num_local_experts")
@@ -87,7 +85,7 @@ def save(
         architecture = architecture._replace(model_type=content["model_type"])
     plan = pieces(config, model, architecture.model_type, layout)
     shapes = dict(sorted(tensor_shapes(plan).items()))
-    dtypes = {n: types["float32" if n.endswith(_ALWAYS_FLOAT32) else dtype] for n in shapes}
+    dtypes = {n: types["float32" if n.endswith(architecture.float32) else dtype] for n in shapes}
     with new_directory(directory) as target:
         with (
             TensorWriter(target, shapes, dtypes, file_bytes) as writer,

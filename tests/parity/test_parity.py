@@ -9,9 +9,9 @@ import tempfile
 
 import pytest
 
-HINT = "needs torch and transformers 5: pip install -e '.[test,parity]'"
+HINT = "needs torch and transformers 5.24: pip install -e '.[test,parity]'"
 pytest.importorskip("torch", reason=HINT)
-pytest.importorskip("transformers", minversion="5", reason=HINT)
+pytest.importorskip("transformers", minversion="5.24", reason=HINT)
 
 import measure  # noqa: E402  (it needs both)
 
