@@ -9,7 +9,7 @@ study, a seed a run. After compilation each round advances every run to its next
 way, in random order:
 
     in sequence      the program of a single run, on one device
-    one device       the program of `runner.over_runs`, on one device: vmapped
+    one device       the program of `programs.over_runs`, on one device: vmapped
     all devices      the same over all devices, as a study runs
 
 On a CPU a device is a share of the cores (`jax_num_cpu_devices`). Prints one Markdown table of
@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +35,9 @@ import numpy as np
 from jaxrl_stable import program
 from jaxrl_stable.study.__main__ import build
 from jaxrl_stable.study.config import Study
-from jaxrl_stable.study.runner import Lot, Member, begin_runs, make_starts, over_runs
-from jaxrl_stable.study.runs import advance
+from jaxrl_stable.study.programs import over_runs, scoring
+from jaxrl_stable.study.runner import Lot, Member, begin_runs, make_starts
+from jaxrl_stable.study.runs import advance, heldout_score
 
 CURVES = ("reward", "entropy", "kl")
 GIN_FILE = "experiments/paper/base.gin"
@@ -161,12 +161,21 @@ def main():
     members = tuple(Member(name, seed) for seed in range(options.runs))
     rollouts = study.gradient_steps // study.evaluations // cell.objective.mini_batches
     begin = time.perf_counter()
-    starts = make_starts(study, devices, [cell.cold_start])
+    starts = make_starts(study, devices, [cell.cold_start], scoring(study, devices))
     print(f"{options.runs} cold starts: {time.perf_counter() - begin:.0f} s", flush=True)
     runs = begin_runs(study, cells, Lot(members, (name,), options.runs), starts, devices)
-    step = partial(
-        advance, study=study, objectives=(cell.objective,), rollout_format=cell.rollout_format
-    )
+
+    def step(run, first):
+        """To the next evaluation, and that."""
+        run, curves = advance(
+            run,
+            first,
+            study=study,
+            objectives=(cell.objective,),
+            rollout_format=cell.rollout_format,
+        )
+        return run, curves, heldout_score(run.state.model, study)
+
     singles = [member(runs, i) for i in range(options.runs)]
     stacked = jax.device_put(runs, devices[0])
     states = {"in sequence": singles, "one device": stacked, "all devices": runs}

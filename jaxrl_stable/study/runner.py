@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from jaxrl_stable import distributed
@@ -23,6 +21,7 @@ from jaxrl_stable.metrics import read_jsonl
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.study.choice import program_of
 from jaxrl_stable.study.config import Cell, Study
+from jaxrl_stable.study.programs import compiled, made_ahead, over_runs, scoring
 from jaxrl_stable.study.records import (
     append,
     as_json,
@@ -32,7 +31,7 @@ from jaxrl_stable.study.records import (
     of_task,
     rounded,
 )
-from jaxrl_stable.study.runs import Run, advance, begin, cold_start, heldout_score
+from jaxrl_stable.study.runs import Run, begin, cold_start
 from jaxrl_stable.study.viewer import sample_rows
 
 
@@ -114,28 +113,34 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
     total = sum(len(lot.members) for lots in plans for lot in lots)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     show_progress = show_progress and distributed.is_main()
-    with Progress(*columns, disable=not show_progress) as progress:
+    score = scoring(study, devices)
+    makers = [
+        partial(compiled, study, [cells[name] for name in lots[0].cells], lots[0].size, devices)
+        for lots in plans
+    ]
+    with (
+        made_ahead(makers) as programs,
+        Progress(*columns, disable=not show_progress) as progress,
+    ):
         say = progress.print if show_progress else lambda *_, **__: None
         bar = progress.add_task("cold starts", total=total * study.evaluations)
         begin_time = time.perf_counter()
         missing = {cells[m.cell].cold_start for lots in plans for lot in lots for m in lot.members}
-        starts = make_starts(study, devices, missing)
+        starts = make_starts(study, devices, missing, score)
         for name, start in starts.items():
             say(f"cold start {name}: score {start.scores.mean():.3f}")
         check_starts(study, {name: start.scores for name, start in starts.items()}, records)
         if starts:
             say(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
-        for number, lots in enumerate(plans, start=1):
+        for number, (lots, made) in enumerate(zip(plans, programs, strict=True), start=1):
             what = f"program {number} of {len(plans)}: {', '.join(lots[0].cells)}"
             progress.update(bar, description=what[: progress.console.width - 20])
-            begin_time = time.perf_counter()
-            program = compiled(study, cells, lots[0], starts, devices)
-            seconds = time.perf_counter() - begin_time
+            program, seconds = made()
             say(f"{what}: compiled in {seconds:.0f} s", soft_wrap=True)
             for lot in lots:
                 runs = begin_runs(study, cells, lot, starts, devices)
                 tick = partial(progress.advance, bar, len(lot.members))
-                runs, finished = run_lot(study, cells, lot, runs, program, starts, tick)
+                runs, finished = run_lot(study, cells, lot, runs, (program, score), starts, tick)
                 if distributed.is_main():
                     append(results, finished)
                 samples = shown(study, cells, lot, runs)
@@ -143,19 +148,6 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
                     append(directory / "samples.jsonl", samples)
                 seconds = finished[0]["seconds"]
                 say(f"  {len(finished)} runs, {seconds:.1f} s each")
-
-
-def over_runs(function: Callable, devices: list[jax.Device]) -> Callable:
-    """Maps `function(run, shared)` over runs; each device makes its part, and knows of no other."""
-    return jax.jit(
-        jax.shard_map(
-            jax.vmap(function, in_axes=(0, None)),
-            mesh=Mesh(np.array(devices), ("runs",)),
-            in_specs=(P("runs"), P()),
-            out_specs=P("runs"),
-            check_vma=False,
-        )
-    )
 
 
 class Start(NamedTuple):
@@ -171,9 +163,9 @@ class Start(NamedTuple):
 
 
 def make_starts(
-    study: Study, devices: list[jax.Device], names: Collection[str]
+    study: Study, devices: list[jax.Device], names: Collection[str], score: Callable
 ) -> dict[str, Start]:
-    """The cold starts of these names."""
+    """The cold starts of these names; `score` is that of `scoring`."""
     keys = [jax.random.fold_in(key, 0) for key in seed_keys(study)]
     padded = jnp.stack(keys + keys[-1:] * (-len(keys) % len(devices)))
     starts = {}
@@ -182,11 +174,10 @@ def make_starts(
             continue
 
         def start(key, _, config=config):
-            model = cold_start(config, study, key)
-            return model, heldout_score(model, study)
+            return cold_start(config, study, key)
 
-        models, scores = over_runs(start, devices)(padded, None)
-        scores = distributed.replicated(scores)[: study.seeds]
+        models = over_runs(start, devices)(padded, None)
+        scores = distributed.replicated(score(models, None))[: study.seeds]
         starts[config.name] = Start(models, scores)
     return starts
 
@@ -220,45 +211,32 @@ def _first(study: Study, own: tuple, _: None) -> Run:
     return begin(study, *own)
 
 
-def compiled(
-    study: Study,
-    cells: dict[str, Cell],
-    lot: Lot,
-    starts: dict[str, Start],
-    devices: list[jax.Device],
-) -> Callable:
-    """`advance` for all lots of the size and the cells of this one."""
-    step = partial(
-        advance,
-        study=study,
-        objectives=tuple(cells[name].objective for name in lot.cells),
-        rollout_format=cells[lot.cells[0]].rollout_format,
-    )
-    runs = begin_runs(study, cells, lot, starts, devices)
-    return over_runs(step, devices).lower(runs, jnp.int32(0)).compile()
-
-
 def run_lot(
     study: Study,
     cells: dict[str, Cell],
     lot: Lot,
     runs: Run,
-    program: Callable,
+    programs: tuple[Callable, Callable],
     starts: dict[str, Start],
     tick: Callable[[], None],
 ) -> tuple[Run, list[dict[str, Any]]]:
-    """All steps of a lot; the runs at their end, and their records."""
+    """All steps of a lot, by its programs for `advance` and `scoring`.
+
+    Returns:
+      The runs at their end, and their records.
+    """
+    step, score = programs
     scores, curves, first = [], [], {}
     begin_time = time.perf_counter()
     parts = cells[lot.cells[0]].objective.mini_batches
     rollouts = study.gradient_steps // study.evaluations // parts
     for interval in range(study.evaluations):
-        runs, measured, score = program(runs, jnp.int32(interval * rollouts))
-        measured, score = distributed.replicated((measured, score))
+        runs, measured = step(runs, jnp.int32(interval * rollouts))
+        measured, reached = distributed.replicated((measured, score(runs.state.model, None)))
         if interval == 0:
             first = {name: x[:, :2] for name, x in measured.items()}
         curves.append({name: x.mean(-1) for name, x in measured.items()})
-        scores.append(score)
+        scores.append(reached)
         tick()
     seconds = (time.perf_counter() - begin_time) / len(lot.members)
     steps = np.arange(study.evaluations + 1) * (study.gradient_steps // study.evaluations)
@@ -278,7 +256,7 @@ def run_lot(
                 },
                 "evaluations": {
                     "gradient_steps": steps.tolist(),
-                    "score": rounded([before, *(score[i] for score in scores)]),
+                    "score": rounded([before, *(reached[i] for reached in scores)]),
                 },
                 "first": {name: rounded(x[i]) for name, x in first.items()},
                 "seconds": round(seconds, 3),

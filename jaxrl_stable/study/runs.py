@@ -91,6 +91,16 @@ def demonstrations(task: Task, key: Key[Array, ""], count: int, slips: float) ->
     )
 
 
+def policy(study: Study, key: Key[Array, ""]) -> Transformer:
+    """Random weights. Left to choose, experts are multiplied in blocks on every device: the
+    kernels that "auto" takes on GPUs and TPUs are not made to be mapped over runs.
+    """
+    config = study.model
+    if config.experts == "auto":
+        config = dataclasses.replace(config, experts="blocked")
+    return Transformer(config, nnx.Rngs(key))
+
+
 def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transformer:
     """A policy from random weights that imitates the teacher."""
     of_weights, of_data = jax.random.split(key)
@@ -102,7 +112,7 @@ def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transform
         batch = demonstrations(task, key, start.batch_size, start.slips)
         return supervised_update(state, batch, optimizer=optimizer)[0], None
 
-    model = Transformer(study.model, nnx.Rngs(of_weights))
+    model = policy(study, of_weights)
     state, _ = jax.lax.scan(step, init_state(model, optimizer), jnp.arange(start.steps))
     return state.model
 
@@ -120,8 +130,8 @@ def advance(
     study: Study,
     objectives: tuple[Objective, ...],
     rollout_format: str,
-) -> tuple[Run, dict[str, Float[Array, "rollouts"]], Float[Array, ""]]:
-    """Runs to the next evaluation.
+) -> tuple[Run, dict[str, Float[Array, "rollouts"]]]:
+    """Runs to the next evaluation (which is a program of its own, shared by all cells).
 
     Args:
       run: so far.
@@ -131,7 +141,7 @@ def advance(
       rollout_format: of the sampler.
 
     Returns:
-      The run, its `CURVES`, and its held-out score at the end.
+      The run and its `CURVES`.
     """
     choice = Choice(objectives, run.objective)
     rate = dataclasses.replace(study.optimizer, learning_rate=run.learning_rate)
@@ -145,7 +155,7 @@ def advance(
     )
     keys = jax.vmap(partial(jax.random.fold_in, run.key))(first + jnp.arange(rollouts))
     state, curves = jax.lax.scan(step, run.state, keys)
-    return run._replace(state=state), curves, heldout_score(state.model, study)
+    return run._replace(state=state), curves
 
 
 def reinforce(

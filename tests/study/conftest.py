@@ -10,7 +10,8 @@ from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model import tiny
 from jaxrl_stable.objectives import gspo
 from jaxrl_stable.study.config import ColdStart, Grid, Study
-from jaxrl_stable.study.runner import begin_runs, make_starts, over_runs, plan
+from jaxrl_stable.study.programs import over_runs, scoring
+from jaxrl_stable.study.runner import begin_runs, make_starts, plan
 from jaxrl_stable.study.runs import advance
 
 
@@ -50,7 +51,8 @@ def study():
 @pytest.fixture(scope="session")
 def starts(study):
     names = [start.name for start in study.cold_starts]
-    return make_starts(study, jax.devices()[:1], names)
+    devices = jax.devices()[:1]
+    return make_starts(study, devices, names, scoring(study, devices))
 
 
 @pytest.fixture(scope="session")

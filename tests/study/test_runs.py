@@ -16,9 +16,18 @@ from jaxrl_stable.objectives import dppo, gspo, minirl, vespo
 from jaxrl_stable.optimizer import init_state, make_optimizer
 from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.study.choice import Choice, program_of
-from jaxrl_stable.study.runs import advance, demonstrations, reinforce, repeated
+from jaxrl_stable.study.runs import (
+    advance,
+    demonstrations,
+    heldout_score,
+    policy,
+    reinforce,
+    repeated,
+)
 from jaxrl_stable.train import make_programs
 from jaxrl_stable.update import with_old_policy
+
+KEY = jax.random.key(0)
 
 
 def leaves(tree):
@@ -32,16 +41,15 @@ def leaves(tree):
 def test_runs_together_are_runs_alone(study, together):
     """All four objectives, two seeds, two cold starts: each run as if it were the only one."""
     lot, runs, program = together
-    ended, curves, scores = program(runs, jnp.int32(0))
+    ended, curves = program(runs, jnp.int32(0))
     cells = study.cells()
     objectives = tuple(cells[name].objective for name in lot.cells)
     alone = jax.jit(partial(advance, study=study, objectives=objectives, rollout_format="int8"))
     for i in (0, 3, 4, 7):
-        run, expected, score = alone(jax.tree.map(lambda x, i=i: x[i], runs), jnp.int32(0))
+        run, expected = alone(jax.tree.map(lambda x, i=i: x[i], runs), jnp.int32(0))
         assert set(curves) == set(expected)
         for name in expected:
             np.testing.assert_allclose(curves[name][i], expected[name], rtol=1e-3, atol=2e-5)
-        np.testing.assert_allclose(scores[i], score)
         weights = jax.tree.map(lambda x, i=i: x[i], ended.state.model)
         for a, b in zip(leaves(weights), leaves(run.state.model), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-5)
@@ -50,12 +58,27 @@ def test_runs_together_are_runs_alone(study, together):
 def test_objectives_differ(together):
     """What the test above compares is not all the same."""
     lot, runs, program = together
-    ended, _, _ = program(runs, jnp.int32(0))
+    ended, _ = program(runs, jnp.int32(0))
     flat = np.stack(
         [np.concatenate([x[i].ravel() for x in leaves(ended.state.model)]) for i in range(8)]
     )
     apart = np.abs(flat[:, None] - flat[None]).max(-1)
     assert (apart[~np.eye(8, dtype=bool)] > 0).all(), [m for m in lot.members]
+
+
+def test_scores_together_are_scores_alone(study, starts):
+    alone = jax.jit(partial(heldout_score, study=study))
+    for start in starts.values():
+        for i, score in enumerate(start.scores):
+            model = jax.tree.map(lambda x, i=i: x[i], start.models)
+            np.testing.assert_allclose(score, alone(model), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("asked", "got"), [("auto", "blocked"), ("dense", "dense")])
+def test_experts_that_can_be_mapped(study, asked, got):
+    model = dataclasses.replace(study.model, experts=asked)
+    made = jax.eval_shape(partial(policy, dataclasses.replace(study, model=model)), KEY)
+    assert made.config.experts == got
 
 
 def test_a_step_is_that_of_the_training_program(study, starts):

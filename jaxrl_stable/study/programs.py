@@ -1,0 +1,91 @@
+"""The compiled programs of a study, each for a stack of runs that is spread over all devices."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.study.config import Cell, Study
+from jaxrl_stable.study.runs import advance, begin, heldout_score, policy
+
+T = TypeVar("T")
+
+
+def over_runs(function: Callable, devices: list[jax.Device]) -> Callable:
+    """Maps `function(run, shared)` over runs; each device makes its part, and knows of no other."""
+    return jax.jit(
+        jax.shard_map(
+            jax.vmap(function, in_axes=(0, None)),
+            mesh=_mesh(devices),
+            in_specs=(P("runs"), P()),
+            out_specs=P("runs"),
+            check_vma=False,
+        )
+    )
+
+
+def scoring(study: Study, devices: list[jax.Device]) -> Callable[[Transformer, None], jax.Array]:
+    """`heldout_score` of every model of a stack; compiled once for each size of it."""
+
+    def score(model, _):
+        return heldout_score(model, study)
+
+    return over_runs(score, devices)
+
+
+def compiled(
+    study: Study, cells: Sequence[Cell], size: int, devices: list[jax.Device]
+) -> tuple[Callable, float]:
+    """`runs.advance` for `size` runs of these cells, and the seconds that it took to compile."""
+    begin_time = time.perf_counter()
+    step = partial(
+        advance,
+        study=study,
+        objectives=tuple(cell.objective for cell in cells),
+        rollout_format=cells[0].rollout_format,
+    )
+
+    def first(key):
+        return begin(study, policy(study, key), key, jnp.int32(0), jnp.float32(0))
+
+    spread = NamedSharding(_mesh(devices), P("runs"))
+    runs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread),
+        jax.eval_shape(jax.vmap(first), jax.random.split(jax.random.key(0), size)),
+    )
+    made = over_runs(step, devices).lower(runs, jnp.int32(0)).compile()
+    return made, time.perf_counter() - begin_time
+
+
+@contextlib.contextmanager
+def made_ahead(makers: Sequence[Callable[[], T]]) -> Iterator[list[Callable[[], T]]]:
+    """The same functions, whose work is done in the background, in their order.
+
+    While a GPU or a TPU makes runs, its host has nothing to do but to compile the next programs.
+    What has not begun when the block is left is given up. Several hosts make each thing when it is
+    asked for: they have to compile in one order.
+    """
+    if jax.process_count() > 1:
+        yield list(makers)
+        return
+    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4))
+    try:
+        yield [pool.submit(make).result for make in makers]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _mesh(devices: list[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), ("runs",))

@@ -1,0 +1,65 @@
+"""What is compiled ahead, and when nobody waits for it any more."""
+
+import threading
+
+import pytest
+
+from jaxrl_stable.study import programs
+from jaxrl_stable.study.programs import made_ahead
+
+
+def maker(number, made, gate):
+    def make():
+        gate.wait(10)
+        made.append(number)
+        return number
+
+    return make
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    monkeypatch.setattr(programs.os, "cpu_count", lambda: 1)
+
+
+def test_made_in_order_without_being_asked(one_thread):
+    made, gate = [], threading.Event()
+    gate.set()
+    with made_ahead([maker(i, made, gate) for i in range(3)]) as ahead:
+        assert ahead[2]() == 2
+        assert made == [0, 1, 2]
+        assert [take() for take in ahead] == [0, 1, 2]
+    assert made == [0, 1, 2]
+
+
+def test_what_has_not_begun_is_given_up(one_thread):
+    """A study that stops at its first error does not go on to compile all of its programs."""
+    made, gate = [], threading.Event()
+    with (
+        pytest.raises(ValueError, match="first"),
+        made_ahead([maker(i, made, gate) for i in range(9)]),
+    ):
+        threading.Timer(0.2, gate.set).start()
+        raise ValueError("first")
+    assert len(made) <= 1
+
+
+def test_an_error_is_raised_where_its_program_is_wanted(one_thread):
+    def fail():
+        raise ValueError("no such objective")
+
+    with made_ahead([fail, lambda: 1]) as (broken, good):
+        assert good() == 1
+        with pytest.raises(ValueError, match="no such objective"):
+            broken()
+
+
+def test_several_hosts_compile_when_asked(monkeypatch):
+    """In one order: that in which the main thread asks."""
+    monkeypatch.setattr(programs.jax, "process_count", lambda: 2)
+    made, gate = [], threading.Event()
+    gate.set()
+    with made_ahead([maker(i, made, gate) for i in range(3)]) as ahead:
+        assert made == []
+        assert ahead[1]() == 1
+    assert made == [1]
