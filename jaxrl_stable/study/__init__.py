@@ -5,6 +5,7 @@ Running it:
     config.py      Study, Grid, Cell, ColdStart: what gin binds
     runs.py        one run as a pure function, of the library's own rollout, score and update
     choice.py      several objectives in one program
+    programs.py    what is compiled, and when
     runner.py      lots of runs over devices
     records.py     results.jsonl and study.json, and whether they belong to the study
     viewer.py      samples, token by token
