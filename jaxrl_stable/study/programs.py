@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,21 +72,29 @@ def compiled(
 
 
 @contextlib.contextmanager
-def made_ahead(makers: Sequence[Callable[[], T]]) -> Iterator[list[Callable[[], T]]]:
-    """The same functions, whose work is done in the background, in their order.
+def made_ahead(makers: Sequence[Callable[[], T]]) -> Iterator[Iterator[T]]:
+    """What the functions return, in their order; the next few work in the background.
 
     While a GPU or a TPU makes runs, its host has nothing to do but to compile the next programs.
-    What has not begun when the block is left is given up. Several hosts make each thing when it is
-    asked for: they have to compile in one order.
+    No more are made ahead than there are threads, so that no memory is held for more, and nobody
+    waits for more when the block is left. Several hosts make each thing when it is asked for: they
+    have to compile in one order.
     """
     if jax.process_count() > 1:
-        yield list(makers)
+        yield (make() for make in makers)
         return
-    pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4))
-    try:
-        yield [pool.submit(make).result for make in makers]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    threads = max(1, (os.cpu_count() or 1) // 4)
+    with ThreadPoolExecutor(threads) as pool:
+        begun = (pool.submit(make) for make in makers)
+        ahead = collections.deque(itertools.islice(begun, threads))
+
+        def results():
+            while ahead:
+                result = ahead.popleft().result()
+                ahead.extend(itertools.islice(begun, 1))
+                yield result
+
+        yield results()
 
 
 def _mesh(devices: list[jax.Device]) -> Mesh:

@@ -132,10 +132,10 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
         check_starts(study, {name: start.scores for name, start in starts.items()}, records)
         if starts:
             say(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
-        for number, (lots, made) in enumerate(zip(plans, programs, strict=True), start=1):
+        for number, lots in enumerate(plans, start=1):
             what = f"program {number} of {len(plans)}: {', '.join(lots[0].cells)}"
             progress.update(bar, description=what[: progress.console.width - 20])
-            program, seconds = made()
+            program, seconds = next(programs)
             say(f"{what}: compiled in {seconds:.0f} s", soft_wrap=True)
             for lot in lots:
                 runs = begin_runs(study, cells, lot, starts, devices)

@@ -1,6 +1,7 @@
 """What is compiled ahead, and when nobody waits for it any more."""
 
 import threading
+import time
 
 import pytest
 
@@ -25,15 +26,18 @@ def one_thread(monkeypatch):
 def test_made_in_order_without_being_asked(one_thread):
     made, gate = [], threading.Event()
     gate.set()
-    with made_ahead([maker(i, made, gate) for i in range(3)]) as ahead:
-        assert ahead[2]() == 2
-        assert made == [0, 1, 2]
-        assert [take() for take in ahead] == [0, 1, 2]
-    assert made == [0, 1, 2]
+    with made_ahead([maker(i, made, gate) for i in range(4)]) as ahead:
+        for i, count in enumerate((2, 3, 4, 4)):
+            assert next(ahead) == i
+            until(lambda count=count: len(made) >= count)
+            time.sleep(0.05)
+            assert made == list(range(count)), "memory for more programs than one ahead"
+        with pytest.raises(StopIteration):
+            next(ahead)
 
 
-def test_what_has_not_begun_is_given_up(one_thread):
-    """A study that stops at its first error does not go on to compile all of its programs."""
+def test_nobody_waits_for_what_is_no_longer_wanted(one_thread):
+    """A study that stops at its first error does not go on to compile its other programs."""
     made, gate = [], threading.Event()
     with (
         pytest.raises(ValueError, match="first"),
@@ -48,10 +52,10 @@ def test_an_error_is_raised_where_its_program_is_wanted(one_thread):
     def fail():
         raise ValueError("no such objective")
 
-    with made_ahead([fail, lambda: 1]) as (broken, good):
-        assert good() == 1
+    with made_ahead([lambda: 1, fail]) as ahead:
+        assert next(ahead) == 1
         with pytest.raises(ValueError, match="no such objective"):
-            broken()
+            next(ahead)
 
 
 def test_several_hosts_compile_when_asked(monkeypatch):
@@ -61,5 +65,13 @@ def test_several_hosts_compile_when_asked(monkeypatch):
     gate.set()
     with made_ahead([maker(i, made, gate) for i in range(3)]) as ahead:
         assert made == []
-        assert ahead[1]() == 1
-    assert made == [1]
+        assert next(ahead) == 0
+        time.sleep(0.05)
+        assert made == [0]
+
+
+def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
