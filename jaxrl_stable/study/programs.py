@@ -25,11 +25,32 @@ from jaxrl_stable.study.runs import advance, begin, heldout_score, policy
 T = TypeVar("T")
 
 
-def over_runs(function: Callable, devices: list[jax.Device]) -> Callable:
-    """Maps `function(run, shared)` over runs; each device makes its part, and knows of no other."""
+def over_runs(
+    function: Callable, devices: list[jax.Device], vmapped: bool | None = None
+) -> Callable:
+    """Maps `function(run, shared)` over runs; each device makes its part, and knows of no other.
+
+    Args:
+      function: of one run and of what all of them are given.
+      devices: the runs are spread over them evenly.
+      vmapped: a device makes its runs all at once instead of one after another; by default, a CPU
+        does not. It has no units that one small run would leave idle, and sorts, gathers and
+        multiplies more slowly with a batch dimension (experiments/bench/README.md).
+
+    Returns:
+      The mapped function, jitted.
+    """
+    if vmapped is None:
+        vmapped = devices[0].platform != "cpu"
+
+    def part(runs, shared):
+        return jax.lax.map(
+            lambda run: function(run, shared), runs, batch_size=0 if vmapped else None
+        )
+
     return jax.jit(
         jax.shard_map(
-            jax.vmap(function, in_axes=(0, None)),
+            part,
             mesh=_mesh(devices),
             in_specs=(P("runs"), P()),
             out_specs=P("runs"),

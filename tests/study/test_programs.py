@@ -1,12 +1,36 @@
-"""What is compiled ahead, and when nobody waits for it any more."""
+"""How runs are mapped; what is compiled ahead, and when nobody waits for it any more."""
 
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxrl_stable.study import programs
-from jaxrl_stable.study.programs import made_ahead
+from jaxrl_stable.study.programs import made_ahead, over_runs
+
+
+@pytest.mark.parametrize("vmapped", [False, True, None])
+def test_each_run_gets_its_own_and_the_shared(vmapped):
+    """A loop has no batch dimension in the function's operations, and `vmap` has no loop."""
+
+    def function(run, shared):
+        return {"x": run["x"] @ run["w"] + shared, "sum": run["w"].sum()}
+
+    rng = np.random.default_rng(0)
+    runs = {"x": rng.normal(size=(3, 2, 4)), "w": rng.normal(size=(3, 4, 5))}
+    mapped = over_runs(function, jax.devices()[:1], vmapped)
+    got = mapped(jax.tree.map(jnp.float32, runs), jnp.float32(2))
+    for i in range(3):
+        np.testing.assert_allclose(got["x"][i], runs["x"][i] @ runs["w"][i] + 2, rtol=1e-5)
+        np.testing.assert_allclose(got["sum"][i], runs["w"][i].sum(), rtol=1e-5)
+    program = str(jax.make_jaxpr(mapped)(runs, 2.0))
+    loops = vmapped is False or (vmapped is None and jax.default_backend() == "cpu")
+    assert ("length=3" in program) == loops
+    assert ("f32[2,5] = dot_general" in program) == loops
+    assert ("f32[3,2,5] = dot_general" in program) != loops
 
 
 def maker(number, made, gate):
