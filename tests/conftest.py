@@ -8,6 +8,11 @@ from functools import partial
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compile times are most of the suite; the code that runs is the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# What was compiled once, by any process of any run, is read from here afterwards.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp

@@ -5,7 +5,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import pytest
 from absl import flags
 
@@ -34,7 +33,6 @@ def fails(tmp_path, monkeypatch, capsys):
 
     yield fail
     flags.FLAGS.unparse_flags()
-    jax.config.update("jax_compilation_cache_dir", None)  # the program set it for its own run
 
 
 def jsonl(path, *lines):
