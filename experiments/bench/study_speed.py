@@ -3,9 +3,11 @@
     python experiments/bench/study_speed.py [--runs=10] [--devices=2] [--rounds=4]
     python experiments/bench/study_speed.py --whole
 
-Claim: ten runs mapped over devices take less than half of the time of ten runs in sequence, and
-have the same curves. One cell (N = 2, R3) in the setting of the paper's study, a seed a run. After
-compilation each round advances every run to its next evaluation, by each way, in random order:
+Claim: ten runs mapped over devices and vmapped within them take less than half of the time of ten
+runs in sequence, and have the same curves. README.md beside this file says how much of it holds.
+
+One cell (N = 2, R3) in the setting of the paper's study, a seed a run. After compilation each round
+advances every run to its next evaluation, by each way, in random order:
 
     in sequence      the program of a single run, on one device
     looped           the program of `programs.over_runs`, where each device loops over its runs:
@@ -18,7 +20,7 @@ between the curves.
 
 With `--whole` the runs are whole ones instead, from the command line to the report: one study with
 ten seeds against ten studies with one seed, one after another, each of which compiles its program
-as any other process would. README.md beside this file says what the figures mean.
+as any other process would.
 """
 
 import argparse
