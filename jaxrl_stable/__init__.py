@@ -1,31 +1,66 @@
 """Stable reinforcement learning of Mixture-of-Experts language models in JAX.
 
-The public names, flat. They load on first use, so that `jaxrl_stable.objectives` needs jax and
-numpy alone and a reward worker starts without jax. What is named like its module stays there:
-`jaxrl_stable.rollout.rollout`, `jaxrl_stable.update.update`, `jaxrl_stable.quantize.quantize`.
+The public names, flat. They load on first use, so that the losses need only jax and numpy, and a
+reward worker starts without jax.
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING
+
+from jaxrl_stable import _moved
+
+if TYPE_CHECKING:
+    from jaxrl_stable.advantages import centered, leave_one_out, standardized
+    from jaxrl_stable.configs import Experiment, Optimizer, Reinforcement, Supervised
+    from jaxrl_stable.corrections import correct
+    from jaxrl_stable.gin_files import load_experiment
+    from jaxrl_stable.model import (
+        ModelConfig,
+        ModelOutput,
+        Transformer,
+        init_model,
+        token_log_probs,
+    )
+    from jaxrl_stable.objective import Objective
+    from jaxrl_stable.objectives import TokenLoss, aggregate, divide, minirl
+    from jaxrl_stable.published import PUBLISHED
+    from jaxrl_stable.routing import Routing
+    from jaxrl_stable.sampler.quantize import quantize
+    from jaxrl_stable.sampler.rollout import Sampling, rollout
+    from jaxrl_stable.trainer.batch import TrainBatch, make_batch, split
+    from jaxrl_stable.trainer.optimizer import TrainState, init_state, make_optimizer
+    from jaxrl_stable.trainer.score import score, with_old_policy
+    from jaxrl_stable.trainer.update import update
+    from jaxrl_stable.trajectory import Trajectory
 
 __version__ = "0.1.0"
 
+# The same names by module, for loading on first use.
 _MODULES = {
-    "objectives": ("TokenLoss", "aggregate", "divide", "minirl"),
     "advantages": ("centered", "leave_one_out", "standardized"),
+    "configs": ("Experiment", "Optimizer", "Reinforcement", "Supervised"),
     "corrections": ("correct",),
+    "gin_files": ("load_experiment",),
+    "model": ("ModelConfig", "ModelOutput", "Transformer", "init_model", "token_log_probs"),
     "objective": ("Objective",),
+    "objectives": ("TokenLoss", "aggregate", "divide", "minirl"),
     "published": ("PUBLISHED",),
     "routing": ("Routing",),
-    "model": ("ModelConfig", "ModelOutput", "Transformer", "init_model", "token_log_probs"),
-    "rollout": ("Sampling", "Trajectory"),
-    "optimizer": ("TrainState", "init_state", "make_optimizer"),
-    "batch": ("TrainBatch", "make_batch", "split"),
-    "update": ("score", "with_old_policy"),
-    "configs": ("Experiment", "Optimizer", "Reinforcement", "Supervised"),
+    "sampler.quantize": ("quantize",),
+    "sampler.rollout": ("Sampling", "rollout"),
+    "trainer.batch": ("TrainBatch", "make_batch", "split"),
+    "trainer.optimizer": ("TrainState", "init_state", "make_optimizer"),
+    "trainer.score": ("score", "with_old_policy"),
+    "trainer.update": ("update",),
+    "trajectory": ("Trajectory",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_HOME)
+
+_moved.install()
 
 
 def __getattr__(name: str) -> object:

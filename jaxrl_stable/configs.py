@@ -13,19 +13,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxrl_stable.checks import one_of, positive
 from jaxrl_stable.model.config import ModelConfig, tiny
-from jaxrl_stable.objective import Objective, one_of
+from jaxrl_stable.objective import Objective
 from jaxrl_stable.sharding import BATCH, ROWS, MeshShape
 
 MOMENT_DTYPES = ("float32", "bfloat16")
 FORMATS = ("none", "int8", "int4", "fp8", "int8_w8a8", "fp8_w8a8")  # of the sampler: `quantize`
-
-
-def _positive(config: Any, *fields: str) -> None:
-    for field in fields:
-        if getattr(config, field) < 1:
-            name = f"{type(config).__name__}.{field}"
-            raise ValueError(f"{name} is {getattr(config, field)}; use at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +115,7 @@ class Supervised:
     checkpoint_every: int = 200
 
     def __post_init__(self):
-        _positive(self, "batch_size", "length", "checkpoint_every")
+        positive(self, "batch_size", "length", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +184,8 @@ class Reinforcement:
 
     def __post_init__(self):
         one_of(self, "rollout_format", FORMATS)
-        _positive(self, "prompts", "group_size", "max_tokens", "micro_batch_size", "max_skipped")
-        _positive(self, "checkpoint_every", "keep_checkpoints", "show_every", "max_rounds")
+        positive(self, "prompts", "group_size", "max_tokens", "micro_batch_size", "max_skipped")
+        positive(self, "checkpoint_every", "keep_checkpoints", "show_every", "max_rounds")
         if not 0 <= self.overlong_buffer <= 1:
             raise ValueError(
                 f"Reinforcement.overlong_buffer is {self.overlong_buffer}; it is a share of "
@@ -258,7 +252,7 @@ class Evaluation:
     batch_size: int = 400
 
     def __post_init__(self):
-        _positive(self, "every", "problems", "samples", "batch_size")
+        positive(self, "every", "problems", "samples", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxrl_stable import _moved
 from jaxrl_stable.advantages import centered
+from jaxrl_stable.checks import one_of
 from jaxrl_stable.corrections import correct
 from jaxrl_stable.objectives import (
     KL_ESTIMATORS,
@@ -33,14 +35,6 @@ from jaxrl_stable.objectives import (
 
 REPLAYS = ("none", "R2", "R3")
 POLICIES = ("all", "recomputed", "bypass")
-
-
-def one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError if a field of a config has another value than the allowed ones."""
-    value = getattr(config, field)
-    if value not in allowed:
-        name = f"{type(config).__name__}.{field}"
-        raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(repr, allowed))}")
 
 
 def has_trait(function: Callable, trait: str) -> bool:
@@ -256,3 +250,6 @@ class Decided:
     token_loss: TokenLoss
     factor: Float[Array, "B T"] | None
     kl: Float[Array, "B T"] | None
+
+
+__getattr__ = _moved.moved_names("jaxrl_stable.objective")  # names that are elsewhere today

@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import configs
-from jaxrl_stable.batch import make_batch
 from jaxrl_stable.model import init_model, tiny
-from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.quantize import quantize
-from jaxrl_stable.rollout import Sampling, rollout
-from jaxrl_stable.update import score, update, with_old_policy
+from jaxrl_stable.sampler.quantize import quantize
+from jaxrl_stable.sampler.rollout import Sampling, rollout
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
+from jaxrl_stable.trainer.score import score, with_old_policy
+from jaxrl_stable.trainer.update import update
 
 OBJECTIVE = configs.Objective()
 MANY_MAPS = 30_000

@@ -14,17 +14,18 @@ import pytest
 
 from jaxrl_stable import configs
 from jaxrl_stable.advantages import centered
-from jaxrl_stable.batch import make_batch
 from jaxrl_stable.diagnostics import finalize
-from jaxrl_stable.gates import check_finite, check_first_mini_batch
-from jaxrl_stable.judge import judge
 from jaxrl_stable.model import token_log_probs
 from jaxrl_stable.objectives import aggregate, minirl
 from jaxrl_stable.rewards import Verdict
-from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.routing import Routing
-from jaxrl_stable.train import make_programs
-from jaxrl_stable.update import policy_log_probs, score, with_old_policy
+from jaxrl_stable.run.gates import check_finite, check_first_mini_batch
+from jaxrl_stable.run.judge import judge
+from jaxrl_stable.run.programs import make_programs
+from jaxrl_stable.sampler.rollout import Sampling, rollout
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.forward import policy_log_probs
+from jaxrl_stable.trainer.score import score, with_old_policy
 
 GATE = configs.Reinforcement().gate("float32")
 

@@ -11,8 +11,8 @@ import pytest
 from jaxrl_stable import configs
 from jaxrl_stable.checkpoint import Checkpointer, load_model
 from jaxrl_stable.model import init_model
-from jaxrl_stable.optimizer import from_parts, init_state, make_optimizer, to_parts
 from jaxrl_stable.sharding import abstract_state, make_mesh
+from jaxrl_stable.trainer.optimizer import from_parts, init_state, make_optimizer, to_parts
 
 
 def numbers():

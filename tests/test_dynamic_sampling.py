@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_stable.dynamic_sampling import Round, collect, fill_rows
-from jaxrl_stable.judge import STATUSES, Judged, informative
-from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing
+from jaxrl_stable.run.dynamic_sampling import Round, collect
+from jaxrl_stable.run.judge import STATUSES, Judged, informative
+from jaxrl_stable.trajectory import Trajectory, fill_rows
 
 G, T, L, K = 2, 5, 3, 2
 

@@ -8,10 +8,11 @@ import sys
 import pytest
 from absl import flags
 
-from jaxrl_stable import program, train
-from jaxrl_stable.describe import describe
+from jaxrl_stable import gin_files, program, train
 from jaxrl_stable.hf import config as hf_config
 from jaxrl_stable.model import qwen3_30b_a3b
+from jaxrl_stable.run import programs
+from jaxrl_stable.run.describe import describe
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 GIN = str(pathlib.Path(__file__).with_name("experiment.gin"))
@@ -156,8 +157,8 @@ def test_more_problems_than_there_are(fails):
 
 def test_first_mini_batch_that_disagrees_stops_the_run(fails, monkeypatch):
     """The gate in the loop: an update with another temperature than `score`."""
-    wrong = functools.partial(train.update, temperature=1.3)
-    monkeypatch.setattr(train, "update", lambda *x, temperature, **k: wrong(*x, **k))
+    wrong = functools.partial(programs.update, temperature=1.3)
+    monkeypatch.setattr(programs, "update", lambda *x, temperature, **k: wrong(*x, **k))
     line = fails("--gin.configs.Supervised.steps=1")
     assert "in the first mini-batch, above 1e-05; score and update disagree" in line
 
@@ -173,4 +174,4 @@ def test_experiment_loads(path, tmp_path):
         _, content = hf_config.to_json(qwen3_30b_a3b())
         (tmp_path / "config.json").write_text(json.dumps(content))
         bindings = [f"CHECKPOINT = '{tmp_path}'"]
-    assert "parameters" in describe(program.load_experiment(files, bindings))
+    assert "parameters" in describe(gin_files.load_experiment(files, bindings))

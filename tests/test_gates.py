@@ -3,8 +3,8 @@ import pytest
 
 from jaxrl_stable.configs import Reinforcement
 from jaxrl_stable.diagnostics import Max
-from jaxrl_stable.gates import check_failed_rewards, check_finite, check_first_mini_batch
-from jaxrl_stable.optimizer import TrainState
+from jaxrl_stable.run.gates import check_failed_rewards, check_finite, check_first_mini_batch
+from jaxrl_stable.trainer.optimizer import TrainState
 
 
 @pytest.mark.fast

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import configs
-from jaxrl_stable.evaluate import Result
-from jaxrl_stable.judge import STATUSES, Judged, failed_share, judge, reward_metrics
 from jaxrl_stable.rewards import Verdict
-from jaxrl_stable.rollout import Sampling
-from jaxrl_stable.task import Task
-from jaxrl_stable.train import advantage_inputs, make_programs
+from jaxrl_stable.run.evaluation import Result
+from jaxrl_stable.run.judge import (
+    STATUSES,
+    Judged,
+    advantage_inputs,
+    failed_share,
+    judge,
+    reward_metrics,
+)
+from jaxrl_stable.run.programs import make_programs
+from jaxrl_stable.run.task import Task
+from jaxrl_stable.sampler.rollout import Sampling
 
 
 class Words:

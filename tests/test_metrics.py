@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from jaxrl_stable import metrics
+from jaxrl_stable.run import writer as metrics
 
 
 def _steps(path):
@@ -81,7 +81,7 @@ def test_a_run_from_the_start_drops_old_rows(tmp_path, start_step, kept):
 def test_sigkill_loses_at_most_the_last_row(tmp_path):
     code = """
 import sys
-from jaxrl_stable import metrics
+from jaxrl_stable.run import writer as metrics
 writer = metrics.MetricsWriter(sys.argv[1], console=False)
 for step in range(10**9):
     writer.write(step, {"x": 0.1})

@@ -11,10 +11,10 @@ import pytest
 
 from jaxrl_stable import advantages as estimators
 from jaxrl_stable import corrections, objectives
-from jaxrl_stable.batch import make_batch
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.objective import Objective
-from jaxrl_stable.update import policy_log_probs
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.forward import policy_log_probs
 
 
 @pytest.mark.fast

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model import init_model
-from jaxrl_stable.optimizer import apply_gradients, init_state, make_optimizer
+from jaxrl_stable.trainer.optimizer import apply_gradients, init_state, make_optimizer
 
 
 def step(model, gradients, config, steps=1):

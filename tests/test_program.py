@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from jaxrl_stable import program
-from jaxrl_stable.describe import describe, implementations, recommendation, sampler_products
+from jaxrl_stable import gin_files
+from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.model import tiny
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.objectives import cispo, gspo, minirl
-from jaxrl_stable.program import load_experiment
+from jaxrl_stable.run.describe import describe, implementations, recommendation, sampler_products
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = str(pathlib.Path(__file__).with_name("experiment.gin"))
@@ -44,7 +44,7 @@ def test_two_experiments_in_one_process_keep_their_options():
 @pytest.mark.fast
 def test_what_ran_names_the_options_that_were_not_bound():
     objective("objectives.minirl.truncation=7.0")
-    resolved = program.resolved_config()
+    resolved = gin_files.resolved_config()
     assert "objectives.minirl.truncation = 7.0" in resolved
     assert "objectives.minirl.clip_high = 0.27" in resolved
     assert "configs.Objective.loss = @objectives.minirl" in resolved
@@ -142,6 +142,6 @@ def test_what_runs_names_the_products_of_the_sampler(format, expected):
 
 @pytest.mark.fast
 def test_grouped_kernels_emulate_what_other_products_do_natively(monkeypatch):
-    monkeypatch.setattr("jaxrl_stable.describe.resolve_products", lambda format: "native")
+    monkeypatch.setattr("jaxrl_stable.run.describe.resolve_products", lambda format: "native")
     assert sampler_products(tiny(experts="blocked"), "int8_w8a8") == "native"
     assert sampler_products(tiny(experts="tokamax"), "int8_w8a8") == "native (experts: emulated)"

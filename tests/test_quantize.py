@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 
 from jaxrl_stable import model as m
-from jaxrl_stable.batch import make_batch
 from jaxrl_stable.configs import FORMATS
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.model.parameters import Quantized, read
-from jaxrl_stable.quantize import expanded, quantize, resolve_products, sampling_copy
-from jaxrl_stable.rollout import Sampling, rollout
-from jaxrl_stable.update import score
+from jaxrl_stable.sampler.quantize import expanded, quantize, resolve_products, sampling_copy
+from jaxrl_stable.sampler.rollout import Sampling, rollout
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.score import score
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_stable import program
-from jaxrl_stable.batch import make_batch
+from jaxrl_stable import gin_files
 from jaxrl_stable.model.head import HeadOutput
 from jaxrl_stable.objectives import aggregate
 from jaxrl_stable.published import PUBLISHED
 from jaxrl_stable.train import train
-from jaxrl_stable.update import measure
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.update import measure
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.gin"))
@@ -28,7 +28,7 @@ LAID_OVER_EACH_OTHER = "dapo", "off_policy_sequence_mask"
 
 def load(*recipes, bindings=()):
     files = [str(ROOT / "tests" / "experiment.gin"), *map(str, recipes)]
-    return program.load_experiment(files, ["configs.Reinforcement.prompts=8", *bindings])
+    return gin_files.load_experiment(files, ["configs.Reinforcement.prompts=8", *bindings])
 
 
 @pytest.mark.fast

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_stable.batch import make_batch
 from jaxrl_stable.model import token_log_probs
-from jaxrl_stable.rollout import Sampling, draw, rollout
-from jaxrl_stable.update import policy_log_probs
+from jaxrl_stable.sampler.rollout import Sampling, draw, rollout
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.forward import policy_log_probs
 
 
 @pytest.fixture(scope="module")

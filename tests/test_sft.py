@@ -9,8 +9,8 @@ import pytest
 
 from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.diagnostics import finalize
-from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.sft import supervised_update
+from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
+from jaxrl_stable.trainer.supervised import supervised_update
 
 
 def packed(rows):

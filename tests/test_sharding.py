@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_stable import configs, rows
+from jaxrl_stable import configs
 from jaxrl_stable.configs import MeshShape
-from jaxrl_stable.rows import cut_rows, join_rows
-from jaxrl_stable.sharding import AXES, make_mesh, spec, spread
+from jaxrl_stable.sharding import AXES, for_sampling, make_mesh, rows, spec
+from jaxrl_stable.sharding.rows import cut_rows, join_rows
 
 pytestmark = pytest.mark.fast
 
@@ -52,7 +52,7 @@ def test_the_samplers_weights_are_in_place():
         "query": nnx.Param(jnp.ones((4, 6)), axes=("embed", "heads"), inputs=("embed",)),
         "norm": nnx.Param(jnp.ones(4), axes=("embed",), inputs=None),
     }
-    sampler = spread(model)
+    sampler = for_sampling(model)
     partitions = {
         name: spec(param.get_metadata()["axes"], param.get_value().shape, devices)
         for name, param in sampler.items()

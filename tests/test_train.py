@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxrl_stable.metrics import read_jsonl
+from jaxrl_stable.files import read_jsonl
 
 GIN = pathlib.Path(__file__).with_name("experiment.gin")
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_stable import program, train
+from jaxrl_stable import gin_files, train
 from jaxrl_stable.diagnostics import finalize
-from jaxrl_stable.evaluate import Result
-from jaxrl_stable.metrics import read_jsonl
-from jaxrl_stable.rollout import Sampling
-from jaxrl_stable.uncached import uncached_rollout
+from jaxrl_stable.files import read_jsonl
+from jaxrl_stable.run.evaluation import Result
+from jaxrl_stable.sampler.rollout import Sampling
+from jaxrl_stable.sampler.uncached import uncached_rollout
 
 TINY = str(pathlib.Path(__file__).with_name("experiment.gin"))
 EXACT = str(pathlib.Path(__file__).parents[1] / "experiments" / "exact.gin")
@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch):
     def run(*files, **bindings):
         fixed = {"Experiment.cold_start": None, "Reinforcement.steps": 3}
         lines = [f"configs.{name} = {value!r}" for name, value in (fixed | bindings).items()]
-        experiment = program.load_experiment([TINY, *files], lines)
+        experiment = gin_files.load_experiment([TINY, *files], lines)
         rl = experiment.reinforcement
         rl = replace(rl, objective=replace(rl.objective, advantages=made_up))
         train.train(replace(experiment, reinforcement=rl), tmp_path)

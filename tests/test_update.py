@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import configs
-from jaxrl_stable.batch import make_batch, split
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.routing import Routing, shift
-from jaxrl_stable.update import policy_log_probs
+from jaxrl_stable.trainer.batch import make_batch, split
+from jaxrl_stable.trainer.forward import policy_log_probs
 
 LOSS = ("loss", "gradient/norm")
 

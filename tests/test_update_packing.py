@@ -15,16 +15,24 @@ import optax
 import pytest
 
 from jaxrl_stable import configs, corrections, objectives
-from jaxrl_stable.batch import TrainBatch, split
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.model import init_model, tiny
 from jaxrl_stable.objective import has_trait
-from jaxrl_stable.optimizer import init_state
-from jaxrl_stable.packing import first_fit_decreasing, joined, pack, plan, scan_micro_batches
 from jaxrl_stable.published import PUBLISHED
 from jaxrl_stable.routing import Routing, shift
 from jaxrl_stable.sharding import MeshShape
-from jaxrl_stable.update import policy_log_probs, score, update, with_old_policy
+from jaxrl_stable.trainer.batch import TrainBatch, split
+from jaxrl_stable.trainer.forward import policy_log_probs
+from jaxrl_stable.trainer.optimizer import init_state
+from jaxrl_stable.trainer.packing import (
+    first_fit_decreasing,
+    joined,
+    pack,
+    plan,
+    scan_micro_batches,
+)
+from jaxrl_stable.trainer.score import score, with_old_policy
+from jaxrl_stable.trainer.update import update
 
 SCRIPT = pathlib.Path(__file__).parent / "meshes" / "packed.py"
 P, T, SIZE = 7, 16, 4
@@ -193,7 +201,8 @@ def test_score_packs_the_rows_that_an_update_packs(model, rows, monkeypatch):
     """Other neighbours would round in another way, and flip close choices of a router."""
     packed = []
     monkeypatch.setattr(
-        "jaxrl_stable.update.plan", lambda real, size: packed.append(real.shape) or plan(real, size)
+        "jaxrl_stable.trainer.update.plan",
+        lambda real, size: packed.append(real.shape) or plan(real, size),
     )
     options = dict(replay="none", packed=True, mini_batches=2, **PASSES)
     jax.eval_shape(partial(score, **options), model, rows)

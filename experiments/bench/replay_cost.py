@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_stable.batch import make_batch
 from jaxrl_stable.configs import Objective, Optimizer, Reinforcement
 from jaxrl_stable.model import init_model, tiny
-from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.routing import expert_dtype
-from jaxrl_stable.train import Programs, make_programs
-from jaxrl_stable.update import score, with_old_policy
+from jaxrl_stable.run.programs import Programs, make_programs
+from jaxrl_stable.sampler.rollout import Sampling, rollout
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
+from jaxrl_stable.trainer.score import score, with_old_policy
 
 CONFIG, WIDTH, TOKENS = tiny(vocab_size=256), 34, 24
 SAMPLING = Sampling(TOKENS)  # no stop token: every response has the same length

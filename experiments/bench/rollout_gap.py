@@ -17,7 +17,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.batch import make_batch
 from jaxrl_stable.configs import FORMATS, Optimizer
 from jaxrl_stable.data import (
     ArithmeticSource,
@@ -28,11 +27,12 @@ from jaxrl_stable.data import (
 )
 from jaxrl_stable.diagnostics import as_floats, finalize
 from jaxrl_stable.model import init_model, tiny
-from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.quantize import resolve_products, sampling_copy
-from jaxrl_stable.rollout import Sampling, rollout
-from jaxrl_stable.sft import supervised_update
-from jaxrl_stable.update import score
+from jaxrl_stable.sampler.quantize import resolve_products, sampling_copy
+from jaxrl_stable.sampler.rollout import Sampling, rollout
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
+from jaxrl_stable.trainer.score import score
+from jaxrl_stable.trainer.supervised import supervised_update
 
 VOCABULARY, WIDTH, MAX_TOKENS, TEMPLATE = 256, 34, 24, "{prompt}\n"
 COLUMNS = {

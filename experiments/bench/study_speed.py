@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_stable import program
+from jaxrl_stable import gin_files
 from jaxrl_stable.study.__main__ import build
 from jaxrl_stable.study.config import Study
 from jaxrl_stable.study.programs import over_runs, scoring
@@ -53,7 +53,7 @@ ONE_CELL = (
 def make_study(runs: int) -> Study:
     """One cell, with a seed for each run; their cold starts are short, as they are not measured."""
     bindings = (*ONE_CELL, f"study.Study.seeds = {runs}", "study.ColdStart.steps = 100")
-    return program.load([GIN_FILE], bindings, build)
+    return gin_files.load([GIN_FILE], bindings, build)
 
 
 def member(runs, i):

@@ -23,9 +23,9 @@ from jaxrl_stable.advantages import centered
 from jaxrl_stable.model import init_model, tiny, token_log_probs
 from jaxrl_stable.model.attention import make_frame
 from jaxrl_stable.objectives import aggregate, minirl
-from jaxrl_stable.quantize import quantize
-from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.routing import to_token_major
+from jaxrl_stable.sampler.quantize import quantize
+from jaxrl_stable.sampler.rollout import Sampling, rollout
 
 CONFIG = tiny(vocab_size=16, hidden_size=32, num_layers=2, head_dim=8, moe_intermediate_size=16)
 SAMPLING = Sampling(max_tokens=6, stop_ids=(0,))

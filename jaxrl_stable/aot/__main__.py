@@ -23,7 +23,8 @@ from jaxrl_stable.aot.report import details, duration, refusal, size, table
 from jaxrl_stable.aot.sweep import plot_sweep, scaled, sweep_record, sweep_table
 from jaxrl_stable.aot.topology import Topology, parse_topology
 from jaxrl_stable.configs import Experiment
-from jaxrl_stable.program import GIN_PREFIX, errors_in_one_line, load_experiment
+from jaxrl_stable.gin_files import load_experiment
+from jaxrl_stable.program import GIN_PREFIX, errors_in_one_line
 from jaxrl_stable.sharding import make_mesh
 
 

@@ -21,17 +21,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_stable.aot.flops import forward_flops
-from jaxrl_stable.batch import TrainBatch, make_batch
 from jaxrl_stable.configs import Experiment, Reinforcement
 from jaxrl_stable.model.attention import attention_implementation
 from jaxrl_stable.model.dispatch import experts_implementation
 from jaxrl_stable.model.transformer import init_model
-from jaxrl_stable.optimizer import TrainState, init_state, make_optimizer
-from jaxrl_stable.rollout import Sampling, Trajectory
 from jaxrl_stable.routing import Routing
+from jaxrl_stable.run.programs import make_programs
+from jaxrl_stable.sampler.rollout import Sampling
 from jaxrl_stable.sharding import ROWS, abstract_state
-from jaxrl_stable.train import make_programs
-from jaxrl_stable.update import with_old_policy
+from jaxrl_stable.trainer.batch import TrainBatch, make_batch
+from jaxrl_stable.trainer.optimizer import TrainState, init_state, make_optimizer
+from jaxrl_stable.trainer.score import with_old_policy
+from jaxrl_stable.trajectory import Trajectory
 
 NAMES = ("rollout", "score", "update")  # what can be asked for; the small ones come along
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_stable.objective import one_of
+from jaxrl_stable.checks import one_of
 
 PAD, EOS = 0, 1
 HELDOUT_SHARE = 4  # one problem in four is held out

@@ -8,9 +8,9 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrl_stable.data.files import read_json
 from jaxrl_stable.data.sandbox import compile_template, render_template
 from jaxrl_stable.data.sources import Message, Problem
+from jaxrl_stable.files import read_json
 
 PLACE = "{prompt}"
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from jaxrl_stable.data.files import existing, read_json, write_atomically
+from jaxrl_stable.files import existing, read_json, write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def convert_tiktoken(
         names = {i: (text, True) for text, i in special_tokens.items()}
     _add_tokens(model, names, path)
     destination = pathlib.Path(destination or path.with_name("tokenizer.json"))
-    write_atomically(destination, model.to_str().encode())
+    write_atomic(destination, model.to_str().encode())
     return destination
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from jaxrl_stable.data.files import existing, read_json, write_atomically
+from jaxrl_stable.files import existing, read_json, write_atomic
 
 # Special ids of the tokenizers that `train_sentencepiece` writes.
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
@@ -265,5 +265,5 @@ def train_sentencepiece(
                 f"train_sentencepiece: {text[:60]!r} does not survive encoding; remove carriage "
                 "returns, other control characters and U+2581 from it"
             )
-    write_atomically(pathlib.Path(path), buffer.getvalue())
+    write_atomic(pathlib.Path(path), buffer.getvalue())
     return SentencePieceTokenizer(path)

@@ -11,7 +11,7 @@ import math
 import pathlib
 from typing import Any
 
-from jaxrl_stable.data.files import read_json
+from jaxrl_stable.files import read_json
 from jaxrl_stable.hf.architectures import ARCHITECTURES, Architecture, Json, no_experts
 from jaxrl_stable.model.config import EXECUTION_FIELDS, ModelConfig, Yarn
 

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from jaxrl_stable.data.files import read_json
+from jaxrl_stable.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Names of the types in the file format, where they are ones that weights come in.

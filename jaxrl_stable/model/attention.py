@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable.model.cache import Cache
 from jaxrl_stable.model.config import ModelConfig
-from jaxrl_stable.model.layout import ONE_DEVICE, Layout
 from jaxrl_stable.model.parameters import matrix, read, scale
 from jaxrl_stable.model.products import product
 from jaxrl_stable.model.rotary import rotate, rotations
 from jaxrl_stable.model.splash import splash_attention
+from jaxrl_stable.sharding.layout import ONE_DEVICE, Layout
 
 
 class Frame(NamedTuple):

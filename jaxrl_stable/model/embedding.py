@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxrl_stable.model.layout import Layout
 from jaxrl_stable.sharding import mesh_axes, spec
+from jaxrl_stable.sharding.layout import Layout
 
 
 def lookup(

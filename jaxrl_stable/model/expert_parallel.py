@@ -32,11 +32,11 @@ from jaxrl_stable.model.dispatch import (
     group_by_expert,
     scatter_rows,
 )
-from jaxrl_stable.model.layout import Layout
 from jaxrl_stable.model.parameters import Quantized
 from jaxrl_stable.model.products import operand
 from jaxrl_stable.routing import expert_dtype
 from jaxrl_stable.sharding import STORED, gather_axis, mesh_axes, spec
+from jaxrl_stable.sharding.layout import Layout
 
 
 def mixture(

@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, UInt
 
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.expert_parallel import mixture
-from jaxrl_stable.model.layout import ONE_DEVICE, Layout
 from jaxrl_stable.model.parameters import matrix, offset, read
 from jaxrl_stable.model.products import product
 from jaxrl_stable.model.router import choose, gate_weights
 from jaxrl_stable.routing import Routing, expert_dtype
+from jaxrl_stable.sharding.layout import ONE_DEVICE, Layout
 
 
 class RouterOutput(NamedTuple):

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_stable.model.layout import layout
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.sharding import STORED, gathered, mesh_axes, spec
+from jaxrl_stable.sharding.layout import layout
 
 
 class HeadOutput(NamedTuple):

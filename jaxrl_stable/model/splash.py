@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxrl_stable.model.layout import Layout
 from jaxrl_stable.sharding import gather_axis
+from jaxrl_stable.sharding.layout import Layout
 
 LANES = 128  # the kernel's blocks and heads are multiples of it
 BLOCK = 1024  # rows of a block at most

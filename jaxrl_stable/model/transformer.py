@@ -16,9 +16,9 @@ from jaxrl_stable.model.config import ModelConfig, layer_plan
 from jaxrl_stable.model.embedding import lookup
 from jaxrl_stable.model.experts import Experts, FeedForward, RouterOutput
 from jaxrl_stable.model.latent_attention import LatentAttention
-from jaxrl_stable.model.layout import layout
 from jaxrl_stable.model.parameters import matrix
 from jaxrl_stable.routing import Routing, check_layout, expert_dtype
+from jaxrl_stable.sharding.layout import layout
 
 PRODUCTS = ("query", "key", "value", "attended", "gate", "up")  # what remat "dots" keeps
 

@@ -8,7 +8,7 @@ import pathlib
 import re
 from typing import Any
 
-from jaxrl_stable.metrics import write_atomic
+from jaxrl_stable.files import write_atomic
 from jaxrl_stable.report.curves import MORE_PANELS, PAPER_PANELS, draw
 from jaxrl_stable.report.explanations import interval_names, metric_table, other_metrics
 from jaxrl_stable.report.layout import document

@@ -13,7 +13,6 @@ Below the run's directory lie:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxrl_stable.metrics import read_jsonl
+from jaxrl_stable.files import read_json, read_jsonl
 
 # What `MetricsWriter` and the training loop put into every row beside the metrics. `time` is the
 # clock of the wall, in seconds; phases of a step are `time/…`.
@@ -85,7 +84,7 @@ def read_run(workdir: pathlib.Path) -> Run:
             raise ValueError(f"{metrics}: a row has no step; this is not a metrics file of a run")
         merged.setdefault(row["step"], {}).update(row)
     samples, config = workdir / "samples.jsonl", workdir / "config.gin"
-    summary = read_summary(workdir / "summary.json")
+    summary = read_json(workdir / "summary.json")
     return Run(
         name=str(summary.get("name") or workdir.resolve().name),
         rows=[merged[step] for step in sorted(merged)],
@@ -93,16 +92,6 @@ def read_run(workdir: pathlib.Path) -> Run:
         summary=summary,
         config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
     )
-
-
-def read_summary(path: pathlib.Path) -> dict:
-    try:
-        summary = json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError:
-        summary = None
-    if not isinstance(summary, dict):
-        raise ValueError(f"{path}: not a JSON object; mend or delete it")
-    return summary
 
 
 def is_number(value: Any) -> bool:

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from jaxrl_stable.metrics import visible
+from jaxrl_stable.text import visible
 
 
 def escape(text: str) -> str:

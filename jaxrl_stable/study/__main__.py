@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxrl_stable import distributed, program
+from jaxrl_stable import distributed, gin_files, program
 from jaxrl_stable.study.config import Study
 from jaxrl_stable.study.markdown import write_claims
 from jaxrl_stable.study.page import read_records, write_figure, write_page
@@ -25,14 +25,14 @@ from jaxrl_stable.study.runner import run_study
 
 def build() -> Study:
     """The study that gin has parsed."""
-    study = program.configured(Study)()
+    study = gin_files.configured(Study)()
     for cell in study.cells().values():
         cell.objective.check()  # through gin, which notes what the functions read
     grids = tuple(
         dataclasses.replace(
             grid,
-            losses=tuple(map(program.settled, grid.losses)),
-            advantages=tuple(map(program.settled, grid.advantages)),
+            losses=tuple(map(gin_files.settled, grid.losses)),
+            advantages=tuple(map(gin_files.settled, grid.advantages)),
         )
         for grid in study.grids
     )

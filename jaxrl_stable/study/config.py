@@ -11,9 +11,10 @@ from typing import Any
 
 from jaxrl_stable.advantages import centered
 from jaxrl_stable.array_tasks import Task
+from jaxrl_stable.checks import one_of
 from jaxrl_stable.configs import FORMATS, Optimizer
 from jaxrl_stable.model.config import ModelConfig
-from jaxrl_stable.objective import Objective, name_of, one_of
+from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.objectives import minirl
 from jaxrl_stable.study.analysis import Collapse
 from jaxrl_stable.study.claims import PAPER

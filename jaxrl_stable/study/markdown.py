@@ -6,7 +6,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from jaxrl_stable.metrics import write_atomic
+from jaxrl_stable.files import write_atomic
 from jaxrl_stable.study.analysis import Collapse, Record, cells_of
 from jaxrl_stable.study.tables import MEANINGS, chance, difference
 from jaxrl_stable.study.verdicts import NOT_RUN, RULE, Evidence, Row, evaluate

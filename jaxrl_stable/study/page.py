@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrl_stable.metrics import read_jsonl, write_atomic
+from jaxrl_stable.files import read_json, read_jsonl, write_atomic
 from jaxrl_stable.report import samples as sampled
 from jaxrl_stable.report.layout import document
-from jaxrl_stable.report.run import read_summary
 from jaxrl_stable.report.text import escape, plain
 from jaxrl_stable.study import panels, verdicts
 from jaxrl_stable.study.analysis import Cell, Collapse, Outcome, Record, cells_of, outcome
@@ -72,7 +71,7 @@ def write_page(directory: str | os.PathLike) -> pathlib.Path:
 
       evidence.json  {"rows": [{"setting", "kl_step0", "kl_step1", "routing_agreement",
                      "bytes_per_token"}], "replay_cost": {text: value}}
-      samples.jsonl  rows as of a training run (`jaxrl_stable.samples`), and "cell"
+      samples.jsonl  rows as of a training run (`jaxrl_stable.run.samples`), and "cell"
       study.json     {"title": text, "figures": {id: title}, "about": [lines],
                      "collapse": fields of `Collapse`, "cells": {name: [ids]}}
 
@@ -81,7 +80,7 @@ def write_page(directory: str | os.PathLike) -> pathlib.Path:
     """
     directory = pathlib.Path(directory)
     records = read_records(directory)
-    study, evidence = (read_summary(directory / name) for name in ("study.json", "evidence.json"))
+    study, evidence = (read_json(directory / name) for name in ("study.json", "evidence.json"))
     samples = directory / "samples.jsonl"
     text = page(
         records,
@@ -117,7 +116,7 @@ def read_records(directory: pathlib.Path) -> list[dict]:
     """
     path = directory / "results.jsonl"
     records = read_jsonl(path) if path.exists() else []
-    cells = read_summary(directory / "study.json").get("cells")
+    cells = read_json(directory / "study.json").get("cells")
     if cells is not None:  # records of cells that the study no longer has stay in the file
         records = [r | {"figure": cells[r["cell"]]} for r in records if r["cell"] in cells]
     if not records:

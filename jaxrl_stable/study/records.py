@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jaxrl_stable import distributed
-from jaxrl_stable.metrics import write_atomic
+from jaxrl_stable.files import write_atomic
 from jaxrl_stable.study.config import Study
 
 # What can change without making the runs that are there different ones.

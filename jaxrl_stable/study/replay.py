@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_stable.metrics import write_atomic
-from jaxrl_stable.report.run import read_summary
+from jaxrl_stable.files import read_json, write_atomic
 from jaxrl_stable.routing import expert_dtype
 from jaxrl_stable.study.analysis import Record, cells_of
 from jaxrl_stable.study.claims import PAPER
@@ -55,5 +54,5 @@ def replay_rows(records: Iterable[Record], study: Study) -> list[dict[str, Any]]
 def write_evidence(directory: pathlib.Path, records: Iterable[Record], study: Study) -> None:
     """Writes evidence.json; what else stands there stays (the measured cost of replay)."""
     path = directory / "evidence.json"
-    found = read_summary(path) | {"rows": replay_rows(records, study)}
+    found = read_json(path) | {"rows": replay_rows(records, study)}
     write_atomic(path, json.dumps(found, indent=1) + "\n")

@@ -17,7 +17,7 @@ import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from jaxrl_stable import distributed
-from jaxrl_stable.metrics import read_jsonl
+from jaxrl_stable.files import read_jsonl
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.study.choice import program_of
 from jaxrl_stable.study.config import Cell, Study

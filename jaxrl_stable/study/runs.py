@@ -16,17 +16,19 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_stable import diagnostics
 from jaxrl_stable.array_tasks import Problems, Task
-from jaxrl_stable.batch import TrainBatch, make_batch, split
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Objective
-from jaxrl_stable.optimizer import TrainState, init_state, make_optimizer
-from jaxrl_stable.quantize import expanded, quantize
-from jaxrl_stable.rollout import Sampling, Trajectory, rollout
 from jaxrl_stable.routing import Routing
-from jaxrl_stable.sft import supervised_update
+from jaxrl_stable.sampler.quantize import expanded, quantize
+from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.study.choice import Choice
 from jaxrl_stable.study.config import ColdStart, Study
-from jaxrl_stable.update import Scored, score, update, with_old_policy
+from jaxrl_stable.trainer.batch import TrainBatch, make_batch, split
+from jaxrl_stable.trainer.optimizer import TrainState, init_state, make_optimizer
+from jaxrl_stable.trainer.score import Scored, score, with_old_policy
+from jaxrl_stable.trainer.supervised import supervised_update
+from jaxrl_stable.trainer.update import update
+from jaxrl_stable.trajectory import Trajectory
 
 # What is recorded of a run: name in a record -> metric.
 CURVES = {

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from jaxrl_stable.batch import split
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Objective
-from jaxrl_stable.optimizer import TrainState, make_optimizer
 from jaxrl_stable.routing import overlap
 from jaxrl_stable.study.config import Cell, Study
 from jaxrl_stable.study.runs import Prepared, prepare, update_on
-from jaxrl_stable.update import hidden_states, policy_log_probs
+from jaxrl_stable.trainer.batch import split
+from jaxrl_stable.trainer.forward import hidden_states, policy_log_probs
+from jaxrl_stable.trainer.optimizer import TrainState, make_optimizer
 
 PROBLEMS, RESPONSES = 2, 2  # shown of a cell
 

@@ -7,11 +7,12 @@ from collections import Counter
 import jax
 import pytest
 
-from jaxrl_stable import batch, configs, rows, sharding
+from jaxrl_stable import configs, sharding
 from jaxrl_stable.aot import hlo, programs
 from jaxrl_stable.aot.collectives import KINDS, collectives
 from jaxrl_stable.model.config import tiny
-from jaxrl_stable.sharding import AXES, MeshShape
+from jaxrl_stable.sharding import AXES, MeshShape, rows
+from jaxrl_stable.trainer import batch
 
 LAYERS, MICRO_BATCHES, PASSES = 3, 2, 2  # remat = "block" runs each layer forward twice
 ONCE, PER_LAYER = MICRO_BATCHES, LAYERS * MICRO_BATCHES

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_stable import program
+from jaxrl_stable import gin_files
 from jaxrl_stable.aot.collectives import collectives
 from jaxrl_stable.aot.hlo import parse
 from jaxrl_stable.model.attention import attention_implementation
@@ -19,7 +19,7 @@ CHIPS, RUNS = 8, 16
 
 
 def test_a_study_compiles_for_a_slice_and_sends_nothing(slice_of):
-    study = program.load([str(TINY)], [], build)
+    study = gin_files.load([str(TINY)], [], build)
     attention = attention_implementation(study.model, "tpu")  # "auto" asks this machine's backend
     study = dataclasses.replace(study, model=dataclasses.replace(study.model, attention=attention))
     devices = list(slice_of("v5e:2x4", (CHIPS,), ("runs",)).devices.flat)

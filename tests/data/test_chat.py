@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxrl_stable import data, evaluate, sft, train
+from jaxrl_stable import data, train
 from jaxrl_stable.configs import Data, Evaluation, Experiment, Reinforcement, Supervised
 from jaxrl_stable.data.sandbox import render_template
 from jaxrl_stable.model import tiny
-from jaxrl_stable.task import load_task
+from jaxrl_stable.run import cold_start
+from jaxrl_stable.run.evaluation import evaluate, evaluation_key
+from jaxrl_stable.run.task import load_task
+from jaxrl_stable.sharding import make_mesh
 
 CHAT = pathlib.Path(__file__).with_name("chat")
 RENDERED = json.loads((CHAT / "rendered.json").read_text(encoding="utf-8"))
@@ -276,13 +279,14 @@ def test_all_programs_use_the_same_rendering(saved, tmp_path, monkeypatch):
 
         return first
 
-    monkeypatch.setattr(sft, "packed_iterator", pipeline(sft.packed_iterator))
+    monkeypatch.setattr(cold_start, "packed_iterator", pipeline(cold_start.packed_iterator))
     monkeypatch.setattr(train, "prompt_iterator", pipeline(train.prompt_iterator))
+    mesh = make_mesh(experiment.mesh)
     with load_task(experiment, tmp_path) as task:
         identity = task.identity
         for use in (
-            lambda: evaluate.evaluate(None, task, experiment, sampler, evaluate.evaluation_key(0)),
-            lambda: sft.train(experiment, task, tmp_path),
+            lambda: evaluate(None, task, experiment, mesh, sampler, evaluation_key(0)),
+            lambda: cold_start.run_cold_start(experiment, task, mesh, tmp_path),
             lambda: train.train(experiment, tmp_path),
         ):
             with pytest.raises(Seen) as seen:

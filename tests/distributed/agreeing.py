@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrl_stable import distributed, hf, watch
-from jaxrl_stable.batch import make_batch
+from jaxrl_stable import distributed, hf
+from jaxrl_stable.distributed import watch
 from jaxrl_stable.hf.names import parameters
-from jaxrl_stable.judge import STATUSES, judge
 from jaxrl_stable.rewards import Verdict
-from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing
-from jaxrl_stable.samples import sample_rows
+from jaxrl_stable.run.judge import STATUSES, judge
+from jaxrl_stable.run.samples import sample_rows
+from jaxrl_stable.run.task import Task
 from jaxrl_stable.sharding import MeshShape, make_mesh, row_sharding, shard_rows
-from jaxrl_stable.task import Task
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trajectory import Trajectory
 
 scratch, checkpoint = map(pathlib.Path, sys.argv[1:])
 distributed.initialize()
@@ -84,7 +85,7 @@ def main():
     np.testing.assert_array_equal(distributed.any_process([me == 0, me == 1, False]), [1, 1, 0])
 
     distributed.check_same("data set", "the same")
-    with pytest.raises(ValueError, match=r"processes \[1\] have another data set than process 0"):
+    with pytest.raises(ValueError, match=r"\[1\] have a different data set from process 0"):
         distributed.check_same("data set", f"of process {me}")
 
     with pytest.raises(ValueError, match=r"processes \[1\] do not see what process 0 writes in"):

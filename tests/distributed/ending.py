@@ -5,8 +5,9 @@ import signal
 import sys
 import time
 
-from jaxrl_stable import distributed, watch
-from jaxrl_stable.preemption import StopRequest
+from jaxrl_stable import distributed
+from jaxrl_stable.distributed import watch
+from jaxrl_stable.distributed.preemption import StopRequest
 from jaxrl_stable.program import errors_in_one_line
 
 who, how = int(sys.argv[1]), sys.argv[2]

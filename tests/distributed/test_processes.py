@@ -24,7 +24,7 @@ from launching import (
 )
 
 from jaxrl_stable.checkpoint import Checkpointer
-from jaxrl_stable.metrics import read_jsonl
+from jaxrl_stable.files import read_jsonl
 
 LAST = 4  # steps of a run; a checkpoint every second one
 # Counted on the host, so equal; the rest is sums in another order.

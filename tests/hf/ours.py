@@ -13,8 +13,8 @@ from jaxrl_stable import hf
 from jaxrl_stable.configs import MeshShape
 from jaxrl_stable.hf.names import parameters, pieces, tensor_shapes
 from jaxrl_stable.model import experts, head, init_model, router, token_log_probs, transformer
-from jaxrl_stable.rollout import Sampling, rollout
 from jaxrl_stable.routing import Routing, expert_dtype
+from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.sharding import make_mesh
 
 

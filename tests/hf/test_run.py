@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from jaxrl_stable import hf, program, train
+from jaxrl_stable import gin_files, hf, train
 from jaxrl_stable.data import ArithmeticSource, train_sentencepiece
 from jaxrl_stable.hf.__main__ import main, parse
 from jaxrl_stable.model import init_model, tiny
@@ -37,7 +37,7 @@ def test_from_a_checkpoint_through_a_run_to_a_checkpoint(tmp_path):
         + "rl/configs.Optimizer.weight_decay = 0.1\n"
     )
     gin.write_text("\n".join(x for x in gin.read_text().split("\n") if "model.tiny" not in x))
-    experiment = program.load_experiment([str(gin)])
+    experiment = gin_files.load_experiment([str(gin)])
     assert experiment.model == config
     state = train.train(experiment, tmp_path / "run")
 

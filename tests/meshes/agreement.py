@@ -11,15 +11,16 @@ import jax
 import numpy as np
 
 from jaxrl_stable import configs
-from jaxrl_stable.batch import make_batch, split
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.model import init_model, tiny
-from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.quantize import sampling_copy
-from jaxrl_stable.rollout import Sampling, rollout
-from jaxrl_stable.sft import supervised_update
+from jaxrl_stable.sampler.quantize import sampling_copy
+from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.sharding import ROWS, make_mesh, shard_rows, sharded_init
-from jaxrl_stable.update import score, update, with_old_policy
+from jaxrl_stable.trainer.batch import make_batch, split
+from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
+from jaxrl_stable.trainer.score import score, with_old_policy
+from jaxrl_stable.trainer.supervised import supervised_update
+from jaxrl_stable.trainer.update import update
 
 ROW_COUNT, PROMPT, LENGTH = 32, 6, 6
 WIDTH = PROMPT + LENGTH

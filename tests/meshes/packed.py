@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from test_update_packing import KEEP, OBJECTIVES, PASSES, SIZE, make_model, make_rows
 
-from jaxrl_stable.batch import TrainBatch, split
 from jaxrl_stable.configs import MeshShape
 from jaxrl_stable.diagnostics import finalize
-from jaxrl_stable.optimizer import init_state
-from jaxrl_stable.packing import joined, pack, plan
 from jaxrl_stable.routing import Routing
 from jaxrl_stable.sharding import make_mesh, shard_rows, state_shardings
-from jaxrl_stable.update import score, update, with_old_policy
+from jaxrl_stable.trainer.batch import TrainBatch, split
+from jaxrl_stable.trainer.optimizer import init_state
+from jaxrl_stable.trainer.packing import joined, pack, plan
+from jaxrl_stable.trainer.score import score, with_old_policy
+from jaxrl_stable.trainer.update import update
 
 
 def placed_rows(mesh) -> TrainBatch:

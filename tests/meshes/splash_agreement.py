@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_stable.configs import MeshShape
-from jaxrl_stable.model.layout import ONE_DEVICE, layout
 from jaxrl_stable.model.splash import splash_attention
 from jaxrl_stable.sharding import make_mesh
+from jaxrl_stable.sharding.layout import ONE_DEVICE, layout
 
 
 def plain(q, k, v, segment_ids):

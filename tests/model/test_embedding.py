@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxrl_stable.model.embedding import lookup
-from jaxrl_stable.model.layout import ONE_DEVICE
+from jaxrl_stable.sharding.layout import ONE_DEVICE
 
 
 @pytest.mark.fast

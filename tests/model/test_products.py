@@ -23,7 +23,7 @@ from jaxrl_stable.model.products import (
     rounded,
     to_grid,
 )
-from jaxrl_stable.quantize import quantize
+from jaxrl_stable.sampler.quantize import quantize
 
 LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 

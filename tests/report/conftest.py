@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl_stable import metrics, report
+from jaxrl_stable import report
+from jaxrl_stable.run import writer as metrics
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[2J\u202e'
 

@@ -3,9 +3,10 @@ import re
 import numpy as np
 import pytest
 
-from jaxrl_stable import metrics, report
+from jaxrl_stable import report
 from jaxrl_stable.report.curves import MORE_PANELS, PAPER_PANELS, draw
 from jaxrl_stable.report.drawing import MAX_POINTS, thin, tick, tick_log
+from jaxrl_stable.run import writer as metrics
 from jaxrl_stable.statistics import smooth
 
 PANELS = [panel for panel in PAPER_PANELS + MORE_PANELS if panel.name != "cold_start"]

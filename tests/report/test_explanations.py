@@ -4,10 +4,11 @@ import pathlib
 import re
 
 import jaxrl_stable
-from jaxrl_stable import metrics, report
+from jaxrl_stable import report
 from jaxrl_stable.report.curves import MORE_PANELS, PAPER_PANELS
 from jaxrl_stable.report.explanations import METRICS, interval_names
 from jaxrl_stable.report.run import LAYER
+from jaxrl_stable.run import writer as metrics
 
 PACKAGE = pathlib.Path(jaxrl_stable.__file__).parent
 # Named in the code, but not in the rows: `finalize` turns it into violations.

@@ -4,7 +4,8 @@ import sys
 
 from html_page import Page
 
-from jaxrl_stable import metrics, report
+from jaxrl_stable import report
+from jaxrl_stable.run import writer as metrics
 
 
 def test_the_page_is_one_file_that_loads_nothing(written):

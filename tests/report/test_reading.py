@@ -4,7 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from jaxrl_stable import metrics, report
+from jaxrl_stable import report
+from jaxrl_stable.run import writer as metrics
 
 
 @pytest.mark.fast

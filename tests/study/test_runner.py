@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_stable import program
+from jaxrl_stable import gin_files
 from jaxrl_stable.array_tasks import ChainSum
-from jaxrl_stable.metrics import read_jsonl
+from jaxrl_stable.files import read_jsonl
 from jaxrl_stable.study import __main__ as study_program
 from jaxrl_stable.study import analysis
 from jaxrl_stable.study.claims import CLAIMS
@@ -35,7 +35,7 @@ def runs_of(directory):
 @pytest.fixture(scope="module")
 def small():
     """One program of two cells."""
-    return program.load([TINY], [], study_program.build)
+    return gin_files.load([TINY], [], study_program.build)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_defaults_that_are_spelt_out_are_the_same_cell(study):
 
 def test_every_claim_finds_its_cells_in_the_grid():
     """The claims name settings; the grid of the paper has a cell for each of them."""
-    built = program.load([str(ROOT / "experiments/paper/grid.gin")], [], study_program.build)
+    built = gin_files.load([str(ROOT / "experiments/paper/grid.gin")], [], study_program.build)
     cells = [
         analysis.Cell(name, cell.settings, cell.figures, ()) for name, cell in built.cells().items()
     ]
@@ -233,8 +233,8 @@ def test_gin_file_and_losses():
         "study.Study.show = ()",
         "objectives.gspo.clip_high = 0.5",
     ]
-    built = program.load([TINY], lines, study_program.build)
+    built = gin_files.load([TINY], lines, study_program.build)
     cell = built.cells()["N=2, gspo, R3, clip_high 0.5"]
     assert cell.settings["loss"] == "gspo" and cell.settings["clip_high"] == 0.5
     with pytest.raises(ValueError, match="nothing uses it"):
-        program.load([TINY], ["objectives.sapo.temperature_high = 2.0"], study_program.build)
+        gin_files.load([TINY], ["objectives.sapo.temperature_high = 2.0"], study_program.build)

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from jaxrl_stable.array_tasks import Reverse
-from jaxrl_stable.batch import make_batch
 from jaxrl_stable.configs import Reinforcement
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.objectives import dppo, gspo, minirl, vespo
-from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.rollout import Sampling, rollout
+from jaxrl_stable.run.programs import make_programs
+from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.study.choice import Choice, program_of
 from jaxrl_stable.study.runs import (
     advance,
@@ -24,8 +23,9 @@ from jaxrl_stable.study.runs import (
     reinforce,
     repeated,
 )
-from jaxrl_stable.train import make_programs
-from jaxrl_stable.update import with_old_policy
+from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
+from jaxrl_stable.trainer.score import with_old_policy
 
 KEY = jax.random.key(0)
 

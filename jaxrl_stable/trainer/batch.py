@@ -9,9 +9,9 @@ from functools import partial
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_stable.rollout import Trajectory
 from jaxrl_stable.routing import Routing
-from jaxrl_stable.rows import cut_rows
+from jaxrl_stable.sharding.rows import cut_rows
+from jaxrl_stable.trajectory import Trajectory
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from jaxrl_stable.diagnostics import Metrics
-from jaxrl_stable.optimizer import TrainState
+from jaxrl_stable.trainer.optimizer import TrainState
 
 
 def check_first_mini_batch(metrics: Metrics, tolerance: float, step: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import jax
 from jax._src.distributed import global_state  # its key-value store has no public name
 
-from jaxrl_stable.distributed import BARRIER, is_main, several, wait_for_all
+from jaxrl_stable.distributed.processes import BARRIER, is_main, several, wait_for_all
 
 BEAT = 2.0  # seconds between heartbeats
 DEAD = 20.0  # seconds without one after which a process counts as dead

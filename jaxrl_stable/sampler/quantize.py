@@ -24,7 +24,7 @@ from jaxrl_stable.configs import FORMATS
 from jaxrl_stable.model.parameters import Quantized
 from jaxrl_stable.model.products import products_implementation, to_grid
 from jaxrl_stable.model.transformer import Transformer
-from jaxrl_stable.sharding import constrain_state, spread
+from jaxrl_stable.sharding import constrain_state, for_sampling
 
 KEPT_AXES = ("vocab", "router")
 GRIDS = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}  # storage types
@@ -34,7 +34,7 @@ def sampling_copy(model: Transformer, format: str, products: str = "auto") -> Tr
     """The weights that a sampler reads: `quantize`d, in the compute type, laid out for decoding.
 
     What is computed with them is the same but for the quantisation: a product reads its weights in
-    the compute type anyway, only the router's stay float32. For the layout see `sharding.spread`.
+    the compute type anyway, only the router's stay float32. See `sharding.for_sampling`.
     """
 
     def convert(param: nnx.Param) -> nnx.Param:
@@ -43,7 +43,7 @@ def sampling_copy(model: Transformer, format: str, products: str = "auto") -> Tr
             return param
         return param.replace(value.astype(model.config.dtype))
 
-    copy = spread(quantize(model, format, products))
+    copy = for_sampling(quantize(model, format, products))
     is_param = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     return constrain_state(jax.tree.map(convert, copy, is_leaf=is_param))
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxrl_stable.sharding import BATCH, ROWS, mesh_in_use
+from jaxrl_stable.sharding.mesh import BATCH, ROWS, mesh_in_use
 
 
 class Layout(NamedTuple):

@@ -19,7 +19,7 @@ from jaxrl_stable.data import (
     train_sentencepiece,
 )
 from jaxrl_stable.rewards import Reward, check_references, load_reward
-from jaxrl_stable.rollout import Sampling
+from jaxrl_stable.sampler.rollout import Sampling
 
 TOKENIZER_PROBLEMS = 20_000  # of each source, when a tokenizer is trained here
 

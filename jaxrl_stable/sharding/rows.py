@@ -8,11 +8,17 @@ the mesh: then rows move. On one device both are the same.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jaxrl_stable.sharding import BATCH, constrain, mesh_in_use
+from jaxrl_stable.sharding.mesh import BATCH, ROWS, mesh_in_use
+from jaxrl_stable.sharding.rules import constrain
 
 
 def cut_rows(
@@ -64,3 +70,37 @@ def _devices(rows: int, over: tuple[str, ...]) -> int:
     mesh = mesh_in_use()
     devices = 1 if mesh.empty else math.prod(mesh.shape[a] for a in over)
     return devices if rows % devices == 0 else 1
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of the rows of prompts, samples and rewards."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Returns the number of shards of those rows."""
+    return math.prod(mesh.shape[a] for a in ROWS)
+
+
+def shard_rows(mesh: Mesh, tree: Any) -> Any:
+    """Places host arrays on the mesh, sharded over their leading axis.
+
+    Args:
+      mesh: device mesh.
+      tree: host arrays `[B, …]`; each process passes all rows.
+
+    Raises:
+      ValueError: if the rows do not divide evenly over the devices.
+    """
+    sharding, parts = row_sharding(mesh), row_parts(mesh)
+
+    def place(x: Any) -> Array:
+        x = np.asarray(x)
+        if x.shape[0] % parts:
+            raise ValueError(
+                f"{x.shape[0]} rows cannot be spread evenly over {parts} devices; use a multiple "
+                f"of {parts}"
+            )
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)

@@ -8,19 +8,14 @@ over of a round is dropped, as in DAPO.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxrl_stable.judge import Judged, informative
-from jaxrl_stable.rollout import Trajectory
-from jaxrl_stable.routing import Routing
-from jaxrl_stable.sharding import ROWS, constrain
+from jaxrl_stable.run.judge import Judged, informative
+from jaxrl_stable.trajectory import Trajectory
 
 
 class Round(NamedTuple):
@@ -70,30 +65,6 @@ def collect(
             Judged(*(_fill(a, b, rows) for a, b in zip(batch.judged, fresh.judged))),
         )
     return batch, verdicts
-
-
-def fill_rows(old: Trajectory, new: Trajectory, rows: Int[Array, "B"]) -> Trajectory:
-    """Row `rows[i]` of `new` in the place of row i of `old`; −1 keeps the old one.
-
-    On a mesh every device sees all of `new` for it, which for long responses is much memory.
-    """
-
-    def pick(axis: int):
-        def pick_rows(a: Array, b: Array) -> Array:
-            shape = [1] * a.ndim
-            shape[axis] = -1
-            taken = jnp.take(b, jnp.maximum(rows, 0), axis=axis)
-            filled = jnp.where((rows >= 0).reshape(shape), taken, a)
-            return constrain(filled, *[None] * axis, ROWS)
-
-        return pick_rows
-
-    routing = Routing(
-        pick(1)(old.routing.experts, new.routing.experts),
-        pick(0)(old.routing.valid, new.routing.valid),
-    )
-    without = [dataclasses.replace(t, routing=None) for t in (old, new)]
-    return dataclasses.replace(jax.tree.map(pick(0), *without), routing=routing)
 
 
 def _fill(old: np.ndarray, new: np.ndarray, rows: Int[np.ndarray, "B"]) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""Where the figures of a run go: metrics.jsonl, samples.jsonl, TensorBoard and the console.
+"""Writes metrics and samples of a run: metrics.jsonl, samples.jsonl, TensorBoard and the console.
 
-The two JSON Lines files are the record; everything else can be made again from them
-(`jaxrl_stable.report`). One object a line, ASCII only. Values that are not finite are written as
-`null`, since JSON has no word for them; TensorBoard keeps the NaN or infinity.
+The two JSON Lines files are the record; everything else can be rebuilt from them
+(`jaxrl_stable.report`). Each line is one object, ASCII only. Non-finite values are written as
+`null`, because JSON cannot express them; TensorBoard keeps the NaN or infinity.
 
-A resumed run repeats the steps after its checkpoint. So that each step is recorded once, the writer
-first drops what lies beyond the step it is told to start from.
+A resumed run repeats the steps after its checkpoint. To record each step once, the writer first
+drops all rows after the step that it starts from.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import os
 import pathlib
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import rich.console
 import rich.progress
@@ -26,11 +26,14 @@ import rich.text
 import tensorboardX
 
 from jaxrl_stable import distributed
+from jaxrl_stable.files import read_jsonl, write_atomic
+from jaxrl_stable.text import visible
 
-# Console columns: (label, format, keys in order of preference); short, to fit 80 characters. KL is
-# the mismatch between sampler and trainer. k3 and k1 both estimate it; k3 is shown where there is
-# one, as it is never negative and less noisy.
-COLUMNS = (
+Columns = Sequence[tuple[str, str, tuple[str, ...]]]  # label, format, keys by preference
+
+# Console columns of a training run; short, to fit 80 characters. KL is the mismatch between sampler
+# and trainer. k3 and k1 both estimate it; k3 is preferred: it is never negative and less noisy.
+COLUMNS: Columns = (
     ("reward", "{:.3f}", ("reward/mean",)),
     ("KL", "{:.1e}", ("mismatch/kl_k3_token_mean", "mismatch/kl_k1_token_mean")),
     ("entropy", "{:.3f}", ("entropy",)),
@@ -41,20 +44,21 @@ SHOWN_CHARACTERS = 1_000
 
 
 class MetricsWriter:
-    """Writes scalars and samples of one run below `workdir`. Use as a context manager.
+    """Writes scalars and samples of one run to `workdir`. Use as a context manager.
 
-    One writer a run: where there are several processes, `open_writer` makes it in process 0 only.
+    A run has one writer: with several processes, `open_writer` makes it in process 0 only.
 
     Args:
       workdir: directory of the run, made if missing.
-      start_step: the step of the checkpoint the run continues from. Rows of later steps are
-        dropped, rows up to and including it stay. 0 keeps a row of step 0 (an evaluation before
+      start_step: step of the checkpoint that the run continues from. Rows of later steps are
+        dropped; rows up to and including it stay. 0 keeps a row of step 0 (an evaluation before
         training); -1 drops everything.
-      total_steps: length of the run, for the bar.
-      console: whether to show progress. Without a terminal, plain lines take the place of the bar.
+      total_steps: length of the run, for the progress bar.
+      console: whether to show progress. Without a terminal, plain lines replace the bar.
+      columns: what the console shows.
 
     Raises:
-      ValueError: when an existing file is damaged anywhere but in a torn last line.
+      ValueError: if an existing file is damaged anywhere except in a torn last line.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class MetricsWriter:
         start_step: int = 0,
         total_steps: int | None = None,
         console: bool = True,
+        columns: Columns = COLUMNS,
     ):
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -81,6 +86,7 @@ class MetricsWriter:
             filename_suffix=f".{time.time_ns()}",
         )
         self._start_step, self._total_steps = start_step, total_steps
+        self._columns = columns
         self._console = rich.console.Console(highlight=False) if console else None
         self._bar: rich.progress.Progress | None = None
 
@@ -97,9 +103,9 @@ class MetricsWriter:
         self._tensorboard.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one row of scalars; safe on disk against a kill of the process when it returns.
+        """Appends one row of scalars. Once this returns, a kill of the process cannot lose the row.
 
-        A step may be written more than once (training, then evaluation): readers merge the rows.
+        A step may be written more than once (training, then evaluation); readers merge the rows.
         """
         row = {name: _scalar(name, value) for name, value in scalars.items()}
         _append(self._metrics, {"step": int(step), "time": time.time(), **row})
@@ -117,13 +123,13 @@ class MetricsWriter:
             _append(self._samples, {"step": int(step), **row})
 
     def progress(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Moves the bar, or prints a plain line now and then where there is no terminal."""
+        """Moves the bar; without a terminal, prints a plain line now and then."""
         if self._console is None:
             return
-        shown = {label: _first(scalars, keys, form) for label, form, keys in COLUMNS}
+        shown = {label: _first(scalars, keys, form) for label, form, keys in self._columns}
         if self._console.is_terminal:
             if self._bar is None:
-                self._bar = _progress_bar(self._console)
+                self._bar = _progress_bar(self._console, self._columns)
                 self._bar.add_task("train", total=self._total_steps, **shown)
                 self._bar.start()
             self._bar.update(self._bar.task_ids[0], completed=step, **shown)
@@ -135,7 +141,7 @@ class MetricsWriter:
             print(f"step {step}{total}  {figures}", flush=True)
 
     def show_sample(self, prompt: str, response: str, score: float) -> None:
-        """Prints one sample above the bar. What the model wrote is shown as plain text only."""
+        """Prints one sample above the bar, as plain text."""
         if self._console is None:
             return
         # A Text is never parsed for markup, and `visible` disarms escape sequences of the terminal.
@@ -150,7 +156,7 @@ class MetricsWriter:
 
 
 class NoWriter:
-    """What the other processes of a run write: nothing."""
+    """Writer of the other processes of a run; does nothing."""
 
     def __enter__(self):
         return self
@@ -165,77 +171,19 @@ class NoWriter:
 
 
 def open_writer(workdir: str | os.PathLike, **settings: Any) -> MetricsWriter | NoWriter:
-    """The writer of a run in process 0; see `MetricsWriter` for the arguments."""
+    """Returns the writer of this process; see `MetricsWriter` for the arguments."""
     return MetricsWriter(workdir, **settings) if distributed.is_main() else NoWriter()
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """Rows of a JSON Lines file. A last line cut short by a kill is left out.
-
-    Raises:
-      ValueError: naming file and line, when any other line is not a JSON object.
-    """
-    lines = pathlib.Path(path).read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no newline behind it: torn
-                break
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({error}); mend or delete the line"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object; mend or delete the line")
-        rows.append(row)
-    return rows
-
-
-def write_atomic(path: pathlib.Path, text: str) -> None:
-    """Writes a text file so that a reader, or a crash, sees the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def visible(text: str) -> str:
-    """Text with characters that act instead of show (ESC, NUL, direction marks…) made visible.
-
-    Newlines and tabs stay. C0 controls become their pictures (ESC → ␛), the rest \\u escapes.
-    """
-    return "".join(map(_visible_character, text))
-
-
-def _visible_character(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t":
-        return character
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    # Cc: C1 controls; Cf: direction marks and zero-width characters; Cs: lone surrogates; Zl, Zp:
-    # line breaks. The zero-width joiner stays: emoji and several scripts are written with it.
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and code != 0x200D:
-        return f"\\u{code:04x}"
-    return character
-
-
 def _append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
-    # One write a row, so that a kill can tear the last line only; closed, as a bucket that is
-    # mounted as a directory has a file from then on.
+    # One write per row, so that a kill can tear only the last line. The file is closed each time,
+    # because a mounted bucket stores a file only when it is closed.
     with path.open("a", encoding="ascii") as file:
         file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
-    """Arrays as lists, and non-finite numbers as None, at any depth."""
+    """Replaces arrays by lists and non-finite numbers by None, at any depth."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -263,17 +211,17 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("step"), int):
             raise ValueError(
-                f"{path}, row {number}: no integer 'step'; mend it or use another directory"
+                f"{path}, row {number}: no integer 'step'; fix it or use another directory"
             )
-    # Always rewritten: this also removes a torn last line, onto which new rows would be glued.
+    # Always rewritten: this also removes a torn last line, which the next row would be glued to.
     kept = [row for row in rows if row["step"] <= step]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _progress_bar(console: rich.console.Console) -> rich.progress.Progress:
+def _progress_bar(console: rich.console.Console, columns: Columns) -> rich.progress.Progress:
     figures = [
         rich.progress.TextColumn(f"[dim]{label}[/] {{task.fields[{label}]}}")
-        for label, _, _ in COLUMNS
+        for label, _, _ in columns
     ]
     return rich.progress.Progress(
         rich.progress.BarColumn(bar_width=12),
@@ -291,7 +239,7 @@ def _first(scalars: Mapping[str, float], keys: Sequence[str], form: str) -> str:
 
 
 def _shorten(text: str) -> str:
-    """Cuts the middle out: the task stands at the start and the answer at the end."""
+    """Cuts out the middle; the task is at the start and the answer at the end."""
     if len(text) <= SHOWN_CHARACTERS:
         return text
     half = SHOWN_CHARACTERS // 2
@@ -299,7 +247,7 @@ def _shorten(text: str) -> str:
 
 
 class Clock:
-    """Seconds of each phase of one step; a phase that comes again adds up."""
+    """Measures the seconds of each phase of one step; repeated phases add up."""
 
     def __init__(self) -> None:
         self._start, self._phases = time.perf_counter(), {}
@@ -307,7 +255,8 @@ class Clock:
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         begin = time.perf_counter()
-        yield
+        with jax.profiler.TraceAnnotation(phase):
+            yield
         name, seconds = f"time/{phase}", time.perf_counter() - begin
         self._phases[name] = self._phases.get(name, 0.0) + seconds
 

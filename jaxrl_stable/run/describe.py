@@ -14,9 +14,10 @@ from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.dispatch import experts_implementation
 from jaxrl_stable.model.transformer import init_model
 from jaxrl_stable.objective import Objective, name_of
-from jaxrl_stable.optimizer import init_state, make_optimizer
-from jaxrl_stable.quantize import quantize, resolve_products, sampling_copy
 from jaxrl_stable.routing import expert_dtype
+from jaxrl_stable.sampler.quantize import quantize, resolve_products, sampling_copy
+from jaxrl_stable.text import byte_size
+from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
 
 
 def describe(experiment: Experiment) -> str:
@@ -56,15 +57,15 @@ def describe(experiment: Experiment) -> str:
         ("gradient steps", f"{rl.steps} rollouts × {rl.objective.mini_batches}"),
         ("objective", objective_line(rl.objective)),
         (f"the paper at N = {rl.objective.mini_batches}", recommendation(rl.objective, layers)),
-        ("weights", _bytes(_size(model))),
-        ("optimiser state", _bytes(_size(state.opt_state))),
-        ("gradient sum (float32)", _bytes(4 * parameters)),
-        ("state while updating", f"{_bytes(state_bytes)}  (the three above, without activations)"),
-        *([("reference policy", _bytes(_size(model)))] if rl.objective.kl_coefficient else []),
-        (f"sampling copy ({rl.rollout_format})", _bytes(_size(sampler))),
-        ("key/value cache", f"{_bytes(_size(cache))}  {cache.keys.shape}, {cache.values.shape}"),
-        ("routing of a rollout", f"{_bytes(routing_bytes)}  {routing}"),
-        ("logits of a head chunk", f"{_bytes(4 * math.prod(logits))}  {logits}"),
+        ("weights", byte_size(_size(model))),
+        ("optimiser state", byte_size(_size(state.opt_state))),
+        ("gradient sum (float32)", byte_size(4 * parameters)),
+        ("state while updating", f"{byte_size(state_bytes)}  (these three, no activations)"),
+        *([("reference policy", byte_size(_size(model)))] if rl.objective.kl_coefficient else []),
+        (f"sampling copy ({rl.rollout_format})", byte_size(_size(sampler))),
+        ("key/value cache", f"{byte_size(_size(cache))}  {cache.keys.shape}, {cache.values.shape}"),
+        ("routing of a rollout", f"{byte_size(routing_bytes)}  {routing}"),
+        ("logits of a head chunk", f"{byte_size(4 * math.prod(logits))}  {logits}"),
     ]
     lines.append(("computed by", implementations(experiment)))
     name_width = max(len(name) for name, _ in lines)
@@ -114,11 +115,3 @@ def sampler_products(config: ModelConfig, format: str) -> str:
 
 def _size(tree: object) -> int:
     return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"

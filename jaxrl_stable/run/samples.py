@@ -8,11 +8,11 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from jaxrl_stable import distributed
-from jaxrl_stable.batch import TrainBatch
 from jaxrl_stable.data import Problem
-from jaxrl_stable.judge import STATUSES, Judged
-from jaxrl_stable.task import Task
-from jaxrl_stable.update import Scored
+from jaxrl_stable.run.judge import STATUSES, Judged
+from jaxrl_stable.run.task import Task
+from jaxrl_stable.trainer.batch import TrainBatch
+from jaxrl_stable.trainer.score import Scored
 
 
 def sample_rows(

@@ -1,4 +1,4 @@
-"""Where a run begins: its newest checkpoint, other weights, a cold start, or nothing."""
+"""How a run begins: from its newest checkpoint, from other weights, from a cold start, or fresh."""
 
 from __future__ import annotations
 
@@ -7,30 +7,47 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax
-from jaxtyping import Key
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
-from jaxrl_stable import hf, sft
+from jaxrl_stable import hf
 from jaxrl_stable.checkpoint import Checkpointer, load_model
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.model.transformer import Transformer, init_model
-from jaxrl_stable.optimizer import TrainState, from_parts, init_state, make_optimizer, to_parts
-from jaxrl_stable.sharding import abstract_state, make_mesh, sharded_init, state_shardings
-from jaxrl_stable.task import Task
+from jaxrl_stable.run.cold_start import run_cold_start
+from jaxrl_stable.run.task import Task
+from jaxrl_stable.sharding import abstract_state, sharded_init, state_shardings
+from jaxrl_stable.trainer.optimizer import (
+    TrainState,
+    from_parts,
+    init_state,
+    make_optimizer,
+    to_parts,
+)
 
 
 def restore_or_start(
     experiment: Experiment,
     task: Task,
+    mesh: Mesh,
     workdir: pathlib.Path,
     checkpoints: Checkpointer,
     prompts: Iterator,
-) -> tuple[TrainState, Key[jax.Array, ""], int]:
-    """The newest checkpoint of this run, or its first state.
+) -> tuple[TrainState, Key[Array, ""], int]:
+    """Restores the newest checkpoint of this run, or makes its first state.
+
+    Args:
+      experiment: what the run depends on.
+      task: problems and tokenizer, for a cold start.
+      mesh: device mesh of the run.
+      workdir: directory of the run.
+      checkpoints: its checkpoints.
+      prompts: iterator of prompts; moved to the position of the checkpoint.
 
     Returns:
       The state, the key of the rollouts, and the number of finished steps.
     """
-    mesh, optimizer = make_mesh(experiment.mesh), make_optimizer(experiment.reinforcement.optimizer)
+    optimizer = make_optimizer(experiment.reinforcement.optimizer)
     template = abstract_state(
         mesh, lambda: init_state(init_model(experiment.model, experiment.seed), optimizer)
     )
@@ -41,15 +58,17 @@ def restore_or_start(
     start = jax.jit(
         partial(init_state, optimizer=optimizer), out_shardings=state_shardings(mesh, template)
     )
-    return start(first_policy(experiment, task, workdir)), jax.random.key(experiment.seed), 0
+    policy = first_policy(experiment, task, mesh, workdir)
+    return start(policy), jax.random.key(experiment.seed), 0
 
 
-def first_policy(experiment: Experiment, task: Task, workdir: pathlib.Path) -> Transformer:
-    """The weights that the run starts from: read, trained by imitation, or drawn.
+def first_policy(
+    experiment: Experiment, task: Task, mesh: Mesh, workdir: pathlib.Path
+) -> Transformer:
+    """Returns the weights that the run starts from: loaded, trained by a cold start, or random.
 
-    The same whenever it is called: a cold start is read from its own last checkpoint.
+    Every call returns the same weights: a finished cold start is read from its last checkpoint.
     """
-    mesh = make_mesh(experiment.mesh)
 
     def fresh_model() -> Transformer:
         return init_model(experiment.model, experiment.seed)
@@ -61,5 +80,5 @@ def first_policy(experiment: Experiment, task: Task, workdir: pathlib.Path) -> T
         template = abstract_state(mesh, fresh_model)
         return load_model(origin / "checkpoints", experiment.model.architecture(), template)
     if experiment.cold_start is not None:
-        return sft.train(experiment, task, workdir / "cold_start")
+        return run_cold_start(experiment, task, mesh, workdir / "cold_start")
     return sharded_init(mesh, fresh_model)

@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Int, Key
 
 from jaxrl_stable.model import head
 from jaxrl_stable.model.transformer import Transformer
-from jaxrl_stable.rollout import Sampling, Trajectory, draw, join_trajectories
 from jaxrl_stable.routing import Routing, expert_dtype
-from jaxrl_stable.rows import cut_rows
+from jaxrl_stable.sampler.rollout import Sampling, draw
 from jaxrl_stable.sharding import BATCH
-from jaxrl_stable.update import hidden_states, response_log_probs
+from jaxrl_stable.sharding.rows import cut_rows
+from jaxrl_stable.trainer.forward import hidden_states, response_log_probs
+from jaxrl_stable.trajectory import Trajectory, join_trajectories
 
 
 class _Decode(NamedTuple):

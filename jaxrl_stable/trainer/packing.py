@@ -27,10 +27,10 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_stable.batch import TrainBatch, micro_batches
-from jaxrl_stable.model.layout import layout
 from jaxrl_stable.routing import Routing
-from jaxrl_stable.rows import cut_rows, join_rows
+from jaxrl_stable.sharding.layout import layout
+from jaxrl_stable.sharding.rows import cut_rows, join_rows
+from jaxrl_stable.trainer.batch import TrainBatch, micro_batches
 
 
 @jax.tree_util.register_dataclass

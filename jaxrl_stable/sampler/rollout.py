@@ -18,8 +18,9 @@ from jaxrl_stable.model import head
 from jaxrl_stable.model.cache import Cache, empty_cache
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.routing import Routing, expert_dtype
-from jaxrl_stable.rows import cut_rows, join_rows
 from jaxrl_stable.sharding import ROWS, constrain
+from jaxrl_stable.sharding.rows import cut_rows
+from jaxrl_stable.trajectory import Trajectory, join_trajectories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,30 +56,6 @@ class Sampling:
                 f"Sampling(temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}) "
                 "is out of range; use temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
             )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """Sampled responses behind their prompts. Responses start at column `prompt_width`.
-
-    Attributes:
-      tokens: prompt (left-padded) and response (right-padded).
-      real: True on prompt and response tokens, False on padding.
-      response_mask: True exactly on sampled tokens, EOS included.
-      logp_rollout: log μ_old of each sampled token, 0 elsewhere.
-      routing: the experts of every token that was fed: prompts, and responses but their last token.
-      finished: the response ended with a stop token; False means that it was cut off.
-      prompt_width: P, static.
-    """
-
-    tokens: Int[Array, "B T"]
-    real: Bool[Array, "B T"]
-    response_mask: Bool[Array, "B T"]
-    logp_rollout: Float[Array, "B T"]
-    routing: Routing
-    finished: Bool[Array, "B"]
-    prompt_width: int = dataclasses.field(metadata=dict(static=True))
 
 
 class _Decode(NamedTuple):
@@ -126,14 +103,6 @@ def rollout(
     cut = jax.tree.map(lambda x: cut_rows(x, lots, over=ROWS), (prompts, prompt_mask, keys))
     sampled = jax.lax.map(lambda rows: _sample_rows(model, *rows, sampling), cut)
     return join_trajectories(sampled, over=ROWS)
-
-
-def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
-    """One trajectory of those that `cut_rows` made, stacked."""
-    rows = partial(join_rows, over=over)
-    routing = Routing(rows(parts.routing.experts, axis=1), rows(parts.routing.valid))
-    others = jax.tree.map(rows, dataclasses.replace(parts, routing=None))
-    return dataclasses.replace(others, routing=routing)
 
 
 def _sample_rows(

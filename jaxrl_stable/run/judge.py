@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxrl_stable import distributed
+from jaxrl_stable.configs import Reinforcement
 from jaxrl_stable.data import Problem
-from jaxrl_stable.rewards import Verdict
+from jaxrl_stable.rewards import Verdict, overlong_penalty
 from jaxrl_stable.rewards.verdict import Status
-from jaxrl_stable.rollout import Trajectory
+from jaxrl_stable.run.task import Task
 from jaxrl_stable.sharding import row_sharding
-from jaxrl_stable.task import Task
+from jaxrl_stable.trajectory import Trajectory
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 
@@ -101,3 +102,17 @@ def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
         "response/tokens": float(judged.lengths.sum()),
         "response/truncated_share": float(1.0 - judged.finished.mean()),
     }
+
+
+def advantage_inputs(rl: Reinforcement, judged: Judged) -> tuple[np.ndarray, ...]:
+    """Returns the arguments of `Programs.advantages`.
+
+    Returns:
+      A mask of the rows that keep their advantage, then rewards (with DAPO's length penalty),
+      group ids, validity and lengths, each `[B]`.
+    """
+    kept = judged.finished if rl.overlong_filter else np.ones_like(judged.finished)
+    buffer = round(rl.overlong_buffer * rl.max_tokens)
+    penalty = overlong_penalty(judged.lengths, rl.max_tokens, buffer)
+    groups = np.repeat(np.arange(rl.prompts), rl.group_size)
+    return kept, judged.rewards + penalty, groups, judged.valid, judged.lengths

@@ -1,0 +1,87 @@
+"""JSON and JSON Lines files, and atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+
+def existing(path: str | os.PathLike[str], what: str = "tokenizer") -> pathlib.Path:
+    """Returns the path.
+
+    Raises:
+      FileNotFoundError: if nothing is there.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such {what}; check the path")
+    return pathlib.Path(path)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads an optional JSON object; a missing file is an empty one.
+
+    Raises:
+      ValueError: if the file does not hold a JSON object.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); fix or delete it") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object; fix or delete it")
+    return content
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Reads the rows of a JSON Lines file. Drops a last line that a kill cut short.
+
+    Raises:
+      ValueError: if any other line is not a JSON object; the error names file and line.
+    """
+    lines = pathlib.Path(path).read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # no newline after it: torn
+                break
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error}); fix or delete the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object; fix or delete the line")
+        rows.append(row)
+    return rows
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new one.
+
+    Args:
+      path: the file; missing parent directories are made.
+      content: text is written as UTF-8; lone surrogates are escaped.
+    """
+    path = pathlib.Path(path)
+    if isinstance(content, str):
+        content = content.encode("utf-8", errors="backslashreplace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes private files
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,232 @@
+"""Gin files in, an `Experiment` out.
+
+The library has no gin decorators. Gin files import modules (dynamic registration) and bind fields,
+for example `configs.Objective.replay = "R3"`. Functions are bound by reference and configured where
+they are defined: `configs.Objective.loss = @objectives.gspo`, `objectives.gspo.clip_high = 4e-4`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import gin
+
+from jaxrl_stable import configs
+
+T = TypeVar("T")
+
+# Bindings on the command line may use these names, whatever the gin files import.
+PREAMBLE = (
+    "from __gin__ import dynamic_registration",
+    "from jaxrl_stable import advantages",
+    "from jaxrl_stable import array_tasks",
+    "from jaxrl_stable import configs",
+    "from jaxrl_stable import corrections",
+    "from jaxrl_stable import data",
+    "from jaxrl_stable import hf",
+    "from jaxrl_stable import objectives",
+    "from jaxrl_stable.model import config as model",
+    "from jaxrl_stable.study import config as study",
+)
+
+# Gin configures only functions that are bound by reference, so the defaults are bound too.
+DEFAULTS = (
+    "configs.Objective.loss = @objectives.minirl",
+    "configs.Objective.advantages = @advantages.centered",
+)
+
+FUNCTIONS = ("advantages", "corrections", "objectives")  # bound as @name, other things as @name()
+
+GIN_ERRORS = (ValueError, TypeError, SyntaxError, NameError, ImportError, AttributeError)
+
+
+def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> configs.Experiment:
+    """Reads gin files and bindings into an `Experiment`; see `load`."""
+    return load(files, bindings, build_experiment)
+
+
+def load(files: Sequence[str], bindings: Sequence[str], build: Callable[[], T]) -> T:
+    """Reads gin files and bindings, and builds what they describe, once.
+
+    A binding that nothing reads is refused. The exception is a binding that something referred to
+    until a later file, or the command line, put another thing in its place.
+
+    Args:
+      files: gin files; later ones override earlier ones.
+      bindings: lines that override all files.
+      build: makes the object from what gin has parsed.
+
+    Returns:
+      The result of `build`.
+
+    Raises:
+      ValueError: if gin or a config refuses a name, field or value, or if nothing reads a binding.
+      FileNotFoundError: if a gin file is missing.
+    """
+    for path in files:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"gin file {path} does not exist; check --gin_file")
+    gin.clear_config()
+    try:
+        gin.parse_config([*PREAMBLE, *DEFAULTS])
+        tables = [_bindings()]
+        for path in files:
+            gin.parse_config_file(path)
+            tables.append(_bindings())
+        gin.parse_config([*PREAMBLE, *bindings])
+        tables.append(_bindings())
+        gin.finalize()
+        built = build()
+    except GIN_ERRORS as error:
+        raise ValueError(one_line(error)) from error
+    _refuse_unread(tables)
+    return built
+
+
+def build_experiment() -> configs.Experiment:
+    """Builds the experiment that gin has parsed."""
+    experiment = configured(configs.Experiment)()
+    rl = experiment.reinforcement
+    rl.resolved_objective.try_functions()  # calls them through gin, which records what they read
+    rl = dataclasses.replace(rl, objective=_settled(rl.objective))
+    rl.resolved_objective.check()
+    return dataclasses.replace(experiment, reinforcement=rl)
+
+
+def resolved_config() -> str:
+    """Returns every binding that was used, defaults included, as gin text."""
+    return gin.operative_config_str()
+
+
+def configured(cls: type) -> Callable:
+    """Returns the class as gin configures it, or the class itself if no gin file mentions it."""
+    try:
+        return gin.get_configurable(cls)
+    except ValueError:
+        return cls
+
+
+def settled(function: Callable) -> Callable:
+    """Freezes the options that are bound now, so that later gin files cannot change them.
+
+    Args:
+      function: a function of an `Objective`, as gin passes it.
+
+    Returns:
+      The plain function, as a `functools.partial` if it has options.
+
+    Raises:
+      ValueError: if the function has a gin scope.
+    """
+    original = inspect.unwrap(function)
+    if original is function:
+        return function
+    if function is not gin.get_configurable(original):
+        raise ValueError(
+            f"@…/{original.__name__} has a scope, which the functions of an Objective do not "
+            "take; bind it without one"
+        )
+    options = gin.get_bindings(original)
+    return functools.partial(original, **options) if options else original
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of an error, without gin's note of the call that it came through."""
+    return re.sub(r" In call to configurable .*$", "", " ".join(str(error).split()))
+
+
+def _settled(objective: configs.Objective) -> configs.Objective:
+    return dataclasses.replace(
+        objective,
+        loss=settled(objective.loss),
+        advantages=settled(objective.advantages),
+        corrections=tuple(map(settled, objective.corrections)),
+    )
+
+
+# --- Unread bindings. Gin has no public view of single bindings, so these functions read the tables
+# --- that `gin.config_str` and `gin.operative_config_str` print.
+
+
+class Binding(NamedTuple):
+    """Key of one binding: `scope/selector.name = value`."""
+
+    scope: str
+    selector: str
+    name: str
+
+
+def _bindings() -> dict[Binding, Any]:
+    """Returns what is bound now."""
+    return {
+        Binding(scope, selector, name): value
+        for (scope, selector), values in gin.config._CONFIG.items()
+        for name, value in values.items()
+    }
+
+
+def _read_bindings(bound: dict[Binding, Any]) -> set[Binding]:
+    """Returns the bindings that something read.
+
+    A use in scope "a/b" reads the binding in the longest of the scopes "a/b", "a" and "".
+    """
+    read = set()
+    for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
+        parts = scope.split("/") if scope else []
+        scopes = ["/".join(parts[:length]) for length in range(len(parts), -1, -1)]
+        for name in values:
+            candidates = (Binding(each, selector, name) for each in scopes)
+            read.update(next(([each] for each in candidates if each in bound), []))
+    return read
+
+
+def _refuse_unread(tables: Sequence[dict[Binding, Any]]) -> None:
+    """Raises ValueError for a binding that nothing reads and nothing ever referred to.
+
+    Args:
+      tables: what was bound after the defaults, after each file, and after the command line.
+    """
+    defaults, *_, final = tables
+    last = max(i for i, table in enumerate(tables) if i == 0 or table != tables[i - 1])
+    for binding in sorted(final.keys() - _read_bindings(final)):
+        value = final[binding]
+        if binding.selector == "gin.macro" or defaults.get(binding, tables) is value:
+            continue
+        source = next(i for i, table in enumerate(tables) if table.get(binding, tables) is value)
+        if source < last and _refers(tables[source], binding):
+            continue
+        name = binding.selector.removeprefix("jaxrl_stable.")
+        call = "" if name.split(".")[0] in FUNCTIONS else "()"
+        name = f"{binding.scope}/" * bool(binding.scope) + name
+        raise ValueError(
+            f"{name}.{binding.name} is bound but nothing uses it; bind @{name}{call} where it "
+            "belongs, name the scope that is used, or remove the line"
+        )
+
+
+def _refers(table: dict[Binding, Any], binding: Binding) -> bool:
+    """Returns whether a bound value refers to what the binding configures, in its scope."""
+    prefix = f"{binding.scope}/" * bool(binding.scope)
+    return any(
+        selector == binding.selector and f"{scope}/".startswith(prefix)
+        for value in table.values()
+        for scope, selector in _references(value)
+    )
+
+
+def _references(value: Any) -> Iterator[tuple[str, str]]:
+    """Yields scope and selector of each reference (`@name`, `@name()`) in a value, at any depth."""
+    if isinstance(value, gin.config.ConfigurableReference):
+        yield value.config_key
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _references(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _references(each)

@@ -1,0 +1,109 @@
+"""Cold start: supervised training on demonstrations before reinforcement."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from functools import partial
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrl_stable import diagnostics
+from jaxrl_stable.checkpoint import Checkpointer
+from jaxrl_stable.configs import Experiment
+from jaxrl_stable.data import packed_iterator
+from jaxrl_stable.distributed.preemption import Stopped, StopRequest
+from jaxrl_stable.model.transformer import Transformer, init_model
+from jaxrl_stable.run.gates import check_finite
+from jaxrl_stable.run.task import Task, open_source
+from jaxrl_stable.run.writer import open_writer
+from jaxrl_stable.sharding import abstract_state, shard_rows, sharded_init
+from jaxrl_stable.trainer.optimizer import (
+    TrainState,
+    from_parts,
+    init_state,
+    make_optimizer,
+    to_parts,
+)
+from jaxrl_stable.trainer.supervised import supervised_update
+
+# Console columns; see `writer.COLUMNS`.
+COLUMNS = (
+    ("loss", "{:.3f}", ("sft/loss",)),
+    ("entropy", "{:.3f}", ("sft/entropy",)),
+    ("s/step", "{:.3f}", ("time/step",)),
+)
+LOG_EVERY = 10  # steps
+
+
+def run_cold_start(
+    experiment: Experiment, task: Task, mesh: Mesh, workdir: str | pathlib.Path
+) -> Transformer:
+    """Trains the model of an experiment on demonstrations, resuming from `workdir`.
+
+    Args:
+      experiment: see `Experiment.cold_start`.
+      task: problems, tokenizer and template.
+      mesh: device mesh of the run.
+      workdir: directory of the cold start.
+
+    Returns:
+      The trained policy.
+
+    Raises:
+      ValueError: if the experiment has no cold start.
+      Stopped: if the run was asked to stop; the state is saved.
+    """
+    config = experiment.cold_start
+    if config is None:
+        raise ValueError("Experiment.cold_start is missing; bind it to @configs.Supervised()")
+    optimizer = make_optimizer(config.optimizer)
+    source = task.train if config.demonstrations is None else open_source(config.demonstrations)
+    identity = f"{source!r} with {task.identity}, seed {experiment.seed}"
+    batches = packed_iterator(
+        source,
+        task.tokenizer,
+        batch_size=config.batch_size,
+        length=config.length,
+        seed=experiment.seed,
+        template=task.template,
+    )
+    step_fn = jax.jit(partial(supervised_update, optimizer=optimizer), donate_argnums=0)
+
+    def init() -> TrainState:
+        return init_state(init_model(experiment.model, experiment.seed), optimizer)
+
+    architecture = experiment.model.architecture()
+    with (
+        jax.set_mesh(mesh),
+        Checkpointer(
+            pathlib.Path(workdir, "checkpoints"), architecture, keep=1, data=identity
+        ) as checkpoints,
+        StopRequest() as stop,
+    ):
+        template = abstract_state(mesh, init)
+        restored = checkpoints.restore(to_parts(template), batches)
+        state = from_parts(restored) if restored else sharded_init(mesh, init)
+        start = int(state.step)
+        with open_writer(
+            workdir, start_step=start, total_steps=config.steps, columns=COLUMNS
+        ) as writer:
+            clock, logged = time.perf_counter(), start
+            for step in range(start + 1, config.steps + 1):
+                state, metrics = step_fn(state, shard_rows(mesh, next(batches)))
+                last = step == config.steps
+                if step % LOG_EVERY == 0 or last:
+                    values = diagnostics.as_floats(diagnostics.finalize(metrics))
+                    values["gradient/skipped"] = float(state.skipped)
+                    values["time/step"] = (time.perf_counter() - clock) / (step - logged)
+                    clock, logged = time.perf_counter(), step
+                    check_finite(state, limit=10)
+                    writer.write(step, values)
+                    writer.progress(step, values)
+                stopping = stop.agreed()
+                if step % config.checkpoint_every == 0 or last or stopping:
+                    checkpoints.save(step, to_parts(state), batches)
+                if stopping:
+                    raise Stopped(step, str(workdir))
+    return state.model

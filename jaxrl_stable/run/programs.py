@@ -1,0 +1,95 @@
+"""The jitted programs of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrl_stable import diagnostics
+from jaxrl_stable.configs import Reinforcement
+from jaxrl_stable.diagnostics import Metrics
+from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.sampler.quantize import quantize, sampling_copy
+from jaxrl_stable.sampler.rollout import Sampling, rollout
+from jaxrl_stable.sampler.uncached import uncached_rollout
+from jaxrl_stable.trainer.batch import TrainBatch, split
+from jaxrl_stable.trainer.optimizer import TrainState, make_optimizer
+from jaxrl_stable.trainer.score import Scored, score
+from jaxrl_stable.trainer.update import update
+from jaxrl_stable.trajectory import Trajectory, fill_rows
+
+
+class Programs(NamedTuple):
+    """Jitted programs of a run; each compiles once.
+
+    Attributes:
+      quantize: the sampling copy of the policy.
+      rollout: responses to a batch of prompts.
+      fill: `fill_rows`, for dynamic sampling.
+      advantages: rewards to advantages.
+      score: π_old of a rollout batch.
+      reference: log-probabilities of the policy that a KL term keeps to.
+      update: one gradient step.
+      split: a rollout batch to its mini-batches.
+      summarize: metrics of all mini-batches to scalars.
+    """
+
+    quantize: Callable[[Transformer], Transformer]
+    rollout: Callable[..., Trajectory]
+    fill: Callable[..., Trajectory]
+    advantages: Callable[..., Array]
+    score: Callable[..., Scored]
+    reference: Callable[..., Array]
+    update: Callable[..., tuple[TrainState, Metrics]]
+    split: Callable[[TrainBatch], list[TrainBatch]]
+    summarize: Callable[[list[Metrics], Metrics], dict[str, Array]]
+
+
+def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
+    """Binds the settings of a run to the library's functions and jits them."""
+    parts = rl.objective.mini_batches
+    passes = dict(
+        micro_batch_size=rl.micro_batch_size, temperature=rl.temperature, packed=rl.packed
+    )
+    scoring = partial(score, mini_batches=parts, **passes)
+
+    def mini_batches(batch: TrainBatch) -> list[TrainBatch]:
+        stacked = split(batch, parts)
+        return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(parts)]
+
+    def summarize(updates: list[Metrics], scored: Metrics) -> dict[str, Array]:
+        return diagnostics.finalize(diagnostics.merge(updates) | scored)
+
+    copy, sample = sampling_copy, partial(rollout, sampling=sampling, at_a_time=rl.rollout_rows)
+    if not rl.rollout_cache:  # the training program, on weights sharded as in training
+        copy = quantize
+        sample = partial(uncached_rollout, sampling=sampling, micro_batch_size=rl.micro_batch_size)
+    step = partial(
+        update,
+        objective=rl.resolved_objective,
+        optimizer=make_optimizer(rl.optimizer),
+        **passes,
+    )
+
+    def advantages(kept: Bool[Array, "B"], *rewards: Array) -> Float[Array, "B"]:
+        return jnp.where(kept, rl.objective.advantages(*rewards), 0.0)
+
+    def reference(model: Transformer, batch: TrainBatch) -> Array:
+        return scoring(model, batch, replay="none").logp_old  # other weights, other routes
+
+    return Programs(
+        quantize=jax.jit(partial(copy, format=rl.rollout_format)),
+        rollout=jax.jit(sample),
+        fill=jax.jit(fill_rows),
+        advantages=jax.jit(advantages),
+        score=jax.jit(partial(scoring, replay=rl.objective.replay)),
+        reference=jax.jit(reference),
+        update=jax.jit(step, donate_argnums=0),
+        split=jax.jit(mini_batches),
+        summarize=jax.jit(summarize),
+    )

@@ -1,0 +1,96 @@
+"""The device mesh: its axes, how it is made, and which mesh a traced function runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+
+
+BATCH = ("data", "fsdp", "expert")  # rows of what has its columns spread over "context"
+
+
+ROWS = (*BATCH, "context")  # rows of everything else: prompts, samples, rewards
+
+
+STORED = ("fsdp", "expert", "context")  # a weight is cut over these for storage alone
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Number of devices along each mesh axis. Rows of a batch are sharded over data, fsdp, expert.
+
+    Attributes:
+      data: replicas of all weights, the only axis that may cross the network between slices; -1
+        takes all devices that the other axes leave.
+      fsdp: shards of weights, moments and gradients, gathered layer by layer.
+      expert: shards of the experts; tokens travel to them.
+      tensor: shards of heads, feed-forward widths and the vocabulary.
+      context: shards of the columns of long rows in training; it shards rows while sampling.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh:
+    """Makes the device mesh. The axis `data` runs over slices first, then within each slice.
+
+    Args:
+      shape: sizes of the axes.
+      devices: devices of the mesh; all of them by default.
+
+    Raises:
+      ValueError: if the axes do not multiply to the number of devices, or if an axis other than
+        `data` would cross slices.
+    """
+    devices = list(devices or jax.devices())
+    sizes = [getattr(shape, name) for name in AXES]
+    rest = math.prod(sizes[1:])
+    if sizes[0] == -1:
+        sizes[0] = len(devices) // rest
+    wanted = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"MeshShape({wanted}) does not fit {len(devices)} devices; make the product equal"
+        )
+    options = dict(devices=devices, allow_split_physical_axes=True)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(sizes, **options)
+    elif sizes[0] % slices:
+        raise ValueError(
+            f"MeshShape({wanted}) has {slices} slices; only data crosses the network between "
+            f"them, make it a multiple of {slices}"
+        )
+    else:
+        within = [sizes[0] // slices, *sizes[1:]]
+        across = [slices, *[1] * (len(sizes) - 1)]
+        array = mesh_utils.create_hybrid_device_mesh(within, across, **options)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_in_use() -> Any:
+    """Returns the mesh of `jax.set_mesh`, or an empty one.
+
+    The mesh counts as empty inside a `jax.shard_map` over foreign axes, such as the runs of a
+    study, because each device then works alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    foreign = set(mesh.axis_names) - set(AXES)
+    alone = foreign and set(mesh.axis_names) <= set(mesh.manual_axes)
+    return jax.sharding.AbstractMesh((), ()) if alone else mesh
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a partition."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

@@ -1,0 +1,1 @@
+"""π: the trainer. Batches and packing, score and update, supervised steps, and the optimizer."""

@@ -1,0 +1,69 @@
+"""Trajectory: what the sampler hands to the trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_stable.routing import Routing
+from jaxrl_stable.sharding import ROWS, constrain, join_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """Sampled responses behind their prompts. Responses start at column `prompt_width`.
+
+    Attributes:
+      tokens: prompt (left-padded) and response (right-padded).
+      real: True on prompt and response tokens, False on padding.
+      response_mask: True exactly on sampled tokens, EOS included.
+      logp_rollout: log μ_old of each sampled token, 0 elsewhere.
+      routing: the experts of every token that was fed: prompts, and responses but their last token.
+      finished: the response ended with a stop token; False means that it was cut off.
+      prompt_width: P, static.
+    """
+
+    tokens: Int[Array, "B T"]
+    real: Bool[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    logp_rollout: Float[Array, "B T"]
+    routing: Routing
+    finished: Bool[Array, "B"]
+    prompt_width: int = dataclasses.field(metadata=dict(static=True))
+
+
+def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
+    """One trajectory of those that `cut_rows` made, stacked."""
+    rows = partial(join_rows, over=over)
+    routing = Routing(rows(parts.routing.experts, axis=1), rows(parts.routing.valid))
+    others = jax.tree.map(rows, dataclasses.replace(parts, routing=None))
+    return dataclasses.replace(others, routing=routing)
+
+
+def fill_rows(old: Trajectory, new: Trajectory, rows: Int[Array, "B"]) -> Trajectory:
+    """Row `rows[i]` of `new` in the place of row i of `old`; −1 keeps the old one.
+
+    On a mesh every device sees all of `new` for it, which for long responses is much memory.
+    """
+
+    def pick(axis: int):
+        def pick_rows(a: Array, b: Array) -> Array:
+            shape = [1] * a.ndim
+            shape[axis] = -1
+            taken = jnp.take(b, jnp.maximum(rows, 0), axis=axis)
+            filled = jnp.where((rows >= 0).reshape(shape), taken, a)
+            return constrain(filled, *[None] * axis, ROWS)
+
+        return pick_rows
+
+    routing = Routing(
+        pick(1)(old.routing.experts, new.routing.experts),
+        pick(0)(old.routing.valid, new.routing.valid),
+    )
+    without = [dataclasses.replace(t, routing=None) for t in (old, new)]
+    return dataclasses.replace(jax.tree.map(pick(0), *without), routing=routing)
