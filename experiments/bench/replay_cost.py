@@ -194,10 +194,10 @@ def main():
     text = f"L · K · bytes of an id = {layers} · {k} · {width} = {layers * k * width} bytes a token"
     print(f"\nrouting: {text}, and one of the mask\n")
     found["Routing"] = text
-    print("| extra bytes a token | arguments | temporaries | outputs | all, without |")
+    print("| extra bytes per token | arguments | temporaries | outputs | all, without |")
     print("|---|---|---|---|---|")
-    for label, tokens, without, beside in memory(programs, state, data):
-        extra = [f"{x:.2f}" for x in (beside - without) / tokens]
+    for label, tokens, without, added in memory(programs, state, data):
+        extra = [f"{x:.2f}" for x in (added - without) / tokens]
         print(f"| {label} | {' | '.join(extra)} | {without.sum() / tokens:.0f} |")
         names = "arguments", "temporaries", "outputs"
         found[f"Extra bytes a token, {label}"] = ", ".join(
