@@ -6,7 +6,7 @@
         python -m jaxrl_stable.train --gin_file=… --workdir=/mnt/jaxrl/qwen3
 
 Actions: image, run, logs, status, stop, resume, delete. `--dry_run` prints the manifest and the
-commands. Needs kubectl (and docker for `image`), and nothing of the package.
+commands. Needs kubectl (and docker for `image`) but not the package.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ ACCELERATORS = {
     "v6e": "tpu-v6e-slice",
     "tpu7x": "tpu7x",
 }
-# Workers write checkpoints together, so each has to see at once what the others wrote.
+# Workers write checkpoints together, so each must immediately see what the others wrote.
 MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
 
 
 def manifest(flags: argparse.Namespace, command: Sequence[str]) -> str:
-    """The JobSet as YAML. Values are written as JSON, which is YAML, so that nothing needs quoting.
+    """Returns the JobSet as YAML. Values are JSON, which is YAML, so nothing needs quoting.
 
     Raises:
-      ValueError: a flag is missing or wrong.
+      ValueError: if a flag is missing or wrong.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)(?:\*(\d+))?", flags.topology or "")
     if not match or match[1] not in ACCELERATORS:
@@ -57,7 +57,7 @@ def manifest(flags: argparse.Namespace, command: Sequence[str]) -> str:
     if not flags.image:
         raise ValueError("--image is missing; `image` builds one")
     if not command:
-        raise ValueError("the command is missing; it stands behind --")
+        raise ValueError("the command is missing; write it after --")
     selector = {
         "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[match[1]],
         "cloud.google.com/gke-tpu-topology": match[2],
@@ -91,7 +91,7 @@ def manifest(flags: argparse.Namespace, command: Sequence[str]) -> str:
 
 
 def pods(name: str, **labels: int) -> str:
-    """A selector of the pods of a JobSet, or of one of them."""
+    """Returns a selector for the pods of a JobSet, narrowed by slice and worker."""
     jobset = "jobset.sigs.k8s.io"
     keys = {"slice": f"{jobset}/job-index", "worker": "batch.kubernetes.io/job-completion-index"}
     chosen = "".join(f",{keys[label]}={value}" for label, value in labels.items())
@@ -99,7 +99,7 @@ def pods(name: str, **labels: int) -> str:
 
 
 class Shell:
-    """Runs commands, or prints them."""
+    """Runs commands, or prints them in a dry run."""
 
     def __init__(self, dry_run: bool):
         self._dry_run = dry_run
@@ -108,8 +108,8 @@ class Shell:
         """Runs one command, with `text` as its standard input.
 
         Raises:
-          OSError: there is no such program.
-          subprocess.CalledProcessError: it failed.
+          OSError: if the program doesn't exist.
+          subprocess.CalledProcessError: if it fails.
         """
         if self._dry_run:
             print(shlex.join(command) + (f" <<'END'\n{text}END" if text else ""))
@@ -117,7 +117,7 @@ class Shell:
             subprocess.run(command, check=True, text=True, input=text)
 
     def pipe(self, first: Sequence[str], second: Sequence[str]) -> None:
-        """`first | second`."""
+        """Runs `first | second`."""
         if self._dry_run:
             print(f"{shlex.join(first)} | {shlex.join(second)}")
             return
@@ -142,7 +142,7 @@ def act(flags: argparse.Namespace, command: Sequence[str]) -> None:
     if flags.action == "image":
         if not flags.image:
             raise ValueError("--image is missing, like europe-docker.pkg.dev/PROJECT/REPO/jaxrl:1")
-        # Committed files alone: no environments, runs or data travel along.
+        # Only committed files: environments, runs and data stay out of the image.
         archive = ["git", "-C", str(ROOT), "archive", "HEAD"]
         shell.pipe(
             archive,
@@ -168,7 +168,7 @@ def act(flags: argparse.Namespace, command: Sequence[str]) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Flags, and the command behind `--`."""
+    """Parses the flags, and the command after `--`."""
     words = list(argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
@@ -178,28 +178,28 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     actions = ("image", "run", "logs", "status", "stop", "resume", "delete")
     parser.add_argument("action", choices=actions)
-    parser.add_argument("--name", help="of the JobSet")
+    parser.add_argument("--name", help="name of the JobSet")
     parser.add_argument("--image", help="REGISTRY/NAME:TAG")
     parser.add_argument("--topology", help="as in jaxrl_stable.aot: v5p:4x4x4, v5p:4x4x4*2")
-    parser.add_argument("--slices", type=int, default=1, help="where the topology does not say")
-    parser.add_argument("--chips_per_host", type=int, default=4, help="of the node pool's machines")
-    parser.add_argument("--spot", action="store_true", help="on node pools of Spot VMs")
+    parser.add_argument("--slices", type=int, default=1, help="unless the topology has *N")
+    parser.add_argument("--chips_per_host", type=int, default=4, help="of the node pool")
+    parser.add_argument("--spot", action="store_true", help="use node pools of Spot VMs")
     parser.add_argument("--bucket", help="mounted on all pods with Cloud Storage FUSE")
-    parser.add_argument("--claim", help="or a PersistentVolumeClaim, ReadWriteMany")
-    parser.add_argument("--mount", default="/mnt/jaxrl", help="where")
-    parser.add_argument("--service_account", default="default", help="that may write the bucket")
+    parser.add_argument("--claim", help="instead: a ReadWriteMany PersistentVolumeClaim")
+    parser.add_argument("--mount", default="/mnt/jaxrl", help="mount point")
+    parser.add_argument("--service_account", default="default", help="may write the bucket")
     parser.add_argument("--max_restarts", type=int, default=10, help="preemptions do not count")
     parser.add_argument("--grace", type=int, default=600, help="seconds from SIGTERM to SIGKILL")
-    parser.add_argument("--slice", type=int, default=0, help="of logs")
-    parser.add_argument("--worker", type=int, default=0, help="of logs")
+    parser.add_argument("--slice", type=int, default=0, help="slice whose logs to show")
+    parser.add_argument("--worker", type=int, default=0, help="worker whose logs to show")
     parser.add_argument("--namespace", default="default")
-    parser.add_argument("--context", help="of kubectl")
+    parser.add_argument("--context", help="context of kubectl")
     parser.add_argument("--dry_run", action="store_true")
     return parser.parse_args(words[:cut]), words[cut + 1 :]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status."""
+    """Runs the action. Returns the exit status."""
     try:
         act(*parse(argv))
     except (ValueError, OSError, subprocess.CalledProcessError) as error:

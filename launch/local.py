@@ -1,12 +1,12 @@
-"""A program in several processes on this machine.
+"""Runs a program in several processes on this machine.
 
     python launch/local.py --processes=4 -- \
         python -m jaxrl_stable.train --gin_file=experiments/quickstart.gin --workdir=runs/quickstart
 
-Every process gets the command as it is; environment variables tell it its place. Lines of output
-begin with the number of the process. The exit status is that of the first process that failed, or
-0. The others are left to end by themselves, and are killed when they have not after `--patience`.
-SIGINT and SIGTERM are passed on to all. `--dry_run` prints the commands, ready for a shell each.
+Every process runs the same command; environment variables tell it its rank. Output lines start with
+the number of the process. The exit status is that of the first process that failed, or 0. After a
+failure the others may end on their own; after `--patience` seconds they are killed. SIGINT and
+SIGTERM go to all. `--dry_run` prints one command per process, each ready for its own shell.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from typing import BinaryIO
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Options, and behind `--` the command."""
+    """Parses the options, and the command after `--`."""
     parser = argparse.ArgumentParser(
-        prog="launch/local.py", description="A program in several processes on this machine."
+        prog="launch/local.py", description="Runs a program in several processes."
     )
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--devices_per_process", type=int, default=1, metavar="N")
     parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--port", type=int, default=0, help="of process 0; a free one by default")
     parser.add_argument(
-        "--patience", type=float, default=90, help="seconds that others may outlive a failed one"
+        "--patience", type=float, default=90, help="seconds that others may outlive a failure"
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, and stop")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- python -m …")
     options = parser.parse_args(arguments)
     options.command = options.command[options.command[:1] == ["--"] :]
     if not options.command:
-        parser.error("the command is missing; write it behind --")
+        parser.error("the command is missing; write it after --")
     if min(options.processes, options.devices_per_process) < 1:
         parser.error("--processes and --devices_per_process must be at least 1")
     return options
 
 
 def variables(options: argparse.Namespace, index: int, port: int) -> dict[str, str]:
-    """What a process finds in its environment; read by `jaxrl_stable.distributed` and jax."""
+    """Returns the environment of a process, read by `jaxrl_stable.distributed` and jax."""
     devices = options.devices_per_process
     place = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
@@ -62,23 +62,23 @@ def variables(options: argparse.Namespace, index: int, port: int) -> dict[str, s
 
 
 def free_port() -> int:
-    """A port that nobody listens on at the moment."""
+    """Returns a port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def copy_lines(source: BinaryIO, target: BinaryIO, prefix: bytes) -> None:
-    """Copies lines until the source ends; a line is written at once, so that none are mixed."""
+    """Copies lines until the source ends. Each line is written at once, so lines never mix."""
     for line in source:
-        if line.startswith(b"[Gloo]"):  # it says so whenever it has connected the processes
+        if line.startswith(b"[Gloo]"):  # Gloo reports every connection
             continue
         target.write(prefix + line.rstrip(b"\n") + b"\n")
         target.flush()
 
 
 def end_of(status: int) -> str:
-    """How a process ended, in words."""
+    """Describes how a process ended."""
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
 
 
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         for process in processes:
             process.send_signal(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):  # before there is anything to leave behind
+    for signum in (signal.SIGINT, signal.SIGTERM):  # before any process can be orphaned
         signal.signal(signum, pass_on)
     for index in range(options.processes):
         process = subprocess.Popen(
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # signals of the terminal come through here, once
+            start_new_session=True,  # signals of the terminal arrive once, through here
         )
         processes.append(process)
         for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
@@ -128,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
             deadline = float("inf")
         time.sleep(0.05)
     for copy in copies:
-        copy.join(5)  # something that a process left behind may still hold the pipe
+        copy.join(5)  # an orphan may still hold the pipe
     return 128 - first if first < 0 else first
 
 

@@ -1,7 +1,7 @@
-# shellcheck shell=bash disable=SC2154  # the variables and functions of tpu_vm.sh, which reads this file
+# shellcheck shell=bash disable=SC2154  # variables and functions come from tpu_vm.sh, which sources this file
 # The action `resume` of tpu_vm.sh: what state a run is in, and what to do about it.
 
-queued_state() { # of the request; NONE when there is none
+queued_state() { # of the request; NONE if it does not exist
   gcloud compute tpus queued-resources list "${where[@]}" \
     --format='value(name.basename(),state.state)' |
     awk -v name="$name" '$1 == name { found = $2 } END { print found ? found : "NONE" }'
@@ -27,7 +27,7 @@ run_state() { # waiting | preempted | unreachable | idle | running | failed N | 
   elif ! states=$(each_slice ask 2>/dev/null); then
     echo unreachable
   elif grep -qE ' (none|lost)$' <<<"$states"; then
-    echo idle # never started here, or gone with a reboot
+    echo idle # never started here, or lost in a reboot
   elif grep -q ' running$' <<<"$states"; then
     echo running
   elif grep -qE ' exit [1-9]' <<<"$states"; then
@@ -67,7 +67,7 @@ resume() {
     plan "$@"
     return
   fi
-  if [ -f "$archive" ]; then note "with what was installed last (install renews it)"; else pack; fi
+  if [ -f "$archive" ]; then note "installs the last archive again (install renews it)"; else pack; fi
   while true; do
     before=$state
     state=$(queued_state) || state="gcloud failed"
@@ -92,7 +92,7 @@ resume() {
         ;;
       SUSPENDED | preempted) delete || true ;;
       idle)
-        # What is left of a broken run waits for its lost peers, and does not hear SIGTERM.
+        # The rest of a broken run waits for its lost peers and ignores SIGTERM.
         if each_slice end 20 && install_archive && start "$@"; then
           state=started
         elif [ "$failures" -ge "$retries" ]; then
@@ -102,7 +102,7 @@ resume() {
         fi
         ;;
       failed*)
-        # A lost peer fails the others first, and shows in the state of its slice a little later.
+        # A lost peer first fails the others; the state of its slice follows a little later.
         if [ "$before" = "$state" ] && [ "$failures" -ge "$retries" ]; then
           give_up "COMMAND $state, $((failures + 1)) times; see logs"
         elif [ "$before" = "$state" ] && start "$@"; then
@@ -112,7 +112,7 @@ resume() {
       unreachable)
         silent=$((silent + 1))
         if [ "$silent" -ge "$patience" ] && $reached; then
-          note "nothing was heard of the workers $silent times, though the slices are READY"
+          note "no answer from the workers $silent times, although the slices are READY"
           delete || true
         elif [ "$silent" -ge "$patience" ]; then
           give_up "no ssh to the workers; try status"

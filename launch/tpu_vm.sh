@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command on plain TPU VMs: one machine, a slice, or several slices. README.md beside this
-# file explains. Works with bash 3.2, which is what macOS has.
+# Runs a command on plain TPU VMs: one machine, a slice, or several slices. See launch/README.md.
+# Works with bash 3.2, the version of macOS.
 set -euo pipefail
 
 usage() {
@@ -8,33 +8,33 @@ usage() {
 launch/tpu_vm.sh ACTION --name=NAME --zone=ZONE [--FLAG=VALUE ...] [-- COMMAND ...]
 
 actions
-  create    request a queued resource, and wait until it is there
+  create    request a queued resource and wait for it
   install   copy the working tree to all workers and install it; mount the storage
-  run       start COMMAND on all workers, detached; refused where a run is in progress
+  run       start COMMAND on all workers, detached; refused if a run is in progress
   logs      follow one worker (--slice=0 --worker=0 --lines=100)
   status    states of the request, of the slices, and of the run on each worker
   stop      SIGTERM on all workers: the program finishes its step, saves, and ends
   resume    all of the above until COMMAND has ended: creates, installs, runs, watches, and after
-            a preemption deletes what is left and begins anew (the program resumes by itself)
+            a preemption deletes what is left and starts over (the program resumes on its own)
   delete    delete the request and its machines. Machines cost money until then.
 
 flags
-  --name, --zone, --project      of the queued resource (project: gcloud's own by default)
+  --name, --zone, --project      of the queued resource (default project: gcloud's)
   --topology=v5p:4x4x4           as in `jaxrl_stable.aot`, v5p:4x4x4*2 for two slices of it;
                                  or --accelerator_type=v5p-128 --slices=2
   --spot, --reserved             instead of on-demand capacity
-  --valid_until=6h               give up the request when nothing is free by then
+  --valid_until=6h               drop the request if nothing is free by then
   --runtime_version=...          image of the machines; the default follows the topology
   --network, --subnetwork, --service_account, --internal_ips      passed to gcloud
   --storage=gs://BUCKET          or HOST:/SHARE (NFS): mounted on all workers
-  --mount=/mnt/jaxrl             where
-  --python=3.12 --extras=tpu,kernels      what is installed
+  --mount=/mnt/jaxrl             mount point
+  --python=3.12 --extras=tpu,kernels      what to install
   --grace=900                    seconds that `stop` waits before it kills
-  --retries=3                    how often `resume` starts again a run that failed by itself
-  --patience=20                  looks without an answer after which it gives the machines up
-  --delete_when_done             `resume` deletes everything at its end, also after a failure
-  --poll=30                      seconds between two looks
-  --config=FILE                  flags from a file, one NAME=VALUE a line
+  --retries=3                    how often `resume` restarts a run that failed on its own
+  --patience=20                  unanswered polls after which it gives up the machines
+  --delete_when_done             `resume` deletes everything when it ends, even after a failure
+  --poll=30                      seconds between polls
+  --config=FILE                  flags from a file, one NAME=VALUE per line
   --dry_run                      print the commands, run none
 END
 }
@@ -127,7 +127,7 @@ tpu_vm() { # ACTION NODE ARGUMENTS...
   call gcloud compute tpus tpu-vm "$@" "${where[@]}" ${route[@]+"${route[@]}"}
 }
 
-remote() { # NODE WORKER COMMAND; a machine that is gone is noticed in minutes, not in half an hour
+remote() { # NODE WORKER COMMAND; notices a lost machine in minutes, not in half an hour
   tpu_vm ssh "$1" --worker="$2" --command="$3" \
     --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=30
 }
@@ -136,13 +136,13 @@ on_workers() { # NODE ARGUMENTS...: worker.sh on all its workers
   remote "$1" all "bash worker.sh $(quoted "${@:2}")"
 }
 
-# A machine that was made anew has no worker.sh yet.
+# A new machine has no worker.sh yet.
 ask() { # NODE: the state of the run on all its workers
   local known="if [ -e worker.sh ]; then bash worker.sh state" new="else echo \"\$(hostname) none\"; fi"
   remote "$1" all "$known; $new"
 }
 
-end() { # NODE SECONDS: the run on all its workers, where there is one
+end() { # NODE SECONDS: stops the run, if any, on all its workers
   remote "$1" all "if [ -e worker.sh ]; then bash worker.sh stop $2; fi"
 }
 
@@ -166,7 +166,7 @@ each_slice() { # FUNCTION ARGUMENTS...: FUNCTION NODE ARGUMENTS... for all slice
 
 # ---- actions
 
-accelerator() { # v5p:4x4x4 is 64 chips, and called v5p-128: v4 and v5p count two cores a chip
+accelerator() { # v5p:4x4x4, 64 chips, is called v5p-128: v4 and v5p count two cores per chip
   local version=${topology%%:*} shape=${topology#*:} chips=1 side
   if [ -n "$accelerator_type" ]; then
     echo "$accelerator_type"
@@ -238,7 +238,7 @@ create() {
   done
 }
 
-# The tracked files as they are, changed or not. `resume` installs what was installed before.
+# Packs the tracked files as they are, changed or not. `resume` installs what was installed before.
 pack() {
   local tree untracked
   if $dry_run; then
@@ -248,7 +248,7 @@ pack() {
     return
   fi
   mkdir -p "$(dirname "$archive")"
-  tree=$(git -C "$root" stash create) # a commit of the working tree that nothing refers to
+  tree=$(git -C "$root" stash create) # an unreferenced commit of the working tree
   git -C "$root" archive --output="$archive" "${tree:-HEAD}"
   untracked=$(git -C "$root" ls-files --others --exclude-standard | wc -l)
   if [ "$untracked" -gt 0 ]; then note "$((untracked)) untracked files are not copied (git add)"; fi
@@ -261,7 +261,7 @@ install_archive() {
   each_slice on_workers install "$python" "$extras"
 }
 
-start() { # on none when one of them is busy: half a run would wait for the other half
+start() { # on none if one of them is busy: half a run would wait for the other half
   local logs=-
   if [ -n "$storage" ]; then logs=$mount/logs/$name; fi
   each_slice on_workers idle || return
@@ -296,7 +296,7 @@ while [ $# -gt 0 ]; do
       break
       ;;
     --*) set_flag "${1#--}" ;;
-    *) fail "unexpected $1; flags are --NAME=VALUE, and COMMAND stands behind --" ;;
+    *) fail "unexpected $1; flags are --NAME=VALUE, and COMMAND follows --" ;;
   esac
   shift
 done
@@ -314,13 +314,13 @@ esac
 if $spot && $reserved; then fail "--spot or --reserved, not both"; fi
 case $storage in
   "" | gs://*/*) [ -z "${storage#gs://*/}" ] || [ -z "$storage" ] ||
-    fail "--storage=$storage: a bucket is mounted as a whole, gs://BUCKET" ;;
+    fail "--storage=$storage: only a whole bucket can be mounted, gs://BUCKET" ;;
   gs://?* | ?*:/*) ;;
   *) fail "--storage must be gs://BUCKET or HOST:/SHARE, got $storage" ;;
 esac
 storage=${storage%/}
 case $action in
-  run | resume) [ $# -gt 0 ] || fail "$action needs a command behind --" ;;
+  run | resume) [ $# -gt 0 ] || fail "$action needs a command after --" ;;
   *) [ $# -eq 0 ] || fail "$action takes no command" ;;
 esac
 where=(--zone="$zone")
@@ -338,7 +338,7 @@ case $action in
   stop) each_slice end "$grace" ;;
   delete)
     delete
-    call rm -f "$archive" # a later `resume` of this name begins with the working tree of then
+    call rm -f "$archive" # a later `resume` of this name packs the working tree again
     ;;
   create | status | resume) "$action" "$@" ;;
 esac

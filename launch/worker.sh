@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What happens on one worker (one machine of a TPU slice). tpu_vm.sh copies this file to the home
-# directory of every worker and calls it over ssh:
+# Runs on one worker (one machine of a TPU slice). tpu_vm.sh copies this file to the home directory
+# of every worker and calls it over ssh:
 #
 #   worker.sh mount STORAGE DIRECTORY       STORAGE is gs://BUCKET or HOST:/SHARE (NFS)
 #   worker.sh install PYTHON EXTRAS         ~/source.tar.gz into a virtual environment
-#   worker.sh idle                          fails when a run is in progress
+#   worker.sh idle                          fails if a run is in progress
 #   worker.sh start LOGS COMMAND...         detached; LOGS: directory for copies of the log, or -
 #   worker.sh state                         one line: HOST none | running | exit N | lost
-#   worker.sh stop SECONDS                  SIGTERM; SIGKILL to what is still there SECONDS later
+#   worker.sh stop SECONDS                  SIGTERM; SECONDS later SIGKILL to what still runs
 #   worker.sh log LINES                     the end of the log, followed while the run lasts
 set -euo pipefail
 
@@ -22,7 +22,7 @@ fail() {
 
 alive() { kill -0 "$(cat "$home/$1")" 2>/dev/null; }
 
-# The command has neither ended nor gone with an earlier boot, whose process numbers mean nothing.
+# True if the command has not ended and belongs to this boot; older process numbers mean nothing.
 running() {
   [ -f "$home/pid" ] && [ ! -f "$home/exit" ] && [ "$(cat "$boot_id")" = "$(cat "$home/boot")" ] &&
     { alive pid || alive supervisor; }
@@ -36,8 +36,8 @@ mount_storage() {
     gs://*)
       command -v gcsfuse >/dev/null || install_gcsfuse
       sudo chown "$(id -u):$(id -g)" "$directory"
-      # Without caches of metadata each worker sees at once what the others wrote, which saving a
-      # checkpoint together needs.
+      # Without metadata caches each worker sees immediately what the others wrote. Saving a
+      # checkpoint together needs that.
       gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
         "${storage#gs://}" "$directory"
       ;;
@@ -58,7 +58,7 @@ install_gcsfuse() {
   apt_install gcsfuse
 }
 
-# A new machine updates itself first, and holds the lock of apt for minutes.
+# A new machine first updates itself and holds the apt lock for minutes.
 apt_install() {
   local wait=(-o DPkg::Lock::Timeout=900)
   sudo apt-get "${wait[@]}" update --quiet=2
@@ -71,7 +71,7 @@ install_source() {
   rm -rf "$home/source"
   mkdir -p "$home/source"
   tar -xzf "$HOME/source.tar.gz" -C "$home/source"
-  # uv brings Python along: that of the TPU images (3.10) is older than what the package needs.
+  # uv installs its own Python: the one of the TPU images (3.10) is too old for the package.
   python3 -m pip install --quiet --upgrade --target "$home/uv" uv
   "$home/uv/bin/uv" venv --quiet --allow-existing --python "$python" "$home/venv"
   "$home/uv/bin/uv" pip install --quiet --python "$home/venv/bin/python" "$home/source${extras:+[$extras]}"
@@ -97,7 +97,7 @@ start() {
   fail "the run did not start"
 }
 
-# Runs the command to its end. It is a child, not this shell, so that SIGTERM reaches it alone.
+# Runs the command to its end, as a child, so that SIGTERM reaches only the command.
 supervise() {
   local logs=$1 log=$home/log status=0
   shift
@@ -106,14 +106,14 @@ supervise() {
     timeout 120 mkdir -p "$logs" && timeout 120 cp "$log" "$logs/$(hostname).log" || true
   }
   cd "$home/source"
-  # Without a TPU, jax would go on with the CPU; named first, its absence is an error.
+  # Without a TPU jax would silently use the CPU; naming it first makes its absence an error.
   export PATH="$home/venv/bin:$PATH" PYTHONUNBUFFERED=1 JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
   "$@" >>"$log" 2>&1 &
   local child=$!
   cat "$boot_id" >"$home/boot"
   echo "$$" >"$home/supervisor"
   echo "$child" >"$home/pid"
-  # A file in a mounted bucket shows up when it is closed, hence copies instead of a second log.
+  # A file in a mounted bucket appears when it is closed, hence copies instead of a second log.
   while ! timeout "$publish_seconds" tail --pid="$child" -s "$pause" -f /dev/null; do publish; done
   wait "$child" || status=$?
   publish

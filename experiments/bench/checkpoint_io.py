@@ -2,9 +2,9 @@
 
     python experiments/bench/checkpoint_io.py [--gigabytes=2] [--repeats=5]
 
-Writes into a temporary directory. Every figure is taken in a process of its own, several times,
-with the files in the page cache; the peak is that process's anonymous memory (what it allocated;
-mapped file pages, which the system can drop, are apart), before and after subtracted.
+Writes into a temporary directory. Each figure is taken several times, in a fresh process, with the
+files in the page cache. The peak is the growth of that process's anonymous memory (what it
+allocated); mapped file pages, which the system can drop, don't count.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 
 
 def memory() -> int:
-    """Anonymous memory of this process in bytes."""
+    """Returns the anonymous memory of this process in bytes."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return 1024 * int(line.split()[1])
@@ -29,7 +29,7 @@ def memory() -> int:
 
 
 class Peak:
-    """Largest anonymous memory while the block runs, above what there was before."""
+    """Largest growth of anonymous memory while the block runs, in bytes."""
 
     def __enter__(self):
         self.before, self.peak, self.done = memory(), 0, threading.Event()
@@ -47,8 +47,8 @@ class Peak:
 
 
 def measure(kind: str, directory: str) -> dict:
-    """One timed operation in a fresh process."""
-    import ml_dtypes  # noqa: F401  (the plain reader needs bfloat16 to be known to NumPy)
+    """Times one operation in this (fresh) process. Returns seconds and peak bytes."""
+    import ml_dtypes  # noqa: F401  (teaches NumPy bfloat16, for the plain reader)
     from safetensors.numpy import load_file
 
     files = sorted(pathlib.Path(directory).glob("*.safetensors"))
@@ -76,7 +76,7 @@ def measure(kind: str, directory: str) -> dict:
         seconds = time.perf_counter() - begin
     if kind == "export":
         with tempfile.TemporaryDirectory() as target:
-            hf.save(model, f"{target}/first")  # so that pages exist, as they do for reads
+            hf.save(model, f"{target}/first")  # so that pages exist, as for reads
             shutil.rmtree(f"{target}/first")
             with Peak() as peak:
                 begin = time.perf_counter()
@@ -86,7 +86,7 @@ def measure(kind: str, directory: str) -> dict:
 
 
 def make(directory: str, gigabytes: float) -> None:
-    """A random checkpoint of the Qwen3-MoE form, in bfloat16, in files of half a gigabyte."""
+    """Writes a random Qwen3-MoE checkpoint in bfloat16, in files of half a gigabyte."""
     import jax
 
     from jaxrl_stable import hf, model
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--directory", default="", help="where to; a temporary directory if empty")
+    parser.add_argument("--directory", default="", help="where to write; temporary if empty")
     parser.add_argument("--measure", choices=("read", "import", "export", "make"), default=None)
     arguments = parser.parse_args()
     if arguments.measure == "make":
@@ -132,7 +132,7 @@ def main() -> None:
         size = sum(f.stat().st_size for f in pathlib.Path(directory).glob("*.safetensors"))
         print(f"{size / 1e9:.2f} GB of weights")
         results = {kind: [] for kind in ("read", "import", "export")}
-        for _ in range(arguments.repeats):  # alternating, so that all see the same machine
+        for _ in range(arguments.repeats):  # alternating, so that all kinds see the same machine
             for kind in results:
                 results[kind].append(json.loads(child(kind, directory)))
     plain = statistics.median(r["seconds"] for r in results["read"])

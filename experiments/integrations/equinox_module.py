@@ -1,8 +1,8 @@
-"""The loss inside an Equinox module, with filtered transformations; the toy is `plain_jax.py`'s.
+"""The loss inside an Equinox module, with filtered transformations, on the toy of `plain_jax.py`.
 
     python experiments/integrations/equinox_module.py        (needs `pip install equinox`)
 
-Equinox modules are written for one token; `jax.vmap` makes the batch, as usual.
+As usual in Equinox, the module handles one token and `jax.vmap` adds the batch.
 """
 
 from functools import partial
@@ -48,7 +48,7 @@ def sample(model: Policy, prompts: jax.Array, key: jax.Array):
 
 @eqx.filter_jit
 def update(model: Policy, opt_state: optax.OptState, batch: dict[str, jax.Array]):
-    """One mini-batch."""
+    """Updates on one mini-batch. Returns the model, the optimizer state and the loss."""
 
     @eqx.filter_value_and_grad
     def loss_of(model: Policy):

@@ -1,9 +1,9 @@
-"""The loss inside a Flax NNX module in its ordinary, stateful style; the toy is `plain_jax.py`'s.
+"""The loss inside a stateful Flax NNX module, on the toy of `plain_jax.py`.
 
     python experiments/integrations/flax_nnx.py
 
 `nnx.value_and_grad` differentiates through the module and `nnx.Optimizer` changes it in place. The
-loss only ever sees the arrays that `score` makes of it.
+loss sees only the arrays that `score` returns.
 """
 
 from functools import partial
@@ -40,7 +40,7 @@ def sample(model: Policy, prompts: jax.Array, key: jax.Array):
 
 @nnx.jit
 def update(model: Policy, optimizer: nnx.Optimizer, batch: dict[str, jax.Array]) -> jax.Array:
-    """One mini-batch; the model and the optimiser change."""
+    """Updates model and optimizer in place on one mini-batch. Returns the loss."""
 
     def loss_of(model: Policy):
         logp = score(model, batch["prompts"], batch["tokens"])

@@ -1,14 +1,14 @@
-"""Routing Replay in a trainer of another make: a layer of experts with MaxText's replay argument.
+"""Routing Replay in another trainer: an expert layer with MaxText's replay argument.
 
     python experiments/integrations/maxtext_like.py
 
-The sampler is this library's, on an int8 copy of the weights, and records the experts e^μ of every
-token. The trainer is a decoder as MaxText has it: `forced_routed_experts`, int32 [B, T, L, K] with
-−1 where nothing was recorded, stands in for `top_k`, and the gates are gathered from the live
-logits, so that the router keeps its gradient. `to_token_major` is all that lies between the two.
+The sampler is this library's. It runs an int8 copy of the weights and records the experts e^μ of
+every token. The trainer is a decoder in the style of MaxText: `forced_routed_experts`, int32
+[B, T, L, K] with −1 where nothing was recorded, replaces `top_k`. Gates are gathered from the live
+logits, so that the router keeps its gradient. `to_token_major` is the only glue between the two.
 
-Attention and norms are borrowed from `jaxrl_stable.model`; both decoders have the same weights. The
-reward is the share of even tokens in the response.
+Attention and norms come from `jaxrl_stable.model`; both decoders share their weights. The reward is
+the share of even tokens in the response.
 """
 
 from functools import partial
@@ -30,11 +30,11 @@ from jaxrl_stable.sampler.rollout import Sampling, rollout
 CONFIG = tiny(vocab_size=16, hidden_size=32, num_layers=2, head_dim=8, moe_intermediate_size=16)
 SAMPLING = Sampling(max_tokens=6, stop_ids=(0,))
 PROMPTS, GROUP, WIDTH = 4, 8, 3
-UPDATES = 2  # for each rollout
+UPDATES = 2  # per rollout
 
 
 def mixture(weights, x, forced):
-    """One layer of experts: its output, and the choice that was used, [B, T, K]."""
+    """Applies one layer of experts. Returns its output and the experts used, [B, T, K]."""
     logits = x.astype(jnp.float32) @ weights.router[...]
     _, chosen = jax.lax.top_k(logits, CONFIG.num_experts_per_token)
     if forced is not None:
@@ -48,7 +48,7 @@ def mixture(weights, x, forced):
 
 
 def decoder(model, tokens, real, forced_routed_experts=None):
-    """Final hidden states, and the experts that were used, [B, T, L, K]."""
+    """Returns the final hidden states and the experts used, [B, T, L, K]."""
     positions = jnp.maximum(jnp.cumsum(real, axis=-1) - 1, 0)
     frame = make_frame(CONFIG, positions, real.astype(jnp.int32), cache=None)
     forced = forced_routed_experts
@@ -67,7 +67,7 @@ def decoder(model, tokens, real, forced_routed_experts=None):
 
 
 def log_probs(model, batch, forced_routed_experts):
-    """log π of `tokens[b, t]` at `[b, t]`: the hidden state before it predicts it."""
+    """Returns log π of `tokens[b, t]` at `[b, t]`, predicted by the previous hidden state."""
     hidden, _ = decoder(model, batch.tokens, batch.real, forced_routed_experts)
     logp = token_log_probs(model, hidden[:, :-1], batch.tokens[:, 1:]).logp
     return jnp.where(batch.response_mask, jnp.pad(logp, ((0, 0), (1, 0))), 0.0)
@@ -86,7 +86,7 @@ optimizer = optax.adam(1e-2)
 
 @jax.jit
 def sample(model, prompts, key):
-    """The rollout, and π_old by the training program with the sampler's experts (R3)."""
+    """Returns the rollout, and log π_old of the training program with its experts (R3)."""
     mask = jnp.ones(prompts.shape, bool)
     batch = rollout(quantize(model, "int8"), prompts, mask, key, sampling=SAMPLING)
     return batch, log_probs(model, batch, to_token_major(batch.routing))

@@ -2,13 +2,12 @@
 
     python experiments/integrations/plain_jax.py
 
-The toy, which the other examples here share: the prompt is a number, the response counts on from
-it and stops at 0, which stands for EOS (5: 6 7 0). The reward is the share of the right answer
-that was said before the first mistake.
+The toy, shared with the other examples: the prompt is a number, and the response counts up from it
+to 0, which serves as EOS (5: 6 7 0). The reward is the share of the right answer that comes before
+the first mistake.
 
-Three policies take part, as in any large run: the sampler μ_old is a bfloat16 copy of the weights,
-π_old is what the training program makes of the same weights, π_θ is being updated, several times
-for each rollout.
+Three policies take part, as in any large run. The sampler μ_old is a bfloat16 copy of the weights.
+π_old is the training program at the same weights. π_θ is updated several times per rollout.
 """
 
 from functools import partial
@@ -23,8 +22,8 @@ from jaxrl_stable.objectives import aggregate, minirl
 
 VOCAB, WIDTH = 8, 32  # numbers 0 to 7; 0 ends a response
 LENGTH = 8  # longest response
-PROMPTS, GROUP = 12, 8  # different prompts in a batch, responses to each
-MINI_BATCHES = 4  # updates for each rollout
+PROMPTS, GROUP = 12, 8  # prompts per batch, responses per prompt
+MINI_BATCHES = 4  # updates per rollout
 
 
 def init(key):
@@ -37,13 +36,13 @@ def init(key):
 
 
 def policy(params, previous):
-    """Logits of the next token; the task needs to see the token before it only."""
+    """Returns the logits of the next token; the task needs only the previous token."""
     x = params["embed"][previous]
     return jnp.tanh(x @ params["hidden"]) @ params["out"]
 
 
 def rollout(logits_of, prompts, key):
-    """Samples a response to each prompt: tokens, log μ as sampled, and the mask, all [B, T]."""
+    """Samples a response per prompt. Returns tokens, log μ as sampled and the mask, [B, T]."""
 
     def step(carry, key):
         previous, running = carry
@@ -55,25 +54,25 @@ def rollout(logits_of, prompts, key):
     running = jnp.ones(prompts.shape, bool)
     _, columns = jax.lax.scan(step, (prompts, running), jax.random.split(key, LENGTH))
     tokens, logp, mask = (jnp.swapaxes(x, 0, 1) for x in columns)
-    return tokens, logp, mask  # the mask is True on the 0 that ends a response, and not behind it
+    return tokens, logp, mask  # True on the 0 that ends a response, False after it
 
 
 def score(logits_of, prompts, tokens):
-    """log π of `tokens[b, t]`, given what stands before it, at `[b, t]`."""
+    """Returns log π of `tokens[b, t]`, given the tokens before it, at `[b, t]`."""
     previous = jnp.concatenate([prompts[:, None], tokens[:, :-1]], axis=1)
     log_probs = jax.nn.log_softmax(logits_of(previous).astype(jnp.float32))
     return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
 
 
 def reward(prompts, tokens, mask):
-    """Share of the right answer that was said before the first mistake."""
+    """Returns the share of the right answer that comes before the first mistake."""
     right = (prompts[:, None] + 1 + np.arange(LENGTH)) % VOCAB
     said = np.cumprod((tokens == right) & mask, axis=1).sum(1)
     return (said / (VOCAB - prompts)).astype(np.float32)
 
 
 def collect(sample, rng, key):
-    """A batch for the updates, and the mean reward; `sample(prompts, key)` is the device's part."""
+    """Returns a batch and the mean reward; `sample(prompts, key)` runs on the device."""
     prompts = np.repeat(rng.integers(1, VOCAB, PROMPTS), GROUP)
     tokens, logp_rollout, logp_old, mask = sample(prompts, key)
     rewards = reward(prompts, np.asarray(tokens), np.asarray(mask))
@@ -105,7 +104,7 @@ def sample(params, prompts, key):
 
 @jax.jit
 def update(params, opt_state, batch):
-    """One mini-batch."""
+    """Updates on one mini-batch. Returns weights, optimizer state and loss."""
 
     def loss_of(params):
         logp = score(lambda x: policy(params, x), batch["prompts"], batch["tokens"])

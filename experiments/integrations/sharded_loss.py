@@ -1,10 +1,10 @@
-"""One mini-batch over devices and micro-batches: sums are added up, and divided once.
+"""One mini-batch over devices and micro-batches: sums add up and are divided once.
 
     python experiments/integrations/sharded_loss.py
 
-Responses differ in length, rows may be empty, so that a mean of means is another loss. `aggregate`
-returns (total, count) for that reason: gradients of totals add up over micro-batches in a scan and
-over devices in one `psum`, and `divide` comes last. The toy is `plain_jax.py`'s.
+Responses differ in length and rows may be empty, so a mean of means is a different loss. Therefore
+`aggregate` returns (total, count): gradients of totals add up over micro-batches in a scan and over
+devices in one `psum`, and `divide` comes last. The toy is the one of `plain_jax.py`.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from plain_jax import collect, init, mini_batches, optimizer, policy, report, sa
 
 from jaxrl_stable.objectives import aggregate, divide, minirl
 
-MICRO_BATCHES = 2  # on each device
+MICRO_BATCHES = 2  # per device
 
 
 def total_of(params, batch, mode="seq-mean-token-sum"):
@@ -28,13 +28,13 @@ def total_of(params, batch, mode="seq-mean-token-sum"):
 
 
 def loss_and_gradient(mesh, mode="seq-mean-token-sum", micro_batches=MICRO_BATCHES):
-    """`(params, batch) -> (loss, gradient)`; rows are spread over the mesh axis "data"."""
+    """Returns `(params, batch) -> (loss, gradient)`, with rows spread over the axis "data"."""
 
     @jax.jit
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
     def run(params, batch):
-        # Marked as different on each device: JAX otherwise adds the gradient of shared weights up
-        # over the devices by itself, and would do so in every micro-batch.
+        # Marked as different on each device. Otherwise JAX sums the gradient of shared weights
+        # over the devices in every micro-batch.
         params, zero = jax.lax.pcast((params, jnp.zeros(())), "data", to="varying")
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
 

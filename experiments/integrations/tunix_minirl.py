@@ -2,12 +2,12 @@
 
     python experiments/integrations/tunix_minirl.py        (needs `pip install google-tunix`)
 
-Tunix looks its policy loss up by name, so that a registered function is all it takes
-(`policy_loss`). One thing is missing there: the learner drops what the sampler recorded, without
-which the weight of MiniRL has nothing to correct. `Cluster` and `Learner` carry it along.
+Tunix looks up its policy loss by name, so a registered function is enough (`policy_loss`). Only one
+thing is missing: the learner drops the log-probabilities that the sampler recorded, and without
+them MiniRL's weight has nothing to correct. `Cluster` and `Learner` carry them along.
 
-The model is Tunix's Qwen3 with experts, too small to matter; the reward is the share of sevens.
-Written for google-tunix 0.1.7; in its repository `RLCluster` has become `RLEngine` since.
+The model is Tunix's Qwen3 with experts, at toy size; the reward is the share of sevens. Written for
+google-tunix 0.1.7; its repository has since renamed `RLCluster` to `RLEngine`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ LENGTH = 4  # longest response
 
 
 def policy_loss(objective, mode):
-    """An objective of this library in the form that Tunix calls."""
+    """Wraps an objective of this library in the signature that Tunix calls."""
 
     def loss_fn(model, batch, algo_config, pad_id, eos_id):
         ids, mask = (batch.prompt_ids, batch.completion_ids), batch.completion_mask
@@ -59,7 +59,7 @@ class TrainExample(grpo_learner.TrainExample):
 
 
 class Cluster(rl_cluster.RLCluster):
-    """Remembers what the sampler returned last."""
+    """A cluster that remembers what the sampler returned last."""
 
     def generate(self, *args, **kwargs):
         self.sampled = super().generate(*args, **kwargs)
@@ -67,7 +67,7 @@ class Cluster(rl_cluster.RLCluster):
 
 
 class Learner(grpo_learner.GRPOLearner):
-    """Puts the sampler's log-probabilities beside the trainer's."""
+    """Adds the sampler's log-probabilities to the trainer's."""
 
     def _generate_and_compute_advantage(self, training_input, mode=rl_cluster.Mode.TRAIN):
         example = super()._generate_and_compute_advantage(training_input, mode)
@@ -79,7 +79,7 @@ class Learner(grpo_learner.GRPOLearner):
 
 
 class Digits:
-    """A tokenizer: pad, EOS, BOS, and the ten digits."""
+    """A tokenizer with pad, EOS, BOS and the ten digits."""
 
     pad_id, eos_id, bos_id = (staticmethod(lambda i=i: i) for i in range(3))
 
@@ -125,13 +125,13 @@ def make_learner(policy_loss_fn, updates, seed=0):
         advantage_estimator="drgrpo",  # the paper's: not divided by the standard deviation
         beta=0.0,
         num_generations=8,
-        num_iterations=2,  # updates for each rollout
+        num_iterations=2,  # updates per rollout
     )
     return Learner(cluster, algorithm, sevens)
 
 
 def train(policy_loss_fn="minirl", updates=16):
-    """The loss of each update and the mean reward of the rollout it learned from, as logged."""
+    """Returns the loss of each update and the mean reward of its rollout, as logged."""
     learner = make_learner(policy_loss_fn, updates)
     learner.train([{"prompts": np.array(["12", "345"])}] * updates)
     cluster = learner.rl_cluster

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Runs the command of a pod. Asked to stop by SIGTERM, the program saves and exits with 0, which
-# Kubernetes takes for the end of the training: a pod that leaves its node like that counts as
-# completed (kubernetes/kubernetes#118310). 143 says instead that there is more to do, so that the
-# JobSet starts again.
+# Runs the command of a pod. On SIGTERM the program saves and exits with 0. Kubernetes would take
+# that for the end of the training: a pod that leaves its node with status 0 counts as completed
+# (kubernetes/kubernetes#118310). Status 143 instead makes the JobSet start again.
 set -euo pipefail
 
 "$@" &
