@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_stable.checks import one_of, positive
 from jaxrl_stable.model.config import ModelConfig, tiny
@@ -289,7 +289,7 @@ class Experiment:
                 f"MeshShape.context is {self.mesh.context}; set it to 1, or packed = False"
             )
 
-    def check_mesh(self, mesh: Mesh) -> None:
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
         """Checks that rows and columns of every batch divide evenly over the mesh.
 
         Raises:
