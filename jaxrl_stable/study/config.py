@@ -15,9 +15,19 @@ from jaxrl_stable.configs import FORMATS, Optimizer
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.objective import Objective, name_of, one_of
 from jaxrl_stable.objectives import minirl
-from jaxrl_stable.study.analysis import Collapse
-from jaxrl_stable.study.claims import PAPER
 
+# MiniRL (arXiv:2512.01374, eq. 7); also what a record means that does not say.
+PAPER: Mapping[str, Any] = {
+    "loss": "minirl",
+    "mini_batches": 1,
+    "replay": "none",
+    "clip": True,
+    "clip_anchor": "old",
+    "weight": "full",
+    "truncation": 5.0,
+    "policies": "all",
+    "aggregation": "seq-mean-token-sum",
+}
 # Short names of settings that differ from the paper's, in the names of cells.
 SHORT = {
     ("clip", False): "no clip",
@@ -75,7 +85,7 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a record says of the cell; what is not said is as in the paper (`claims.PAPER`)."""
+        """What a record says of the cell; what is not said is as in the paper (`PAPER`)."""
         estimator = name_of(self.objective.advantages)
         return {
             "loss": name_of(self.objective.loss),
@@ -144,6 +154,40 @@ class Grid:
             options = getattr(objective.loss, "keywords", {})
             figures = (self.figure,) if self.figure else ()
             yield Cell(figures, objective, options, rollout, start, rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collapse:
+    """When a run counts as collapsed; fixed before the runs are looked at.
+
+    A run has collapsed at the first gradient step from which on, for `for_steps` gradient steps (or
+    to the end of the record, if that is nearer and holds two points), one of these is true at every
+    recorded point:
+
+    - score: the held-out score, or the training reward, each under a running mean, is below
+      `score_share` of the highest value it has had so far, *and* more than `margin` below it;
+    - KL: the KL between sampler and trainer is above `kl_limit`;
+    - either is no longer finite after it has been.
+
+    The highest value so far includes the cold start's, so a run that only loses what it was given
+    collapses too. `margin` keeps noise out: of a policy that scores 0.1 now and 0.04 then on 64
+    problems, nothing collapsed. A run that never rises `gain` above its start, in the mean over a
+    quarter of its evaluations, and does not collapse has *not learned*; it is censored, as a stable
+    run is, since there was nothing to lose.
+
+    Attributes:
+      score_share: of the running peak.
+      margin: least fall, score units.
+      gain: least rise that counts as learning, score units.
+      kl_limit: nats a token (k3). Stable runs of arXiv:2512.01374 stay near 0.01.
+      for_steps: gradient steps.
+    """
+
+    score_share: float = 0.5
+    margin: float = 0.1
+    gain: float = 0.05
+    kl_limit: float = 0.5
+    for_steps: float = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,8 @@ from jaxrl_stable.study.records import (
     of_task,
     rounded,
 )
-from jaxrl_stable.study.runs import Run, begin, cold_start
-from jaxrl_stable.study.viewer import sample_rows
+from jaxrl_stable.study.runs import RunState, begin, cold_start
+from jaxrl_stable.study.samples import sample_rows
 
 
 class Member(NamedTuple):
@@ -189,7 +189,7 @@ def seed_keys(study: Study) -> list[jax.Array]:
 
 def begin_runs(
     study: Study, cells: dict[str, Cell], lot: Lot, starts: dict[str, Start], devices
-) -> Run:
+) -> RunState:
     """The runs of a lot before their first step, stacked."""
     members = lot.padded
     names = list(starts)
@@ -207,7 +207,7 @@ def begin_runs(
     return over_runs(first, devices)((models, keys[seed], objective, rate), None)
 
 
-def _first(study: Study, own: tuple, _: None) -> Run:
+def _first(study: Study, own: tuple, _: None) -> RunState:
     return begin(study, *own)
 
 
@@ -215,11 +215,11 @@ def run_lot(
     study: Study,
     cells: dict[str, Cell],
     lot: Lot,
-    runs: Run,
+    runs: RunState,
     programs: tuple[Callable, Callable],
     starts: dict[str, Start],
     tick: Callable[[], None],
-) -> tuple[Run, list[dict[str, Any]]]:
+) -> tuple[RunState, list[dict[str, Any]]]:
     """All steps of a lot, by its programs for `advance` and `scoring`.
 
     Returns:
@@ -265,7 +265,7 @@ def run_lot(
     return runs, records
 
 
-def shown(study: Study, cells: dict[str, Cell], lot: Lot, runs: Run) -> list[dict[str, Any]]:
+def shown(study: Study, cells: dict[str, Cell], lot: Lot, runs: RunState) -> list[dict[str, Any]]:
     """Samples of the first seed of the cells that `Study.show` names."""
     rows = []
     for i, member in enumerate(lot.members):

@@ -61,7 +61,7 @@ class Prepared(NamedTuple):
     sampled: Routing
 
 
-class Run(NamedTuple):
+class RunState(NamedTuple):
     """What a run carries from step to step, and what is its own in the program it shares.
 
     Attributes:
@@ -117,20 +117,20 @@ def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transform
     return state.model
 
 
-def begin(study: Study, model: Transformer, key, objective, learning_rate) -> Run:
+def begin(study: Study, model: Transformer, key, objective, learning_rate) -> RunState:
     """A run before its first step."""
     state = init_state(model, make_optimizer(study.optimizer))
-    return Run(state, key, objective, learning_rate)
+    return RunState(state, key, objective, learning_rate)
 
 
 def advance(
-    run: Run,
+    run: RunState,
     first: Int[Array, ""],
     *,
     study: Study,
     objectives: tuple[Objective, ...],
     rollout_format: str,
-) -> tuple[Run, dict[str, Float[Array, "rollouts"]]]:
+) -> tuple[RunState, dict[str, Float[Array, "rollouts"]]]:
     """Runs to the next evaluation (which is a program of its own, shared by all cells).
 
     Args:

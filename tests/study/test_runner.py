@@ -15,14 +15,14 @@ from jaxrl_stable import program
 from jaxrl_stable.array_tasks import ChainSum
 from jaxrl_stable.metrics import read_jsonl
 from jaxrl_stable.study import __main__ as study_program
-from jaxrl_stable.study import analysis
-from jaxrl_stable.study.claims import CLAIMS
 from jaxrl_stable.study.config import ColdStart, Grid
-from jaxrl_stable.study.page import read_records
 from jaxrl_stable.study.records import append
-from jaxrl_stable.study.replay import replay_rows
+from jaxrl_stable.study.results import analysis
+from jaxrl_stable.study.results.claims import CLAIMS
+from jaxrl_stable.study.results.evidence import replay_rows
+from jaxrl_stable.study.results.page import read_records
+from jaxrl_stable.study.results.verdicts import matches
 from jaxrl_stable.study.runner import Member, plan, run_study
-from jaxrl_stable.study.verdicts import matches
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(pathlib.Path(__file__).parent / "tiny.gin")
@@ -171,7 +171,8 @@ def test_every_claim_finds_its_cells_in_the_grid():
     """The claims name settings; the grid of the paper has a cell for each of them."""
     built = program.load([str(ROOT / "experiments/paper/grid.gin")], [], study_program.build)
     cells = [
-        analysis.Cell(name, cell.settings, cell.figures, ()) for name, cell in built.cells().items()
+        analysis.CellRuns(name, cell.settings, cell.figures, ())
+        for name, cell in built.cells().items()
     ]
     for claim in CLAIMS:
         for side in (side for comparison in claim.comparisons for side in comparison):

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from jaxrl_stable.statistics import Estimate
-from jaxrl_stable.study.analysis import Cell, Collapse, Outcome, outcome
-from jaxrl_stable.study.claims import CLAIMS, PAPER, Claim, Selector, cold_starts
-from jaxrl_stable.study.comparison import Paired, holm, paired
-from jaxrl_stable.study.survival import share
+from jaxrl_stable.study.config import PAPER, Collapse
+from jaxrl_stable.study.results.analysis import CellRuns, Outcome, outcome
+from jaxrl_stable.study.results.claims import CLAIMS, Claim, Selector, cold_starts
+from jaxrl_stable.study.results.comparison import Paired, holm, paired
+from jaxrl_stable.study.results.survival import share
 
-Comparisons = tuple[tuple[Cell, ...], ...]  # the cells of each
+Comparisons = tuple[tuple[CellRuns, ...], ...]  # the cells of each
 
 REPRODUCED, UNSEEN = "reproduced", "not visible at this scale"
 CONTRADICTED, NOT_RUN, OPEN = "contradicted", "not run", "no claim"
@@ -79,7 +80,7 @@ class Row:
 
 
 def evaluate(
-    cells: Sequence[Cell], rule: Collapse | None = None, claims: Sequence[Claim] = CLAIMS
+    cells: Sequence[CellRuns], rule: Collapse | None = None, claims: Sequence[Claim] = CLAIMS
 ) -> list[Row]:
     """All claims in all settings of the study, in the order of the claims."""
     rule = rule or Collapse()
@@ -142,7 +143,7 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def matches(cell: Cell, selector: Selector, claim: Claim) -> bool:
+def matches(cell: CellRuns, selector: Selector, claim: Claim) -> bool:
     """Whether a cell has the settings that a selector asks for; a tuple lists alternatives."""
     full = canonical(cell.settings)
     for key, wanted in {**PAPER, **selector}.items():
@@ -154,7 +155,7 @@ def matches(cell: Cell, selector: Selector, claim: Claim) -> bool:
     return True
 
 
-def settings(claim: Claim, cells: Sequence[Cell]) -> Iterable[tuple[str, Comparisons]]:
+def settings(claim: Claim, cells: Sequence[CellRuns]) -> Iterable[tuple[str, Comparisons]]:
     """(what is particular to them, cells of each comparison) for every setting of the study.
 
     Cells belong together when all settings agree that the claim leaves open, but for those that
@@ -165,9 +166,9 @@ def settings(claim: Claim, cells: Sequence[Cell]) -> Iterable[tuple[str, Compari
         return
     fixed = (set(PAPER) | {key for side in sides for key in side}) - set(claim.same)
     ignored = fixed | set(claim.free) | following(cells)
-    candidates: list[dict[str, list[Cell]]] = []
+    candidates: list[dict[str, list[CellRuns]]] = []
     for side in sides:
-        by_rest: dict[str, list[Cell]] = {}
+        by_rest: dict[str, list[CellRuns]] = {}
         for cell in cells:
             if matches(cell, side, claim):
                 full = canonical(cell.settings)
@@ -194,7 +195,7 @@ def settings(claim: Claim, cells: Sequence[Cell]) -> Iterable[tuple[str, Compari
             )
 
 
-def following(cells: Sequence[Cell]) -> set[str]:
+def following(cells: Sequence[CellRuns]) -> set[str]:
     """Settings that differ with the number of mini-batches and with nothing else.
 
     As in the paper, whose mini-batch stays the same: the batch grows with N, and a run of as many
@@ -293,7 +294,7 @@ def _seen(row: Row) -> str:
     return "no difference visible"
 
 
-def _missing(claim: Claim, cells: Sequence[Cell]) -> str:
+def _missing(claim: Claim, cells: Sequence[CellRuns]) -> str:
     """Which cell the study lacks."""
     if not claim.comparisons:
         return "needs three cold starts"

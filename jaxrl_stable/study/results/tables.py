@@ -10,10 +10,10 @@ from typing import Any
 from jaxrl_stable.report.run import is_number
 from jaxrl_stable.report.text import duration, escape, figure, plain
 from jaxrl_stable.statistics import Estimate, mean_over_seeds
-from jaxrl_stable.study.analysis import Cell, Outcome
-from jaxrl_stable.study.panels import swatch
-from jaxrl_stable.study.survival import share
-from jaxrl_stable.study.verdicts import (
+from jaxrl_stable.study.results.analysis import CellRuns, Outcome
+from jaxrl_stable.study.results.panels import swatch
+from jaxrl_stable.study.results.survival import share
+from jaxrl_stable.study.results.verdicts import (
     CONTRADICTED,
     NOT_RUN,
     OPEN,
@@ -41,7 +41,7 @@ MEANINGS = {
 }
 
 
-def cell_table(cells: Sequence[Cell], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+def cell_table(cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """One row a cell: what its runs came to, with 95 % intervals over seeds."""
     rows = []
     for index, cell in enumerate(cells):
@@ -204,7 +204,7 @@ def number(value: Any) -> str:
     return figure(value) if is_number(value) else escape(plain(value))
 
 
-def total_time(cells: Sequence[Cell], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+def total_time(cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     seconds = [run.seconds for cell in cells for run in outcomes[cell.name]]
     known = [value for value in seconds if math.isfinite(value)]
     return duration(sum(known)) if known else "–"

@@ -11,7 +11,7 @@ import scipy.stats
 from jaxtyping import Bool, Float
 
 from jaxrl_stable.statistics import LEVEL, Estimate
-from jaxrl_stable.study.analysis import Outcome
+from jaxrl_stable.study.results.analysis import Outcome
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,9 +14,10 @@ from jaxrl_stable.report import samples as sampled
 from jaxrl_stable.report.layout import document
 from jaxrl_stable.report.run import read_summary
 from jaxrl_stable.report.text import escape, plain
-from jaxrl_stable.study import panels, verdicts
-from jaxrl_stable.study.analysis import Cell, Collapse, Outcome, Record, cells_of, outcome
-from jaxrl_stable.study.tables import (
+from jaxrl_stable.study.config import Collapse
+from jaxrl_stable.study.results import panels, verdicts
+from jaxrl_stable.study.results.analysis import CellRuns, Outcome, Record, cells_of, outcome
+from jaxrl_stable.study.results.tables import (
     MARKS,
     cell_table,
     claim_table,
@@ -136,7 +137,7 @@ def page(
     try:
         rule = Collapse(**study.get("collapse", {}))
     except TypeError as error:
-        raise ValueError(f"study.json, collapse: {error}; see analysis.Collapse") from None
+        raise ValueError(f"study.json, collapse: {error}; see study.config.Collapse") from None
     cells = cells_of(records)
     outcomes = {cell.name: [outcome(run, rule) for run in cell.runs] for cell in cells}
     rows = verdicts.evaluate(cells, rule)
@@ -177,7 +178,7 @@ def page(
 def header(
     title: str,
     study: Mapping[str, Any],
-    cells: Sequence[Cell],
+    cells: Sequence[CellRuns],
     outcomes: Mapping[str, Sequence[Outcome]],
     rows: Sequence[verdicts.Row],
 ) -> str:
@@ -210,7 +211,7 @@ def figure_section(
     key: str,
     title: str,
     figure: str,
-    cells: Sequence[Cell],
+    cells: Sequence[CellRuns],
     outcomes: Mapping[str, Sequence[Outcome]],
 ) -> str:
     """Legend, panels and table of the cells of one figure."""
@@ -240,7 +241,7 @@ def sample_viewer(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def collapse_section(
-    cells: Sequence[Cell], outcomes: Mapping[str, Sequence[Outcome]], rule: Collapse
+    cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]], rule: Collapse
 ) -> str:
     """The definition, and how many runs would have collapsed under a stricter or a laxer one."""
     text = (

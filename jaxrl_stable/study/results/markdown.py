@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxrl_stable.metrics import write_atomic
-from jaxrl_stable.study.analysis import Collapse, Record, cells_of
-from jaxrl_stable.study.tables import MEANINGS, chance, difference
-from jaxrl_stable.study.verdicts import NOT_RUN, RULE, Evidence, Row, evaluate
+from jaxrl_stable.study.config import Collapse
+from jaxrl_stable.study.results.analysis import Record, cells_of
+from jaxrl_stable.study.results.tables import MEANINGS, chance, difference
+from jaxrl_stable.study.results.verdicts import NOT_RUN, RULE, Evidence, Row, evaluate
 
 HEAD = (
     "| claim | setting | evidence | verdict |",

@@ -6,7 +6,7 @@ import pytest
 from html_page import Page
 from study_records import cell, record, study
 
-from jaxrl_stable.study import page, panels
+from jaxrl_stable.study.results import page, panels
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 

@@ -14,18 +14,6 @@ from typing import Any
 
 Selector = Mapping[str, Any]
 
-# MiniRL (arXiv:2512.01374, eq. 7); also what a record means that does not say.
-PAPER: Selector = {
-    "loss": "minirl",
-    "mini_batches": 1,
-    "replay": "none",
-    "clip": True,
-    "clip_anchor": "old",
-    "weight": "full",
-    "truncation": 5.0,
-    "policies": "all",
-    "aggregation": "seq-mean-token-sum",
-}
 NORM = {"aggregation": "seq-mean-token-mean"}
 NO_IS = {"weight": "none"}
 R2, R3 = {"replay": "R2"}, {"replay": "R3"}
