@@ -187,7 +187,7 @@ class Collapse:
     margin: float = 0.1
     gain: float = 0.05
     kl_limit: float = 0.5
-    for_steps: float = 32
+    for_steps: int | float = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +271,10 @@ class Study:
         vocabulary = max(task.vocab_size for task in tasks)
         model = dataclasses.replace(self.model, vocab_size=vocabulary)
         object.__setattr__(self, "model", model)
-        interval = self.gradient_steps // self.evaluations
         for cell in self.cells().values():
-            if interval % cell.objective.mini_batches:
+            if self.interval % cell.objective.mini_batches:
                 raise ValueError(
-                    f"Study: {interval} gradient steps between evaluations are no multiple of "
+                    f"Study: {self.interval} gradient steps between evaluations are no multiple of "
                     f"N = {cell.objective.mini_batches}; change gradient_steps or evaluations"
                 )
             if cell.cold_start not in names:
@@ -290,6 +289,11 @@ class Study:
         for name in self.show:
             if name not in self.cells():
                 raise ValueError(f"Study.show names {name!r}; the cells are {list(self.cells())}")
+
+    @property
+    def interval(self) -> int:
+        """Gradient steps from one evaluation to the next."""
+        return self.gradient_steps // self.evaluations
 
     def cells(self) -> dict[str, Cell]:
         """Cells by name, in the order of the grids; one that several figures show is there once."""

@@ -107,7 +107,7 @@ def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transform
     optimizer = make_optimizer(start.optimizer)
     task = start.task or study.task
 
-    def step(state: TrainState, number: Int[Array, ""]):
+    def step(state: TrainState, number: Int[Array, ""]) -> tuple[TrainState, None]:
         key = jax.random.fold_in(of_data, number)
         batch = demonstrations(task, key, start.batch_size, start.slips)
         return supervised_update(state, batch, optimizer=optimizer)[0], None
@@ -117,7 +117,13 @@ def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transform
     return state.model
 
 
-def begin(study: Study, model: Transformer, key, objective, learning_rate) -> RunState:
+def begin(
+    study: Study,
+    model: Transformer,
+    key: Key[Array, ""],
+    objective: Int[Array, ""],
+    learning_rate: Float[Array, ""],
+) -> RunState:
     """A run before its first step."""
     state = init_state(model, make_optimizer(study.optimizer))
     return RunState(state, key, objective, learning_rate)
@@ -145,7 +151,7 @@ def advance(
     """
     choice = Choice(objectives, run.objective)
     rate = dataclasses.replace(study.optimizer, learning_rate=run.learning_rate)
-    rollouts = study.gradient_steps // study.evaluations // choice.mini_batches
+    rollouts = study.interval // choice.mini_batches
     step = partial(
         reinforce,
         study=study,
@@ -163,7 +169,7 @@ def reinforce(
     key: Key[Array, ""],
     *,
     study: Study,
-    objective: Choice,
+    objective: Objective | Choice,
     rollout_format: str,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:

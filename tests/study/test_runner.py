@@ -180,23 +180,23 @@ def test_every_claim_finds_its_cells_in_the_grid():
 
 
 def test_plan_shares_programs(study):
-    """One program for all objectives that share their passes; lots of one size."""
+    """One program for all objectives that share their passes; waves of one size."""
     cells = study.cells()
     plans = plan(study, cells, (), 1)
-    assert [len(lots) for lots in plans] == [1, 1]
+    assert [len(waves) for waves in plans] == [1, 1]
     assert plans[1][0].cells == (
         "N=2, R3",
         "N=2, R3, no clip",
         "N=2, gspo, R3",
         "N=2, R3, careful",
     )
-    members = [m for lots in plans for lot in lots for m in lot.members]
+    members = [m for waves in plans for wave in waves for m in wave.members]
     assert len(members) == len(set(members)) == 5 * study.seeds
     few = dataclasses.replace(study, runs_at_a_time=3)
-    lots = plan(few, cells, (Member("N=2, R3", 0),), 2)[1]
-    assert [len(lot.members) for lot in lots] == [4, 3] and {lot.size for lot in lots} == {4}
-    assert all(len(lot.padded) == 4 for lot in lots)
-    assert Member("N=2, R3", 0) not in [m for lot in lots for m in lot.members]
+    waves = plan(few, cells, (Member("N=2, R3", 0),), 2)[1]
+    assert [len(wave.members) for wave in waves] == [4, 3] and {wave.size for wave in waves} == {4}
+    assert all(len(wave.padded) == 4 for wave in waves)
+    assert Member("N=2, R3", 0) not in [m for wave in waves for m in wave.members]
 
 
 def test_evidence(small, finished):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from jaxrl_stable.statistics import bootstrap_band, smooth
 from jaxrl_stable.study.config import Collapse
@@ -192,6 +192,11 @@ def outcome(run: Record, rule: Collapse) -> Outcome:
     )
 
 
+def outcomes_of(cells: Iterable[CellRuns], rule: Collapse) -> dict[str, list[Outcome]]:
+    """Outcomes of the runs of each cell, by the cell's name."""
+    return {cell.name: [outcome(run, rule) for run in cell.runs] for cell in cells}
+
+
 def collapse(run: Record, rule: Collapse) -> tuple[float, str]:
     """(gradient step, cause) of the first collapse of a run; (∞, "") where there is none."""
     (score_steps, score), (reward_steps, reward), (kl_steps, kl) = (
@@ -207,7 +212,9 @@ def collapse(run: Record, rule: Collapse) -> tuple[float, str]:
     return (times[cause], cause) if math.isfinite(times[cause]) else (math.inf, "")
 
 
-def first_lasting(x: Points, bad: Bool[np.ndarray, "points"], for_steps: float) -> float:
+def first_lasting(
+    x: Points, bad: Bool[np.ndarray, "points"] | Shaped[np.ndarray, "0"], for_steps: int | float
+) -> float:
     """First x from which on `bad` holds for `for_steps`, or to the end with two points; else ∞."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], bad, [False])).astype(int)))
     for start, end in edges.reshape(-1, 2):

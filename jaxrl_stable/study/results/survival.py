@@ -25,7 +25,7 @@ class Survival:
 
 
 def kaplan_meier(
-    times: Sequence[float] | Float[np.ndarray, "runs"],
+    times: Sequence[int | float] | Float[np.ndarray, "runs"],
     collapsed: Sequence[bool] | Bool[np.ndarray, "runs"],
 ) -> Survival:
     """Product-limit estimate of Kaplan and Meier 1958, from step 0 on.

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_stable.statistics import Estimate
 from jaxrl_stable.study.config import PAPER, Collapse
-from jaxrl_stable.study.results.analysis import CellRuns, Outcome, outcome
+from jaxrl_stable.study.results.analysis import CellRuns, Outcome, outcomes_of
 from jaxrl_stable.study.results.claims import CLAIMS, Claim, Selector, cold_starts
 from jaxrl_stable.study.results.comparison import Paired, holm, paired
 from jaxrl_stable.study.results.survival import share
@@ -27,16 +27,16 @@ ALPHA = 0.05
 CONTEXT = ("rollout_format", "task", "cold_start", "learning_rate")
 RULE = (
     "Reproduced: the 95 % Student interval of the difference over shared seeds excludes 0 in the "
-    "claimed direction, and p after Holm's correction over all comparisons of this table is below "
-    f"{ALPHA}. Contradicted: the same in the other direction. “Equal” needs the interval within ± "
-    "the margin (contradicted: beyond it), “no gain” needs it below the margin and reaching 0 or "
-    "less (contradicted: above 0). “Stable” is about one cell and not corrected: the exact 95 % "
-    "interval of the share of runs that learned and did not collapse lies above one half "
-    "(contradicted: that of collapsed runs does). A claim of several comparisons needs all of "
-    "them; one that is contradicted contradicts it. Cells taken together are averaged "
-    "for each seed, and then compared as one. Everything else is not visible at this scale, "
-    "which is no evidence of absence. The permutation p stands beside as a check and decides "
-    "nothing: with n pairs it cannot be below 2^(1−n)."
+    "claimed direction, and p after Holm's correction over all comparisons in this table is below "
+    f"{ALPHA}. Contradicted: the same in the other direction. “Equal” requires the interval to be "
+    "within ± the margin (contradicted: beyond it); “no gain” requires it to be below the margin "
+    "and to reach 0 or less (contradicted: above 0). “Stable” concerns one cell and is not "
+    "corrected: the exact 95 % interval of the share of runs that learned and did not collapse is "
+    "above one half (contradicted: the interval of the share of collapsed runs is). A claim with "
+    "several comparisons requires all of them; one that is contradicted contradicts the claim. "
+    "Cells taken together are averaged per seed and then compared as one. Anything else is not "
+    "visible at this scale, which is not evidence of absence. The permutation p is a check and "
+    "decides nothing: with n pairs it cannot be below 2^(1−n)."
 )
 
 
@@ -84,7 +84,7 @@ def evaluate(
 ) -> list[Row]:
     """All claims in all settings of the study, in the order of the claims."""
     rule = rule or Collapse()
-    outcomes = {cell.name: [outcome(run, rule) for run in cell.runs] for cell in cells}
+    outcomes = outcomes_of(cells, rule)
     starts = dict.fromkeys(
         full.get("cold_start", "default")
         for full in (canonical(cell.settings) for cell in cells)
