@@ -7,10 +7,17 @@ from jaxrl_stable.rewards.verdict import Verdict
 
 
 def normalise(text: str, *, casefold: bool = True) -> str | None:
-    """Returns the final answer, each run of white space made one space; None where it is empty.
+    """Returns the final answer with each run of white space replaced by one space.
 
-    The answer is what `marked_answer` finds, else the whole text, which may then have no more than
-    2,000 characters.
+    The answer is the result of `marked_answer`, else the whole text.
+
+    Args:
+      text: a response or a reference.
+      casefold: whether to ignore case.
+
+    Returns:
+      The normalised answer. None if it is empty, or if the text has no marked answer and more than
+      2,000 characters.
     """
     answer = marked_answer(text)
     if answer is None:
@@ -25,7 +32,8 @@ def exact_reward(problem: Mapping[str, str], response: str, *, casefold: bool = 
     """Scores 1 if `response` and `problem["answer"]` have the same normalised answer, else 0.
 
     Raises:
-      ValueError: the reference is empty or too long; `check_references` finds this before a run.
+      ValueError: if the reference is empty or too long; `check_references` detects this before a
+        run.
     """
     reference = normalise(problem["answer"], casefold=casefold)
     if reference is None:
