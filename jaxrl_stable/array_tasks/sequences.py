@@ -1,4 +1,4 @@
-"""Reverse and sort a few letters."""
+"""Tasks that reverse or sort a few letters."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxrl_stable.array_tasks.task import check_sizes, with_eos
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Letters(SeriesTask):
-    """Letters in, the same letters out in another order.
+    """Maps letters to the same letters in another order.
 
     Attributes:
-      smallest, largest: letters of a problem.
-      symbols: letters there are, from "a" on; at most 26.
+      smallest, largest: fewest and most letters per problem.
+      symbols: size of the alphabet, from "a" on; at most 26.
     """
 
     smallest: int = 3
@@ -52,7 +52,7 @@ class Reverse(_Letters):
     """`d a c =` → `c a d`. A slip writes another letter."""
 
     def solve(self, answer: Series, slips: Int[Array, "R"]) -> Int[Array, "R"]:
-        # Backwards the unused places come first, and `roll` takes them to the end.
+        # After the flip, unused places come first; `roll` moves them to the end.
         values = jnp.roll(answer.values[::-1], answer.size - self.largest)
         return self._write(values, answer.size, slips)
 
