@@ -17,6 +17,8 @@ import collections
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 
@@ -34,9 +36,15 @@ from jaxrl_stable.sharding import abstract_state, make_mesh
 _TYPES = tuple(dtype.name for dtype in DTYPES.values())
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exits with one line instead of the usage."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parses one of the four commands and its options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m jaxrl_stable.hf", description="Converts Hugging Face checkpoints."
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
