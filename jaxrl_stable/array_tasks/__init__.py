@@ -23,9 +23,10 @@ One file per family:
 from jaxrl_stable.array_tasks.arithmetic import ChainSum, ModularAddition, Parity
 from jaxrl_stable.array_tasks.countdown import Countdown
 from jaxrl_stable.array_tasks.sequences import Reverse, Sort
-from jaxrl_stable.array_tasks.task import Problems, Task, is_heldout
+from jaxrl_stable.array_tasks.task import ArrayTask, Problems, is_heldout
 
 __all__ = [
+    "ArrayTask",
     "ChainSum",
     "Countdown",
     "ModularAddition",
@@ -33,6 +34,5 @@ __all__ = [
     "Problems",
     "Reverse",
     "Sort",
-    "Task",
     "is_heldout",
 ]

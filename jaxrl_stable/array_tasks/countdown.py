@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_stable.array_tasks.task import EOS, Task, check_sizes, left_padded, with_eos
+from jaxrl_stable.array_tasks.task import EOS, ArrayTask, check_sizes, left_padded, with_eos
 
 ARROW, PLUS, ZERO = 2, 3, 6  # ids; operators are 3 to 5, digits 6 to 15
 TARGETS = 99  # the largest target: two digits
@@ -43,7 +43,7 @@ class Numbers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Countdown(Task):
+class Countdown(ArrayTask):
     """`3 5 7 -> 2 2` → `3 * 5 + 7`. Each number must be used exactly once.
 
     Numbers are from 1 to 9 and shown in ascending order, so that their order reveals nothing. The

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_stable.array_tasks.task import EOS, PAD, Task, left_padded
+from jaxrl_stable.array_tasks.task import EOS, PAD, ArrayTask, left_padded
 
 MIN_PROBLEMS = 32  # fewer problems might all fall into one split
 
@@ -28,7 +28,7 @@ class Series(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SeriesTask(Task):
+class SeriesTask(ArrayTask):
     """A task whose problems are uniform, independent symbols. All allowed sizes are equally likely.
 
     Responses are graded against the one right response:

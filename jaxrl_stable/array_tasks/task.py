@@ -1,7 +1,7 @@
 """The base class of array tasks: pure functions that draw, solve and grade problems.
 
-A task defines how one problem is drawn, shown, solved and judged; `Task` maps this over a batch.
-Dimensions: `n` problems, `P` prompt width, `R` response width, which is `max_tokens`.
+A task defines how one problem is drawn, shown, solved and judged; `ArrayTask` maps this over a
+batch. Dimensions: `n` problems, `P` prompt width, `R` response width, which is `max_tokens`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Problems:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(abc.ABC):
+class ArrayTask(abc.ABC):
     """A task on the device. It is hashable, so it can be a static argument.
 
     Id 0 is padding and id 1 ends a response; separators and symbols follow. The model's vocabulary
@@ -222,7 +222,7 @@ def with_eos(tokens: Int[Array, "W"], length: Int[Array, ""]) -> Int[Array, "W+1
     return jnp.where(place < length, jnp.pad(tokens, (0, 1)), jnp.where(place == length, EOS, PAD))
 
 
-def check_sizes(task: Task, least: int) -> None:
+def check_sizes(task: ArrayTask, least: int) -> None:
     """Checks that least ≤ task.smallest ≤ task.largest; raises ValueError if not."""
     if not least <= task.smallest <= task.largest:
         raise ValueError(
