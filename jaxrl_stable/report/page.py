@@ -14,7 +14,7 @@ from jaxrl_stable.report.explanations import interval_names, metric_table, other
 from jaxrl_stable.report.layout import document
 from jaxrl_stable.report.run import Run, is_number, read_run
 from jaxrl_stable.report.samples import samples_section
-from jaxrl_stable.report.text import duration, escape, plain
+from jaxrl_stable.report.text import elapsed_time, escape, plain
 
 CURVES = "Faint lines: single steps. Strong lines: running mean over a twentieth of the run."
 SECRET = re.compile(r"(?im)^(.*(secret|password|api_?key|(auth|access)_?token)\w*\s*=).*$")
@@ -60,7 +60,7 @@ def header(run: Run) -> str:
     cards = [
         *score_cards(run),
         ("Steps", f"{last['step']:,}", f"{updates:,.0f} updates" if is_number(updates) else ""),
-        ("Wall time", duration(wall_time(run)), ""),
+        ("Wall time", elapsed_time(wall_time(run)), ""),
     ]
     if is_number(skipped):
         cards.append(("Skipped updates", f"{skipped:,.0f}", "not finite"))
@@ -113,7 +113,7 @@ def estimate(value: Any) -> tuple[float, float, float] | None:
 
 
 def wall_time(run: Run) -> float:
-    """Returns the duration of a run in seconds.
+    """Returns the elapsed_time of a run in seconds.
 
     The summary has the seconds of the last process, including cold start and compilation. In a
     resumed run, the time from the first row to the last is longer. The result is the maximum.

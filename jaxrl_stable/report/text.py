@@ -33,7 +33,8 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
+def elapsed_time(seconds: float) -> str:
+    """Formats a time as hours and minutes, or as minutes and seconds if it is below an hour."""
     if not math.isfinite(seconds):
         return "–"
     minutes, seconds = divmod(round(seconds), 60)
