@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxrl_stable.array_tasks.series import Series, SeriesTask
-from jaxrl_stable.array_tasks.task import check_sizes, left_padded, with_eos
+from jaxrl_stable.array_tasks.task import AnyArray, check_sizes, left_padded, with_eos
 
 
 class _Sum(SeriesTask):
@@ -38,7 +38,7 @@ class _Sum(SeriesTask):
     def max_tokens(self) -> int:
         return self.sizes[1] if self.worked else 2
 
-    def solve(self, answer: Series, slips: Int[Array, "R"]) -> Int[Array, "R"]:
+    def solve(self, answer: Series, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         if self.worked:
             # A slip in one sum acts like a change of its term: all later sums contain it too.
             terms = answer.values.at[1:].add(slips[:-1])

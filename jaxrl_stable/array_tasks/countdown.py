@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_stable.array_tasks.task import EOS, ArrayTask, check_sizes, left_padded, with_eos
+from jaxrl_stable.array_tasks.task import (
+    EOS,
+    AnyArray,
+    ArrayTask,
+    check_sizes,
+    left_padded,
+    with_eos,
+)
 
 ARROW, PLUS, ZERO = 2, 3, 6  # ids; operators are 3 to 5, digits 6 to 15
 TARGETS = 99  # the largest target: two digits
@@ -93,7 +100,10 @@ class Countdown(ArrayTask):
         noise = jax.random.uniform(of_operators, (self.largest, 3))
         used = jnp.arange(self.largest) < size
 
-        def step(value, term):
+        def step(
+            value: Int[Array, ""],
+            term: tuple[Int[Array, ""], Float[Array, "3"], Bool[Array, ""]],
+        ) -> tuple[Int[Array, ""], Int[Array, ""]]:
             number, noise, used = term
             results = _results(value, number)
             # One result is always in range: the sum up to a value of 90, the difference from 91 on.
@@ -112,7 +122,7 @@ class Countdown(ArrayTask):
             numbers, jnp.stack([jnp.full_like(tens, ARROW), ZERO + tens, ZERO + units])
         )
 
-    def solve(self, answer: Numbers, slips: Int[Array, "R"]) -> Int[Array, "R"]:
+    def solve(self, answer: Numbers, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         numbers = (answer.terms - 1 + slips[0::2]) % 9 + 1
         # Slips alternate like the response, which starts with a number.
         operators = (answer.operators + jnp.roll(slips[1::2], 1)) % 3
@@ -157,7 +167,9 @@ def parse(
     digits = jnp.where(number, response - ZERO, 0)
     operators = jnp.where(operator, response - PLUS, 0)
 
-    def step(value, pair):
+    def step(
+        value: Int[Array, ""], pair: tuple[Int[Array, ""], Int[Array, ""]]
+    ) -> tuple[Int[Array, ""], None]:
         operator, digit = pair
         return jnp.clip(_results(value, digit)[operator], -_LIMIT, _LIMIT), None
 

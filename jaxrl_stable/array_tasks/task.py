@@ -23,6 +23,9 @@ PAD, EOS = 0, 1
 HELDOUT_SHARE = 4  # one problem in four is held out
 MAX_DRAWS = 1000  # per problem; if a split has 1 problem in 32, all fail with (31/32)^1000 = 2e-14
 
+AnyArray = Array | np.ndarray | np.generic  # on the device or the host
+Size = int | Int[AnyArray, ""]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Problems:
       answer: pytree that the reward reads; arrays with a leading axis n.
     """
 
-    prompts: Int[Array, "n P"]
-    mask: Bool[Array, "n P"]
+    prompts: Int[AnyArray, "*mapped n P"]
+    mask: Bool[AnyArray, "*mapped n P"]
     answer: Any
 
 
@@ -87,7 +90,7 @@ class ArrayTask(abc.ABC):
         """Returns the left-padded prompt of one problem."""
 
     @abc.abstractmethod
-    def solve(self, answer: Any, slips: Int[Array, "R"]) -> Int[Array, "R"]:
+    def solve(self, answer: Any, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         """Returns the right-padded solution of one problem, EOS included.
 
         Args:
@@ -135,7 +138,9 @@ class ArrayTask(abc.ABC):
     def _draw_from(self, key: Key[Array, ""], heldout: bool | Bool[Array, ""]) -> Any:
         """Returns the first problem in a sequence of draws that belongs to the split."""
 
-        def attempt(state):
+        def attempt(
+            state: tuple[Int[Array, ""], Any, Bool[Array, ""]],
+        ) -> tuple[Int[Array, ""], Any, Bool[Array, ""]]:
             trial, _, _ = state
             answer = self.draw(jax.random.fold_in(key, trial))
             return trial + 1, answer, is_heldout(self.prompt(answer)) == heldout
@@ -145,7 +150,7 @@ class ArrayTask(abc.ABC):
         return jax.lax.while_loop(lambda s: ~s[2] & (s[0] < MAX_DRAWS), attempt, start)[1]
 
     def solutions(
-        self, key: Key[Array, ""], problems: Problems, slips: float | Float[Array, ""] = 0.0
+        self, key: Key[Array, ""], problems: Problems, slips: int | float | Float[Array, ""] = 0.0
     ) -> tuple[Int[Array, "n R"], Bool[Array, "n R"]]:
         """Returns the teacher's responses.
 
@@ -168,7 +173,7 @@ class ArrayTask(abc.ABC):
         return tokens, tokens != PAD
 
     def reward(
-        self, problems: Problems, responses: Int[Array, "n R"], mask: Bool[Array, "n R"]
+        self, problems: Problems, responses: Int[AnyArray, "n R"], mask: Bool[AnyArray, "n R"]
     ) -> Float[Array, "n"]:
         """Returns the reward of each response, in [0, 1]. A response may contain any tokens.
 
@@ -188,7 +193,7 @@ class ArrayTask(abc.ABC):
             )
         return jax.vmap(self.judge)(problems.answer, jnp.where(mask, responses, PAD), mask)
 
-    def decode(self, tokens: Sequence[int]) -> list[str]:
+    def decode(self, tokens: Sequence[int] | Int[AnyArray, "R"]) -> list[str]:
         """Returns the text of each token, on the host; ids outside the task become "<id>"."""
         texts = self.texts
         return [texts[t] if 0 <= t < len(texts) else f"<{t}>" for t in map(int, tokens)]
@@ -210,13 +215,13 @@ def is_heldout(prompt: Int[Array, "P"]) -> Bool[Array, ""]:
     return (mixed ^ (mixed >> 16)) % HELDOUT_SHARE == 0
 
 
-def left_padded(tokens: Int[Array, "W"], length: Int[Array, ""]) -> Int[Array, "W"]:
+def left_padded(tokens: Int[AnyArray, "W"], length: Size) -> Int[Array, "W"]:
     """Returns padding, then the first `length` tokens."""
     width = tokens.shape[0]
     return jnp.roll(jnp.where(jnp.arange(width) < length, tokens, PAD), width - length)
 
 
-def with_eos(tokens: Int[Array, "W"], length: Int[Array, ""]) -> Int[Array, "W+1"]:
+def with_eos(tokens: Int[AnyArray, "W"], length: Size) -> Int[Array, "W+1"]:
     """Returns the first `length` tokens, EOS, then padding."""
     place = jnp.arange(tokens.shape[0] + 1)
     return jnp.where(place < length, jnp.pad(tokens, (0, 1)), jnp.where(place == length, EOS, PAD))

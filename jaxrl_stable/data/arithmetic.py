@@ -2,7 +2,6 @@
 
 import dataclasses
 import zlib
-from typing import Literal
 
 import numpy as np
 
@@ -86,10 +85,10 @@ class ArithmeticSource:
 
     size: int
     seed: int = 0
-    split: Literal["train", "heldout"] = "train"
+    split: str = "train"
     steps: int = 2
     largest: int = 50
-    slips: float = 0.0
+    slips: int | float = 0.0
 
     def __post_init__(self):
         if self.split not in ("train", "heldout"):
@@ -135,7 +134,9 @@ def _draw(rng: np.random.Generator, steps: int, largest: int) -> tuple[int, tupl
     return start, tuple(changes)
 
 
-def _tell(rng: np.random.Generator, start: int, changes: tuple[int, ...], slips: float) -> Problem:
+def _tell(
+    rng: np.random.Generator, start: int, changes: tuple[int, ...], slips: int | float
+) -> Problem:
     story = _STORIES[rng.integers(len(_STORIES))]
     name, pronoun = _PEOPLE[rng.integers(len(_PEOPLE))]
     objects = _OBJECTS[rng.integers(len(_OBJECTS))]

@@ -1,10 +1,11 @@
 """Prompt batches for rollouts: shuffled, endless, left-padded, split over processes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from jaxrl_stable.data.sources import Problem, Source
 from jaxrl_stable.data.templates import PLACE, ChatTemplate, Template, fill
@@ -45,7 +46,7 @@ def encode_prompts(
     width: int,
     template: Template = PLACE,
     names: Sequence[str] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
     """Encodes prompts into an array, padded on the left so that responses start at column `width`.
 
     Args:
@@ -56,8 +57,8 @@ def encode_prompts(
       names: name of each problem in error messages.
 
     Returns:
-      tokens: int32 [B, P], `pad_id` in padding.
-      mask: bool [B, P], True on tokens.
+      tokens: int32, `pad_id` in padding.
+      mask: True on tokens.
 
     Raises:
       ValueError: if a prompt is invalid (`prompt_ids`), is empty, or has more than `width` tokens.
@@ -147,7 +148,7 @@ def prompt_iterator(
     check_size(source, batch_size)
     held = np.ones(batch_size, bool) if held is None else held
 
-    def encode(index: np.ndarray) -> dict:
+    def encode(index: Int[np.ndarray, "B"]) -> dict[str, Any]:
         tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
         mask = np.zeros((batch_size, width), bool)
         problems = [source[int(i)] if mine else None for i, mine in zip(index, held, strict=True)]

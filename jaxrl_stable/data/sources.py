@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 ROLES = ("system", "user", "assistant")
 
@@ -34,6 +34,7 @@ class Problem(TypedDict):
     messages: NotRequired[list[Message]]
 
 
+@runtime_checkable
 class Source(Protocol):
     """A `RandomAccessDataSource` (grain) of problems."""
 

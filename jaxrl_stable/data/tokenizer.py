@@ -5,10 +5,12 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import sentencepiece
 import tokenizers
+from jaxtyping import Int
 
 from jaxrl_stable.data.files import existing, read_json, write_atomically
 
@@ -24,6 +26,7 @@ _USUAL_UNK = ("<unk>", "[UNK]")  # replaces any unknown word, so it carries no c
 _CONTROL_FORM = re.compile("<[|｜].*[|｜]>")  # DeepSeek's bars are full-width
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Converts text to token ids and back.
 
@@ -47,7 +50,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str: ...
 
     def control_token(self, text: str) -> str | None: ...
 
@@ -79,7 +82,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
 
     def control_token(self, text: str) -> str | None:
@@ -168,7 +171,7 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self._model.decode(known, skip_special_tokens=True)
 

@@ -212,7 +212,7 @@ def _rotary(content: Json) -> tuple[float, Yarn | None]:
         raise ValueError(f"rope_type {kind!r} is not implemented; 'default' and 'yarn' are")
     factor = scaling["factor"]
 
-    def magnitude(mscale: float) -> float:  # arXiv:2309.00071, eq. 22
+    def magnitude(mscale: int | float) -> float:  # arXiv:2309.00071, eq. 22
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     mscale, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")

@@ -95,7 +95,7 @@ def save(
                 for index, layer in _layers(param.get_value(), plan[path]):
                     ours = [piece for piece in plan[path] if piece.index[:1] == index]
 
-                    def one(piece: Piece, layer=layer) -> None:
+                    def one(piece: Piece, layer: np.ndarray = layer) -> None:
                         _write(writer, piece, layer, dtypes[piece.tensor])
 
                     list(pool.map(one, ours))

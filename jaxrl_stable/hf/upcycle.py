@@ -38,7 +38,7 @@ def upcycle(
     copies: int,
     chosen: int = 1,
     segments: int = 1,
-    noise: float = 0.0,
+    noise: int | float = 0.0,
     seed: int = 0,
 ) -> None:
     """Writes a Qwen3-MoE checkpoint that computes the function of a dense Qwen3 checkpoint.
@@ -100,7 +100,7 @@ Made = tuple[tuple[int, ...], str, Callable[[], np.ndarray]]
 
 
 def _tensors(
-    files: TensorFiles, layers: int, copies: int, segments: int, noise: float, seed: int
+    files: TensorFiles, layers: int, copies: int, segments: int, noise: int | float, seed: int
 ) -> dict[str, Made]:
     """Returns shape, type and maker of every new tensor. Only a call of the maker reads data."""
     made: dict[str, Made] = {}
@@ -122,14 +122,19 @@ def _tensors(
                 factor = segments if axis else 1
                 key = (seed, layer, kind, copy, segment)
 
-                def value(source=source, ranges=ranges, factor=factor, key=key) -> np.ndarray:
+                def value(
+                    source: str = source,
+                    ranges: tuple[slice, slice] = ranges,
+                    factor: int = factor,
+                    key: tuple[int, ...] = key,
+                ) -> np.ndarray:
                     return _perturbed(files.view(source)[ranges], factor, noise, key)
 
                 name = f"{prefix}experts.{expert}.{matrix}.weight"
                 made[name] = (shape, files.codes[source], value)
         hidden = files.shapes[f"{prefix}gate_proj.weight"][1]
 
-        def router(layer=layer, hidden=hidden) -> np.ndarray:
+        def router(layer: int = layer, hidden: int = hidden) -> np.ndarray:
             rng = np.random.default_rng((seed, layer))
             return np.repeat(rng.normal(0, _ROUTER_STD, (copies, hidden)), segments, axis=0)
 
@@ -138,7 +143,7 @@ def _tensors(
     return made
 
 
-def _perturbed(x: np.ndarray, factor: int, noise: float, key: tuple[int, ...]) -> np.ndarray:
+def _perturbed(x: np.ndarray, factor: int, noise: int | float, key: tuple[int, ...]) -> np.ndarray:
     """Returns the segment times `factor`, plus noise relative to its root mean square."""
     if factor == 1 and not noise:
         return x

@@ -11,6 +11,7 @@ import matplotlib
 import matplotlib.axes
 import matplotlib.figure
 import numpy as np
+from jaxtyping import Float
 
 from jaxrl_stable.report.drawing import COLORS, STYLE, Points, finish_axes, inline_svg, thin
 from jaxrl_stable.report.explanations import interval_names
@@ -226,5 +227,7 @@ def _finish(axes: matplotlib.axes.Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.unit)
 
 
-def _finite(x: Points, y: Points) -> tuple[Points, Points]:
+def _finite(
+    x: Points, y: Points
+) -> tuple[Float[np.ndarray, "finite"], Float[np.ndarray, "finite"]]:
     return x[np.isfinite(y)], y[np.isfinite(y)]

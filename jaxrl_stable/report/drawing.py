@@ -43,7 +43,7 @@ STYLE = {
 MAX_POINTS = 600
 
 
-def thin(x: Points, y: Points) -> tuple[Points, Points]:
+def thin(x: Points, y: Points) -> tuple[Float[np.ndarray, "kept"], Float[np.ndarray, "kept"]]:
     """Keeps at most `MAX_POINTS` points: the extremes of each stretch, so spikes stay visible."""
     if len(x) <= MAX_POINTS:
         return x, y
@@ -73,11 +73,11 @@ def finish_axes(axes: matplotlib.axes.Axes, log: bool = False, share: bool = Fal
     axes.yaxis.set_major_formatter(tick_log if log else tick)
 
 
-def tick(value: float, _: int) -> str:
+def tick(value: int | float, _: int | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:g}"
 
 
-def tick_log(value: float, _: int) -> str:
+def tick_log(value: int | float, _: int | None) -> str:
     """Formats a tick as 1e-3 instead of 0.001, and as 1e-5 instead of 1e-05."""
     if not 0 < value < 0.01:
         return tick(value, _)

@@ -22,8 +22,8 @@ class Metric:
     name: str
     meaning: str
     healthy: str = ""
-    low: float = -math.inf
-    high: float = math.inf
+    low: int | float = -math.inf
+    high: int | float = math.inf
 
 
 METRICS = (

@@ -103,7 +103,7 @@ def score_cards(run: Run) -> list[tuple[str, str, str]]:
     return cards
 
 
-def estimate(value: Any) -> tuple[float, float, float] | None:
+def estimate(value: Any) -> tuple[int | float, int | float, int | float] | None:
     """Returns (value, low, high) of a JSON object with these keys; NaN for missing ends."""
     if not isinstance(value, dict) or not is_number(value.get("value")):
         return None
@@ -112,8 +112,8 @@ def estimate(value: Any) -> tuple[float, float, float] | None:
     return value["value"], low, high
 
 
-def wall_time(run: Run) -> float:
-    """Returns the elapsed_time of a run in seconds.
+def wall_time(run: Run) -> int | float:
+    """Returns the duration of a run in seconds.
 
     The summary has the seconds of the last process, including cold start and compilation. In a
     resumed run, the time from the first row to the last is longer. The result is the maximum.

@@ -70,7 +70,7 @@ class Run:
         y = np.array([row[name] if is_number(row[name]) else math.nan for row in rows], float)
         return x, y
 
-    def last(self, name: str) -> float:
+    def last(self, name: str) -> int | float:
         """Returns the newest finite value, or NaN if none exists."""
         return next((r[name] for r in reversed(self.rows) if is_number(r.get(name))), math.nan)
 

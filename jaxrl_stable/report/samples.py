@@ -88,7 +88,10 @@ def response(row: Mapping[str, Any]) -> str:
 
 
 def token_span(
-    text: str, log_weight: float | None, clipped: bool | None, differs: int | list[int] | None
+    text: str,
+    log_weight: int | float | None,
+    clipped: bool | None,
+    differs: int | list[int] | None,
 ) -> str:
     """Returns a token with its marks.
 

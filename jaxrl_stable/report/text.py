@@ -26,14 +26,14 @@ def plain(value: Any) -> str:
     return "–" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def figure(value: float) -> str:
+def figure(value: int | float) -> str:
     """Formats a number with three significant digits, or as an integer with thousands commas."""
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
 
 
-def elapsed_time(seconds: float) -> str:
+def elapsed_time(seconds: int | float) -> str:
     """Formats a time as hours and minutes, or as minutes and seconds if it is below an hour."""
     if not math.isfinite(seconds):
         return "–"

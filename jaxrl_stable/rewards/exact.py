@@ -1,6 +1,7 @@
 """Compares final answers as strings."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxrl_stable.rewards.answer import MAX_CHARACTERS, marked_answer
 from jaxrl_stable.rewards.verdict import Verdict
@@ -28,7 +29,7 @@ def normalise(text: str, *, casefold: bool = True) -> str | None:
     return (answer.casefold() if casefold else answer) or None
 
 
-def exact_reward(problem: Mapping[str, str], response: str, *, casefold: bool = True) -> Verdict:
+def exact_reward(problem: Mapping[str, Any], response: str, *, casefold: bool = True) -> Verdict:
     """Scores 1 if `response` and `problem["answer"]` have the same normalised answer, else 0.
 
     Raises:

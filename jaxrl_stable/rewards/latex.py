@@ -27,7 +27,7 @@ _MAX_MARKED = 300
 _LATEX = (math_verify.LatexExtractionConfig(),)
 
 
-def latex_reward(problem: Mapping[str, str], response: str) -> Verdict:
+def latex_reward(problem: Mapping[str, Any], response: str) -> Verdict:
     r"""Scores 1 if `response` and `problem["answer"]` have mathematically the same answer, else 0.
 
     The final answer is the text after the last `####`, else the content of the last `\boxed{...}`,

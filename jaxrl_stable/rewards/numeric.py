@@ -8,6 +8,7 @@ punctuation may surround it. Anything else is not a number; in particular, nothi
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 from jaxrl_stable.rewards.answer import MAX_CHARACTERS, marked_answer
 from jaxrl_stable.rewards.verdict import Verdict
@@ -61,7 +62,7 @@ def parse_number(text: str) -> Fraction | None:
     return -number if match["sign"] == "-" else number
 
 
-def numeric_reward(problem: Mapping[str, str], response: str) -> Verdict:
+def numeric_reward(problem: Mapping[str, Any], response: str) -> Verdict:
     """Scores 1 if the final answer of `response` equals that of `problem["answer"]`, else 0.
 
     Raises:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 
 def overlong_penalty(
-    lengths: Float[np.ndarray, "B"], limit: int, buffer: int
+    lengths: Sequence[int] | Num[np.ndarray, "B"], limit: int, buffer: int
 ) -> Float[np.ndarray, "B"]:
     """Returns the penalty to add to each reward (arXiv:2503.14476, eq. 13).
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from jaxrl_stable.rewards.exact import exact_reward, normalise
 from jaxrl_stable.rewards.numeric import numeric_reward, parse_number
@@ -13,12 +13,22 @@ _LATEX_FUNCTION = "jaxrl_stable.rewards.latex:latex_reward"
 _FUNCTION_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A function that judges a batch and returns one verdict per response."""
 
     def __call__(
-        self, problems: Sequence[Mapping[str, str]], responses: Sequence[str]
+        self, problems: Sequence[Mapping[str, Any]], responses: Sequence[str]
     ) -> list[Verdict]: ...
+
+
+@runtime_checkable
+class Problems(Protocol):
+    """Problems with reference answers, such as a `data.Source` or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 class Reward:
@@ -34,7 +44,7 @@ class Reward:
         self.name, self._scorer, self.close = name, scorer, close
 
     def __call__(
-        self, problems: Sequence[Mapping[str, str]], responses: Sequence[str]
+        self, problems: Sequence[Mapping[str, Any]], responses: Sequence[str]
     ) -> list[Verdict]:
         """Returns one verdict per response, in order.
 
@@ -49,14 +59,14 @@ class Reward:
             )
         return self._scorer(problems, responses)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reward":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def load_reward(name: str, *, timeout_s: float = 5.0, workers: int = 1) -> Reward:
+def load_reward(name: str, *, timeout_s: int | float = 5.0, workers: int = 1) -> Reward:
     """Opens a reward.
 
     Args:
@@ -83,13 +93,13 @@ def load_reward(name: str, *, timeout_s: float = 5.0, workers: int = 1) -> Rewar
     return Reward(name, pool, pool.close)
 
 
-def check_references(source: Sequence[Mapping[str, str]], reward_name: str) -> None:
+def check_references(source: Problems, reward_name: str) -> None:
     """Checks before a run that a reward can read every reference answer.
 
     `"math"` takes milliseconds per record. A user's function is not checked.
 
     Args:
-      source: any sequence of `{"prompt": ..., "answer": ...}`.
+      source: problems `{"prompt": ..., "answer": ...}`.
       reward_name: the name given to `load_reward`.
 
     Raises:
@@ -115,9 +125,9 @@ def check_references(source: Sequence[Mapping[str, str]], reward_name: str) -> N
         )
 
 
-def _unreadable(source: Sequence[Mapping[str, str]], readable: Callable[[str], bool]) -> list[int]:
+def _unreadable(source: Problems, readable: Callable[[str], bool]) -> list[int]:
     return [i for i in range(len(source)) if not readable(source[i]["answer"])]
 
 
-def _in_process(judge: Callable[[Mapping[str, str], str], Verdict]) -> Scorer:
+def _in_process(judge: Callable[[Mapping[str, Any], str], Verdict]) -> Scorer:
     return lambda problems, responses: list(map(judge, problems, responses))

@@ -21,6 +21,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from absl import logging
 
@@ -50,12 +51,12 @@ class Worker:
       ValueError: if the function cannot be imported or called.
     """
 
-    def __init__(self, function: str, timeout_s: float, memory_bytes: int):
+    def __init__(self, function: str, timeout_s: int | float, memory_bytes: int):
         self._function, self._timeout_s, self._memory_bytes = function, timeout_s, memory_bytes
         self._process: subprocess.Popen | None = None
         self._start()
 
-    def score(self, problem: Mapping[str, str], response: str) -> Verdict:
+    def score(self, problem: Mapping[str, Any], response: str) -> Verdict:
         """Judges one response within the limit; after a failure it first starts a new process."""
         try:
             if self._process is None:
@@ -115,7 +116,7 @@ class Worker:
                 f"reward {self._function!r}: {reply['error']}; check the name and the PYTHONPATH"
             )
 
-    def _exchange(self, request: dict | None, timeout_s: float) -> dict:
+    def _exchange(self, request: dict | None, timeout_s: int | float) -> dict:
         """Sends a request, if any, and returns the reply.
 
         Raises:
@@ -157,7 +158,7 @@ class WorkerPool:
         self,
         function: str,
         *,
-        timeout_s: float = 5.0,
+        timeout_s: int | float = 5.0,
         workers: int = 1,
         memory_bytes: int = 8 << 30,
     ):
@@ -175,11 +176,11 @@ class WorkerPool:
             self._idle.put(worker)
 
     def __call__(
-        self, problems: Sequence[Mapping[str, str]], responses: Sequence[str]
+        self, problems: Sequence[Mapping[str, Any]], responses: Sequence[str]
     ) -> list[Verdict]:
         return list(self._threads.map(self._score, problems, responses))
 
-    def _score(self, problem: Mapping[str, str], response: str) -> Verdict:
+    def _score(self, problem: Mapping[str, Any], response: str) -> Verdict:
         worker = self._idle.get()
         try:
             return worker.score(problem, response)
