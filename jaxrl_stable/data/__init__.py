@@ -1,4 +1,4 @@
-"""Problems, tokenizers, and grain pipelines that turn the two into batches of numpy arrays."""
+"""Problems, tokenizers, and the grain pipelines that turn them into batches of NumPy arrays."""
 
 from jaxrl_stable.data.arithmetic import ArithmeticSource
 from jaxrl_stable.data.demonstrations import packed_iterator

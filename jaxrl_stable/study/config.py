@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from jaxrl_stable.advantages import centered
-from jaxrl_stable.array_tasks import Task
+from jaxrl_stable.array_tasks import ArrayTask
 from jaxrl_stable.checks import one_of
 from jaxrl_stable.configs import FORMATS, Optimizer
 from jaxrl_stable.model.config import ModelConfig
@@ -51,7 +51,7 @@ class ColdStart:
       name: by which a grid asks for it.
       steps: gradient steps.
       batch_size: solutions of a step.
-      slips: how often the teacher errs, see `Task.solutions`; what there is to gain by RL.
+      slips: how often the teacher errs, see `ArrayTask.solutions`; what there is to gain by RL.
       task: problems of the teacher, in the study's vocabulary; None takes the study's task.
       optimizer: learning rate and the rest.
     """
@@ -60,7 +60,7 @@ class ColdStart:
     steps: int = 400
     batch_size: int = 64
     slips: float = 0.2
-    task: Task | None = None
+    task: ArrayTask | None = None
     optimizer: Optimizer = Optimizer(learning_rate=3e-3, warmup_steps=20)
 
 
@@ -223,7 +223,7 @@ class Study:
     """
 
     title: str = "A study"
-    task: Task | None = None
+    task: ArrayTask | None = None
     model: ModelConfig | None = None
     cold_starts: tuple[ColdStart, ...] = (ColdStart(),)
     grids: tuple[Grid, ...] = ()

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_stable import diagnostics
-from jaxrl_stable.array_tasks import Problems, Task
+from jaxrl_stable.array_tasks import ArrayTask, Problems
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.routing import Routing
@@ -79,7 +79,9 @@ class RunState(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
-def demonstrations(task: Task, key: Key[Array, ""], count: int, slips: float) -> dict[str, Array]:
+def demonstrations(
+    task: ArrayTask, key: Key[Array, ""], count: int, slips: float
+) -> dict[str, Array]:
     """A batch for `sft.supervised_update`: problems, and the teacher's solutions."""
     of_problems, of_teacher = jax.random.split(key)
     problems = task.problems(of_problems, count)

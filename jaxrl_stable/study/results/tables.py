@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxrl_stable.report.run import is_number
-from jaxrl_stable.report.text import duration, escape, figure, plain
+from jaxrl_stable.report.text import elapsed_time, escape, figure, plain
 from jaxrl_stable.statistics import Estimate, mean_over_seeds
 from jaxrl_stable.study.results.analysis import CellRuns, Outcome
 from jaxrl_stable.study.results.panels import swatch
@@ -166,7 +166,7 @@ def number(value: Any) -> str:
 def total_time(cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     seconds = [run.seconds for cell in cells for run in outcomes[cell.name]]
     known = [value for value in seconds if math.isfinite(value)]
-    return duration(sum(known)) if known else "–"
+    return elapsed_time(sum(known)) if known else "–"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
