@@ -41,11 +41,6 @@ def overlap(a: UInt[Array, "*N K"], b: UInt[Array, "*N K"]) -> Float[Array, "*N"
     return same.any(-1).mean(-1, dtype=jnp.float32)
 
 
-def shift(routing: Routing, offset: int) -> Routing:
-    """Moves every choice by `offset` positions: the negative control of replay tests."""
-    return dataclasses.replace(routing, experts=jnp.roll(routing.experts, offset, axis=2))
-
-
 def check_layout(routing: Routing, num_layers: int, num_experts: int) -> None:
     """Refuses what would broadcast, or index from the end; also while tracing.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from negative_controls import shift
 
 from jaxrl_stable import configs
 from jaxrl_stable.batch import TrainBatch, make_batch, split
@@ -21,7 +22,7 @@ from jaxrl_stable.evaluate import evaluate
 from jaxrl_stable.model import init_model, tiny
 from jaxrl_stable.model.experts import Experts
 from jaxrl_stable.rollout import rollout
-from jaxrl_stable.routing import Routing, shift, validate
+from jaxrl_stable.routing import Routing, validate
 from jaxrl_stable.update import with_old_policy
 
 
