@@ -8,15 +8,14 @@ advantage 0. A group of one has advantage 0 wherever the group is the baseline.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float, Int
 from jaxrl_stable.importance import at_least_float32
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+from jaxrl_stable.objectives.token_loss import check_same_shape
 
 
 def centered(
@@ -36,7 +35,7 @@ def centered(
       valid: False where the reward is missing.
       lengths: not looked at.
     """
-    return _groups(rewards, group_ids, valid).deviation
+    return _groups("centered", rewards, group_ids, valid, lengths).deviation
 
 
 def standardized(
@@ -66,7 +65,7 @@ def standardized(
     """
     if scale not in ("group", "batch"):
         raise ValueError(f"standardized: scale {scale!r} is unknown; use 'group' or 'batch'")
-    group = _groups(rewards, group_ids, valid)
+    group = _groups("standardized", rewards, group_ids, valid, lengths)
     if scale == "group":
         squares, count = group.sum(jnp.square(group.deviation)), group.count
     else:
@@ -97,7 +96,7 @@ def leave_one_out(
         leave-one-out baseline; where they are all equal, the difference is left as it is.
       eps: added to that std.
     """
-    group = _groups(rewards, group_ids, valid)
+    group = _groups("leave_one_out", rewards, group_ids, valid, lengths)
     others = jnp.maximum(group.count - 1, 1.0)
     difference = group.deviation * group.count / others
     difference = jnp.where(group.count > 1, difference, 0.0)
@@ -136,7 +135,7 @@ def reinforce_plus_plus(
       baseline: subtract the group's mean first (REINFORCE++-baseline).
       eps: added to the variance.
     """
-    group = _groups(rewards, group_ids, valid)
+    group = _groups("reinforce_plus_plus", rewards, group_ids, valid, lengths)
     x = group.deviation if baseline else group.keep * group.rewards
     weight = group.keep if lengths is None else group.keep * lengths.astype(x.dtype)
     count = weight.sum()
@@ -162,7 +161,7 @@ def maxrl(
       rewards, group_ids, valid, lengths: see `centered`; rewards are not negative.
       eps: added to the mean.
     """
-    group = _groups(rewards, group_ids, valid)
+    group = _groups("maxrl", rewards, group_ids, valid, lengths)
     return group.deviation / (group.mean + eps)
 
 
@@ -177,7 +176,7 @@ def gpg(
     Args:
       rewards, group_ids, valid, lengths: see `centered`.
     """
-    group = _groups(rewards, group_ids, valid)
+    group = _groups("gpg", rewards, group_ids, valid, lengths)
     nonzero = (group.keep * (group.rewards != 0)).sum()
     return group.deviation * group.keep.sum() / jnp.maximum(nonzero, 1.0)
 
@@ -199,7 +198,7 @@ def clip_filter(
       rewards, group_ids, valid, lengths: see `centered`.
       cap: largest factor.
     """
-    group = _groups(rewards, group_ids, valid)
+    group = _groups("clip_filter", rewards, group_ids, valid, lengths)
     spread = (group.keep > 0) & (group.highest > group.lowest)
     share = 1 / jnp.maximum(group.count, 1.0)  # adds up to 1 in a group
     groups, informative = (group.keep * share).sum(), (spread * share).sum()
@@ -227,12 +226,20 @@ class _Groups(NamedTuple):
     lowest: Float[Array, "B"]
     deviation: Float[Array, "B"]
 
-    def sum(self, x: Float[Array, "B"]) -> Float[Array, "B"]:
+    def sum(self, x: Float[Array, "B"] | Bool[Array, "B"]) -> Float[Array, "B"]:
         """Sum over the group, of what is there."""
         return _group_sum(self.keep * x, self.ids)
 
 
-def _groups(rewards, group_ids, valid) -> _Groups:
+def _groups(
+    function: str,
+    rewards: Float[Array, "B"],
+    group_ids: Int[Array, "B"],
+    valid: Bool[Array, "B"] | None,
+    lengths: Int[Array, "B"] | None,
+) -> _Groups:
+    arrays = {"rewards": rewards, "group_ids": group_ids, "valid": valid, "lengths": lengths}
+    check_same_shape(function, "B", **arrays)
     rewards = at_least_float32(rewards)
     keep = jnp.ones_like(rewards) if valid is None else valid.astype(rewards.dtype)
     rewards = jnp.where(keep > 0, rewards, 0.0)

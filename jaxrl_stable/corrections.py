@@ -15,29 +15,35 @@ own weight: give them masks, not a second weight.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import LOG_RATIO_BOUND, bounded, log_ratio, response_mean
-from jaxrl_stable.objectives.token_loss import TokenLoss, per_token, repeated
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_same_shape,
+    check_shapes,
+    per_token,
+    repeated,
+    traits,
+)
 
 
 def correct(token_loss: TokenLoss, factor: Float[Array, "B T"]) -> TokenLoss:
     """The loss and its weight, multiplied by the factors of a correction."""
+    check_same_shape("correct", "B T", loss=token_loss.loss, factor=factor)
     factor = jax.lax.stop_gradient(factor)
     return token_loss._replace(loss=token_loss.loss * factor, weight=token_loss.weight * factor)
 
 
+@traits(weighs_mismatch=True, needs_mismatch=True)
 def token_tis(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     cap: float = 2.0,
@@ -51,17 +57,19 @@ def token_tis(
       cap: C; 2 is usual.
       floor: smallest weight, or None.
     """
+    check_shapes("token_tis", logp, logp_old, logp_rollout, advantages, mask)
     _check("token_tis", None if floor is None else ("floor", floor), ("cap", cap))
     lower = -LOG_RATIO_BOUND if floor is None else math.log(floor)
     log_w = jnp.clip(_mismatch(logp, logp_old, logp_rollout, mask), min=lower, max=math.log(cap))
     return _constant(jnp.exp(log_w), mask)
 
 
+@traits(weighs_mismatch=True, needs_mismatch=True)
 def sequence_tis(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     cap: float = 2.0,
@@ -72,17 +80,19 @@ def sequence_tis(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       cap: C.
     """
+    check_shapes("sequence_tis", logp, logp_old, logp_rollout, advantages, mask)
     _check("sequence_tis", None, ("cap", cap))
     log_w = _mismatch(logp, logp_old, logp_rollout, mask).sum(-1)
     weight = jnp.exp(jnp.clip(log_w, min=-LOG_RATIO_BOUND, max=math.log(cap)))
     return jax.lax.stop_gradient(repeated(weight, mask))
 
 
+@traits(weighs_mismatch=lambda weigh, **_: weigh, needs_mismatch=True)
 def icepop(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     low: float = 0.5,
@@ -99,15 +109,17 @@ def icepop(
       low, high: bounds of w.
       weigh: multiply by w as well; False is the mask alone (SkyRL's).
     """
+    check_shapes("icepop", logp, logp_old, logp_rollout, advantages, mask)
     log_w = _mismatch(logp, logp_old, logp_rollout, mask)
     return _inside("icepop", log_w, low, high, weigh, mask)
 
 
+@traits(weighs_mismatch=lambda weigh, **_: weigh, needs_mismatch=True)
 def sequence_mis(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     low: float = 0.0,
@@ -121,15 +133,17 @@ def sequence_mis(
       low, high: bounds of W.
       weigh: multiply by W as well.
     """
+    check_shapes("sequence_mis", logp, logp_old, logp_rollout, advantages, mask)
     log_w = repeated(_mismatch(logp, logp_old, logp_rollout, mask).sum(-1), mask)
     return _inside("sequence_mis", log_w, low, high, weigh, mask)
 
 
+@traits(needs_mismatch=True)
 def geometric_mask(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     low: float = 0.999,
@@ -143,15 +157,17 @@ def geometric_mask(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       low, high: bounds of the geometric mean.
     """
+    check_shapes("geometric_mask", logp, logp_old, logp_rollout, advantages, mask)
     log_w = repeated(response_mean(_mismatch(logp, logp_old, logp_rollout, mask), mask), mask)
     return _inside("geometric_mask", log_w, low, high, False, mask)
 
 
+@traits(needs_mismatch=True)
 def veto(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     threshold: float = 1e-4,
@@ -162,6 +178,7 @@ def veto(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       threshold: smallest w that is believed; 1e-4 to 1e-6 are usual (slime, once).
     """
+    check_shapes("veto", logp, logp_old, logp_rollout, advantages, mask)
     _check("veto", None, ("threshold", threshold))
     log_w = _mismatch(logp, logp_old, logp_rollout, mask)
     vetoed = (mask & (log_w < math.log(threshold))).any(-1, keepdims=True)
@@ -172,7 +189,7 @@ def off_policy_sequence_mask(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     delta: float = 0.5,
@@ -186,16 +203,18 @@ def off_policy_sequence_mask(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       delta: δ, nats.
     """
+    check_shapes("off_policy_sequence_mask", logp, logp_old, logp_rollout, advantages, mask)
     distance = repeated(response_mean(log_ratio(logp_rollout, logp, mask), mask), mask)
     stale = (per_token(advantages, mask) < 0) & (distance > delta)
     return _constant(jnp.where(stale, jnp.zeros_like(distance), 1.0), mask)
 
 
+@traits(weighs_mismatch=True, needs_mismatch=True, whole_batch=True)
 def normalized_token_tis(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     cap: float = 2.0,
@@ -208,15 +227,17 @@ def normalized_token_tis(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       cap: C.
     """
+    check_shapes("normalized_token_tis", logp, logp_old, logp_rollout, advantages, mask)
     weight = token_tis(logp, logp_old, logp_rollout, advantages, mask, cap=cap)
     return weight / jnp.maximum(weight.sum() / jnp.maximum(mask.sum(), 1), 1e-8)
 
 
+@traits(weighs_mismatch=True, needs_mismatch=True, whole_batch=True)
 def normalized_sequence_tis(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
     cap: float = 2.0,
@@ -229,26 +250,31 @@ def normalized_sequence_tis(
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
       cap: C.
     """
+    check_shapes("normalized_sequence_tis", logp, logp_old, logp_rollout, advantages, mask)
     weight = sequence_tis(logp, logp_old, logp_rollout, advantages, mask, cap=cap)
     responses = mask.any(-1).sum()
     return weight / jnp.maximum(weight.max(-1).sum() / jnp.maximum(responses, 1), 1e-8)
 
 
-for _f in (token_tis, sequence_tis, normalized_token_tis, normalized_sequence_tis):
-    _f.weighs_mismatch = _f.needs_mismatch = True
-for _f in (icepop, sequence_mis):
-    _f.weighs_mismatch, _f.needs_mismatch = (lambda weigh=True, **_: weigh), True
-geometric_mask.needs_mismatch = veto.needs_mismatch = True
-normalized_token_tis.whole_batch = normalized_sequence_tis.whole_batch = True
-
-
-def _mismatch(logp, logp_old, logp_rollout, mask) -> Float[Array, "B T"]:
+def _mismatch(
+    logp: Float[Array, "B T"],
+    logp_old: Float[Array, "B T"] | None,
+    logp_rollout: Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T"]:
     """log w, a constant; 0 outside the mask."""
     old = logp if logp_old is None else logp_old
     return jax.lax.stop_gradient(log_ratio(old, logp_rollout, mask))
 
 
-def _inside(name, log_w, low, high, weigh, mask) -> Float[Array, "B T"]:
+def _inside(
+    name: str,
+    log_w: Float[Array, "B T"],
+    low: float,
+    high: float,
+    weigh: bool,
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T"]:
     _check(name, ("low", low) if low else None, ("high", high))
     lower = math.log(low) if low else -math.inf
     upper = math.log(high)
@@ -265,5 +291,5 @@ def _check(name: str, lower: tuple[str, float] | None, upper: tuple[str, float])
         raise ValueError(f"{name}: {shown} bounds a ratio; use positive ones, the lower one first")
 
 
-def _constant(factor, mask) -> Float[Array, "B T"]:
+def _constant(factor: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
     return jax.lax.stop_gradient(jnp.where(mask, factor, 0.0))

@@ -11,13 +11,11 @@ weights of the rollout), `logp_rollout` is μ_old (what the sampler computed). T
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:  # annotations only: this module needs jax and numpy and nothing else
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.array_types import Array, Bool, Float
 
 # exp(20) = 4.9e8: far outside anything meaningful, far inside float32.
 LOG_RATIO_BOUND = 20.0
@@ -69,7 +67,7 @@ def importance_weight(
 
 def clip_masks(
     log_ratio: Float[Array, "B T"],
-    advantages: Float[Array, "B 1"],
+    advantages: Float[Array, "B 1"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     low: float,
     high: float,

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from jaxrl_stable.objectives import (
     aggregate,
     kl_penalty,
     minirl,
+    traits_of,
 )
 
 REPLAYS = ("none", "R2", "R3")
@@ -43,25 +44,32 @@ def one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(repr, allowed))}")
 
 
-def has_trait(function: Callable, trait: str) -> bool:
-    """Whether a function is marked by a trait, with the options that a `partial` binds.
-
-    `whole_batch`: it decides on all tokens of a mini-batch together. `weighs_mismatch`: it weighs
-    by π_old/μ_old. `needs_mismatch`: it says nothing where that is made 1. A trait that hangs on
-    options is a function of them.
-    """
-    options = {}
-    while isinstance(function, functools.partial):
-        options, function = function.keywords | options, function.func
-    marked = getattr(function, trait, False)
-    return marked(**options) if callable(marked) else marked
-
-
 def name_of(function: Callable) -> str:
     """The name of a function, or of the one that it is a `functools.partial` of."""
     while isinstance(function, functools.partial):
         function = function.func
     return function.__name__
+
+
+@runtime_checkable
+class ObjectiveLike(Protocol):
+    """What `update` needs of an objective; `Objective` has it, and so has a choice of several."""
+
+    @property
+    def replay(self) -> str: ...
+
+    @property
+    def kl_coefficient(self) -> float: ...
+
+    @property
+    def whole_batch(self) -> bool: ...
+
+    @property
+    def needs_old_policy(self) -> bool: ...
+
+    def total(
+        self, logp: Float[Array, "B T"], entropy: Float[Array, "B T"], batch: Any
+    ) -> tuple[Float[Array, ""], Decided]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +140,7 @@ class Objective:
     @property
     def whole_batch(self) -> bool:
         """Whether a function decides on all tokens of a mini-batch together."""
-        return any(has_trait(f, "whole_batch") for f in (self.loss, *self.corrections))
+        return any(traits_of(f).whole_batch for f in (self.loss, *self.corrections))
 
     def check(self) -> None:
         """Whether the functions go together, and what `try_functions` finds.
@@ -141,13 +149,13 @@ class Objective:
           ValueError: the mismatch would count twice, or is 1 where a function looks at it.
         """
         functions = (self.loss, *self.corrections)
-        weights = [name_of(f) for f in functions if has_trait(f, "weighs_mismatch")]
+        weights = [name_of(f) for f in functions if traits_of(f).weighs_mismatch]
         if len(weights) > 1:
             raise ValueError(
                 f"Objective: {' and '.join(weights)} both weigh the mismatch of sampler and "
                 "trainer; it would count twice. Keep one, and correct by masks"
             )
-        needing = [name_of(f) for f in functions if has_trait(f, "needs_mismatch")]
+        needing = [name_of(f) for f in functions if traits_of(f).needs_mismatch]
         if needing and self.policies != "all":
             raise ValueError(
                 f"Objective.policies={self.policies!r} makes the mismatch 1 that "

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxrl_stable import advantages, corrections, objectives
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.objectives import TokenLoss
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 class Published(NamedTuple):

@@ -1,6 +1,9 @@
 """What gin binds as the objective: its switches, its errors, and what the update makes of them."""
 
 import dataclasses
+import functools
+import inspect
+import re
 import types
 from functools import partial
 
@@ -10,11 +13,10 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import advantages as estimators
-from jaxrl_stable import corrections, objectives
+from jaxrl_stable import corrections, objectives, update
 from jaxrl_stable.batch import make_batch
 from jaxrl_stable.diagnostics import finalize
-from jaxrl_stable.objective import Objective
-from jaxrl_stable.update import policy_log_probs
+from jaxrl_stable.objective import Objective, ObjectiveLike
 
 
 @pytest.mark.fast
@@ -80,6 +82,35 @@ def test_functions_that_go_together_and_those_that_do_not(together, message):
         objective.check()
 
 
+@pytest.mark.fast
+def test_traits_depend_on_the_options_that_are_bound():
+    """The innermost default counts, then the binding that is outermost; wrappers keep them."""
+    plain = objectives.traits_of(objectives.minirl)
+    assert plain.weighs_mismatch and not plain.needs_mismatch and not plain.whole_batch
+    inner = partial(objectives.minirl, weight="none", clip=False)
+    assert not objectives.traits_of(inner).weighs_mismatch
+    outer = objectives.traits_of(partial(inner, weight="mismatch"))
+    assert outer.weighs_mismatch and outer.needs_mismatch
+    assert objectives.traits_of(partial(objectives.bapo, form="code")).whole_batch
+
+    @functools.wraps(objectives.minirl)
+    def wrapped(*arrays, **options):
+        return objectives.minirl(*arrays, **options)
+
+    assert objectives.traits_of(wrapped) == plain
+    for function in (objectives.ppo, corrections.off_policy_sequence_mask, wrong_result):
+        assert not any(vars(objectives.traits_of(function)).values())
+
+
+@pytest.mark.fast
+def test_a_loss_of_ones_own_declares_its_traits():
+    @objectives.traits(whole_batch=True)
+    def loss(*arrays):
+        return objectives.reinforce(*arrays)
+
+    assert Objective(loss=loss).whole_batch and not Objective().whole_batch
+
+
 def wrong_result(*arrays):
     return arrays[0]
 
@@ -114,6 +145,15 @@ def broken(*arrays):
 def test_check_finds_wrong_options_before_anything_runs(objective, message):
     with pytest.raises(ValueError, match=message):
         objective.check()
+
+
+@pytest.mark.fast
+def test_what_update_needs_is_what_the_protocol_lists():
+    used = set(re.findall(r"\bobjective\.(\w+)", inspect.getsource(update)))
+    listed = {name for name in vars(ObjectiveLike) if not name.startswith("_")}
+    assert used == listed
+    assert isinstance(Objective(), ObjectiveLike)
+    assert not isinstance(object(), ObjectiveLike)
 
 
 @pytest.mark.fast
@@ -220,7 +260,7 @@ def test_terms_beside_the_loss(model, perturbed, trajectory, advantages, passes)
     state, metrics = passes.step(passes.init(perturbed), batch, objective)
 
     def expected(m):
-        scored, _ = policy_log_probs(m, batch, None, 1.0)
+        scored, _ = update.policy_log_probs(m, batch, None, 1.0)
         d = jnp.where(batch.response_mask, scored.logp - reference, 0.0)
         loss = -advantages[:, None] * scored.logp + 0.3 * d**2 / 2 - 0.2 * scored.entropy
         return loss.sum() / len(advantages), (d**2 / 2).sum() / batch.response_mask.sum()

@@ -16,11 +16,12 @@ or sum over a response, is bounded at ±20. A row without response tokens counts
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.diagnostics.parts import (
+    Metrics,
     masked_correlation,
     masked_max,
     masked_mean,
@@ -28,11 +29,6 @@ from jaxrl_stable.diagnostics.parts import (
     masked_spread,
 )
 from jaxrl_stable.importance import at_least_float32, bounded, log_ratio, response_mean
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    from jaxrl_stable.diagnostics.parts import Metrics
 
 
 def k3(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -7,15 +7,12 @@ A part holds sums, not results, so that any cut of the rows gives the figures of
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.array_types import Array, Bool, Float, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +150,7 @@ def is_metric(x: object) -> bool:
     return isinstance(x, Part)
 
 
-def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Mean:
+def masked_mean(x: Shaped[Array, "*n"], mask: Bool[Array, "*n"]) -> Mean:
     """Σ m x over Σ m."""
     x = jnp.where(mask, x.astype(jnp.float32), 0.0)
     return Mean(x.sum(), mask.sum(dtype=jnp.float32))
@@ -164,11 +161,11 @@ def weighted_mean(x: Float[Array, "*n"], weight: Float[Array, "*n"]) -> Mean:
     return Mean((weight * x).sum(), weight.sum())
 
 
-def masked_max(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Max:
+def masked_max(x: Shaped[Array, "*n"], mask: Bool[Array, "*n"]) -> Max:
     return Max(jnp.where(mask, x.astype(jnp.float32), -jnp.inf).max())
 
 
-def masked_min(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Min:
+def masked_min(x: Shaped[Array, "*n"], mask: Bool[Array, "*n"]) -> Min:
     return Min(jnp.where(mask, x.astype(jnp.float32), jnp.inf).min())
 
 

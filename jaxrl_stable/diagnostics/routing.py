@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 
-from jaxrl_stable.diagnostics.parts import Sum, masked_mean
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    from jaxrl_stable.diagnostics.parts import Metrics
+from jaxrl_stable.array_types import Array, Bool, Float
+from jaxrl_stable.diagnostics.parts import Metrics, Sum, masked_mean
 
 
 def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"]) -> Metrics:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 
-from jaxrl_stable.diagnostics.parts import Mean, masked_mean, weighted_mean
+from jaxrl_stable.array_types import Array, Bool, Float
+from jaxrl_stable.diagnostics.parts import Mean, Metrics, masked_mean, weighted_mean
 from jaxrl_stable.importance import at_least_float32, bounded, log_ratio
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    from jaxrl_stable.diagnostics.parts import Metrics
 
 
 def validity_metrics(

@@ -7,25 +7,21 @@ ablation puts in its place. Means are over all response tokens unless the name s
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.diagnostics.mismatch import k3
 from jaxrl_stable.diagnostics.parts import (
     EffectiveShare,
+    Metrics,
     masked_max,
     masked_mean,
     masked_min,
     masked_spread,
 )
 from jaxrl_stable.importance import bounded, log_ratio, response_mean
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    from jaxrl_stable.diagnostics.parts import Metrics
-    from jaxrl_stable.objectives.token_loss import TokenLoss
+from jaxrl_stable.objectives.token_loss import TokenLoss
 
 # A histogram whose bars combine like all the rest; bounds in hundredths, from (inclusive) to.
 BUCKETS = {

@@ -19,7 +19,7 @@ from jaxrl_stable.objectives.regularizers import KL_ESTIMATORS, kl_penalty
 from jaxrl_stable.objectives.reinforce import dro, reinforce
 from jaxrl_stable.objectives.sequence import gmpo, gspo, luspo
 from jaxrl_stable.objectives.smooth import sapo, vespo
-from jaxrl_stable.objectives.token_loss import TokenLoss
+from jaxrl_stable.objectives.token_loss import TokenLoss, traits, traits_of
 
 __all__ = [
     "KL_ESTIMATORS",
@@ -44,5 +44,7 @@ __all__ = [
     "ppo",
     "reinforce",
     "sapo",
+    "traits",
+    "traits_of",
     "vespo",
 ]

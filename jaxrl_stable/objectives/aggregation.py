@@ -7,14 +7,11 @@ gradients, it does not shrink the batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import check_same_shape
 
 SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
@@ -53,6 +50,7 @@ def aggregate(
     Raises:
       ValueError: unknown mode, or "seq-mean-token-sum-norm" without a horizon.
     """
+    check_same_shape("aggregate", "B T", loss=loss, mask=mask)
     loss = jnp.where(mask, at_least_float32(loss), 0.0)
     tokens = mask.sum(-1, dtype=loss.dtype)
     sequences = (tokens > 0).sum(dtype=loss.dtype)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import LOG_RATIO_BOUND, at_least_float32
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_option,
+    check_shapes,
     clipped_surrogate,
     per_token,
     staleness,
+    traits,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 Steps = tuple[float, float, float]  # start, end, step
 
 
+@traits(whole_batch=True)
 def bapo(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -61,6 +61,7 @@ def bapo(
     Raises:
       ValueError: unknown form, or bounds that do not rise around a ratio of 1.
     """
+    check_shapes("bapo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("bapo", "form", form, ("paper", "code"))
     for name, (start, end, step) in {"low": low, "high": high}.items():
         if not (0 < start <= end and step > 0) or (end >= 1) != (name == "high"):
@@ -96,6 +97,3 @@ def bapo(
     found = jax.lax.while_loop(falls_short, lambda i: i + 1, jnp.zeros((), jnp.int32))
     log_low, log_high = map(jnp.log, bounds(found))
     return clipped_surrogate(log_r, advantages, mask, log_low, log_high, dual_clip)
-
-
-bapo.whole_batch = True

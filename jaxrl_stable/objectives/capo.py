@@ -10,17 +10,15 @@ so that no Kronecker product is ever formed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float, Int
 from jaxrl_stable.importance import at_least_float32
 from jaxrl_stable.objectives.ppo import ppo
-from jaxrl_stable.objectives.token_loss import TokenLoss, per_token
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+from jaxrl_stable.objectives.token_loss import TokenLoss, check_shapes, per_token
 
 
 class CapoHead(NamedTuple):
@@ -81,7 +79,7 @@ def capo(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     head: CapoHead,
     *,
@@ -109,6 +107,7 @@ def capo(
     Raises:
       ValueError: bounds that are none.
     """
+    check_shapes("capo", logp, logp_old, logp_rollout, advantages, mask)
     out = ppo(
         logp,
         logp_old,

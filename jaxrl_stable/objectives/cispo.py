@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_clip,
+    check_shapes,
     per_token,
     score_function,
     staleness,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 def cispo(
@@ -45,6 +43,7 @@ def cispo(
     Raises:
       ValueError: bounds that are none.
     """
+    check_shapes("cispo", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("cispo", None if clip_low == 1 else clip_low, clip_high)
     log_r = jax.lax.stop_gradient(staleness(logp, logp_old, mask))
     return _clipped_weight(logp, log_r, advantages, mask, clip_low, clip_high)
@@ -77,6 +76,7 @@ def minpro(
     Raises:
       ValueError: bounds that are none.
     """
+    check_shapes("minpro", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("minpro", None if clip_low == 1 else clip_low, clip_high)
     log_r = jax.lax.stop_gradient(staleness(logp, logp_old, mask))
     so_far = jax.lax.cummin(jnp.where(mask, log_r, jnp.inf), axis=1)
@@ -85,7 +85,14 @@ def minpro(
     return _clipped_weight(logp, log_r + prefix, advantages, mask, clip_low, clip_high)
 
 
-def _clipped_weight(logp, log_weight, advantages, mask, clip_low, clip_high) -> TokenLoss:
+def _clipped_weight(
+    logp: Float[Array, "B T"],
+    log_weight: Float[Array, "B T"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    clip_low: float | None,
+    clip_high: float,
+) -> TokenLoss:
     lower = -math.inf if clip_low in (None, 1) else math.log1p(-clip_low)
     upper = math.log1p(clip_high)
     weight = jnp.exp(jnp.clip(log_weight, min=lower, max=upper))

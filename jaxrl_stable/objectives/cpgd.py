@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32
-from jaxrl_stable.objectives.token_loss import TokenLoss, check_clip, per_token, staleness
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_clip,
+    check_shapes,
+    per_token,
+    staleness,
+)
 
 
 def cpgd(
@@ -45,6 +48,7 @@ def cpgd(
     Raises:
       ValueError: bounds that are none.
     """
+    check_shapes("cpgd", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("cpgd", clip_low, clip_high)
     advantages = per_token(advantages, mask)
     log_r = staleness(logp, logp_old, mask)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32, importance_weight, log_ratio
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_option,
+    check_shapes,
     per_token,
     score_function,
+    traits,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 TINY = 1e-8  # keeps the logarithms of the binary KL finite
 
 
+@traits(weighs_mismatch=True)
 def dppo(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -57,6 +57,7 @@ def dppo(
     Raises:
       ValueError: unknown divergence, or a threshold or truncation that is not positive.
     """
+    check_shapes("dppo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("dppo", "divergence", divergence, ("tv", "kl"))
     if threshold <= 0 or (truncation is not None and truncation <= 0):
         raise ValueError(f"dppo: threshold={threshold}, truncation={truncation}; use positive ones")
@@ -81,10 +82,7 @@ def dppo(
 def _binary_kl(p: Float[Array, "B T"], q: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """KL between two coins that show this token with probability p and q."""
 
-    def term(a, b):
+    def term(a: Float[Array, "B T"], b: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return a * (jnp.log(jnp.maximum(a, TINY)) - jnp.log(jnp.maximum(b, TINY)))
 
     return term(p, q) + term(1 - p, 1 - q)
-
-
-dppo.weighs_mismatch = True

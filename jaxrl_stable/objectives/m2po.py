@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import log_ratio
-from jaxrl_stable.objectives.token_loss import TokenLoss, check_option, per_token, staleness
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_option,
+    check_shapes,
+    per_token,
+    staleness,
+    traits,
+)
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
-
+@traits(whole_batch=True, needs_mismatch=lambda moment, **_: moment == "mismatch")
 def m2po(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -42,6 +46,7 @@ def m2po(
     Raises:
       ValueError: unknown moment, or a threshold that is not positive.
     """
+    check_shapes("m2po", logp, logp_old, logp_rollout, advantages, mask)
     check_option("m2po", "moment", moment, ("mismatch", "full"))
     if threshold <= 0:
         raise ValueError(f"m2po: threshold is {threshold}; use a positive one")
@@ -55,10 +60,6 @@ def m2po(
     log_r, r = jax.lax.stop_gradient((log_r, r))
     high, low = dropped & (advantages > 0), dropped & (advantages < 0)
     return TokenLoss(loss, log_r, r, jnp.zeros_like(mask), high, low)
-
-
-m2po.whole_batch = True
-m2po.needs_mismatch = lambda moment="mismatch", **_: moment == "mismatch"
 
 
 def _smallest_below(

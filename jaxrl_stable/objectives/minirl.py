@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import clip_masks, importance_weight, log_ratio
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_clip,
     check_option,
+    check_shapes,
     per_token,
     score_function,
+    traits,
 )
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
-
+@traits(
+    weighs_mismatch=lambda weight, **_: weight != "none",
+    needs_mismatch=lambda weight, **_: weight == "mismatch",
+)
 def minirl(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -61,6 +64,7 @@ def minirl(
     Raises:
       ValueError: unknown `weight` or `clip_anchor`, or bounds that are none.
     """
+    check_shapes("minirl", logp, logp_old, logp_rollout, advantages, mask)
     check_option("minirl", "weight", weight, ("full", "mismatch", "none"))
     check_option("minirl", "clip_anchor", clip_anchor, ("old", "rollout"))
     check_clip("minirl", clip_low, clip_high)
@@ -87,7 +91,3 @@ def minirl(
         truncated=log_weight > cap,
         clipped=clipped,
     )
-
-
-minirl.weighs_mismatch = lambda weight="full", **_: weight != "none"
-minirl.needs_mismatch = lambda weight="full", **_: weight == "mismatch"

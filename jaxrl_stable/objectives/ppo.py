@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_clip,
+    check_shapes,
     clipped_surrogate,
     per_token,
     staleness,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 def ppo(
@@ -49,6 +47,7 @@ def ppo(
     Raises:
       ValueError: bounds that are none.
     """
+    check_shapes("ppo", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("ppo", clip_low, clip_high)
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"ppo: dual_clip is {dual_clip}; it bounds the ratio, use more than 1")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import bounded, log_ratio
-from jaxrl_stable.objectives.token_loss import check_option, staleness
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import check_option, check_same_shape, staleness
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3+")
 
@@ -46,6 +42,9 @@ def kl_penalty(
     Raises:
       ValueError: unknown estimator, or one that a weight would bias.
     """
+    check_same_shape(
+        "kl_penalty", "B T", logp=logp, logp_reference=logp_reference, logp_old=logp_old, mask=mask
+    )
     check_option("kl_penalty", "estimator", estimator, KL_ESTIMATORS)
     if logp_old is not None and estimator not in ("k1", "k3"):
         raise ValueError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.objectives.token_loss import TokenLoss, per_token, score_function, staleness
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.array_types import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_shapes,
+    per_token,
+    score_function,
+    staleness,
+)
 
 
 def reinforce(
@@ -25,6 +27,7 @@ def reinforce(
     With `advantages.leave_one_out` and the token sum it is RLOO (arXiv:2402.14740). The other two
     policies are not looked at. Arguments: see `minirl`.
     """
+    check_shapes("reinforce", logp, logp_old, logp_rollout, advantages, mask)
     zeros = jnp.zeros(mask.shape, per_token(advantages, mask).dtype)
     return score_function(logp, zeros, zeros + 1.0, per_token(advantages, mask), mask)
 
@@ -47,6 +50,7 @@ def dro(
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
       beta: β, weight of the square.
     """
+    check_shapes("dro", logp, logp_old, logp_rollout, advantages, mask)
     log_r = staleness(logp, logp_old, mask)
     plain = reinforce(logp, logp_old, logp_rollout, advantages, mask)
     loss = plain.loss + 0.5 * beta * jnp.square(log_r)

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32, response_mean
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_clip,
     check_option,
+    check_shapes,
     clipped_surrogate,
     per_response,
     per_token,
     repeated,
     staleness,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 def gspo(
@@ -53,6 +51,7 @@ def gspo(
     Raises:
       ValueError: unknown form, bounds that are none, or an advantage a token in sequence form.
     """
+    check_shapes("gspo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("gspo", "form", form, ("sequence", "token"))
     check_clip("gspo", clip_low, clip_high)
     log_s = repeated(response_mean(staleness(logp, logp_old, mask), mask), mask)
@@ -88,6 +87,7 @@ def luspo(
     Raises:
       ValueError: bounds that are none, or an advantage a token.
     """
+    check_shapes("luspo", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("luspo", clip_low, clip_high)
     advantages = per_response(advantages, mask, "luspo")
     log_s = repeated(response_mean(staleness(logp, logp_old, mask), mask), mask)
@@ -120,6 +120,7 @@ def gmpo(
     Raises:
       ValueError: an advantage a token, or bounds that are not positive.
     """
+    check_shapes("gmpo", logp, logp_old, logp_rollout, advantages, mask)
     if not (clip_low > 0 and clip_high > 0):
         raise ValueError(
             f"gmpo: clip_low={clip_low}, clip_high={clip_high} bound a log-ratio around 0; "

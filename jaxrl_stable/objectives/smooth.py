@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import LOG_RATIO_BOUND, bounded, log_ratio
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
+    check_shapes,
     per_response,
     per_token,
     repeated,
     score_function,
     staleness,
+    traits,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 def sapo(
@@ -44,6 +43,7 @@ def sapo(
     Raises:
       ValueError: a temperature that is not positive.
     """
+    check_shapes("sapo", logp, logp_old, logp_rollout, advantages, mask)
     if not (temperature_high > 0 and temperature_low > 0):
         raise ValueError(
             f"sapo: temperature_high={temperature_high}, temperature_low={temperature_low}; "
@@ -59,6 +59,7 @@ def sapo(
     return TokenLoss(-4 / tau * gate * advantages, log_r, weight, nowhere, nowhere, nowhere)
 
 
+@traits(weighs_mismatch=lambda tis_cap, **_: tis_cap is not None)
 def vespo(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -86,6 +87,7 @@ def vespo(
     Raises:
       ValueError: an advantage a token.
     """
+    check_shapes("vespo", logp, logp_old, logp_rollout, advantages, mask)
     log_r = jax.lax.stop_gradient(staleness(logp, logp_old, mask))
     if tis_cap is not None:
         old = logp if logp_old is None else logp_old
@@ -96,6 +98,3 @@ def vespo(
     k, decay = (jnp.where(advantages >= 0, *pair) for pair in zip(positive, negative))
     weight = jnp.exp(decay + k * bounded(log_W) - decay * jnp.exp(bounded(log_W)))
     return score_function(logp, log_W, weight, advantages, mask)
-
-
-vespo.weighs_mismatch = lambda tis_cap=None, **_: tis_cap is not None
