@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -101,7 +101,7 @@ class Objective:
     mini_batches: int = 4
     replay: str = "R3"
     loss: Callable[..., TokenLoss] = minirl
-    corrections: tuple[Callable[..., Array], ...] = ()
+    corrections: Sequence[Callable[..., Array]] = ()
     advantages: Callable[..., Array] = centered
     aggregation: str = "seq-mean-token-sum"
     horizon: float | None = None

@@ -1,4 +1,4 @@
-"""CISPO and MinPRO: the weight is clipped and every token keeps its gradient."""
+"""CISPO and MinPRO: the weight is clipped, and every token keeps its gradient."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ def cispo(
     clip_low: float | None = None,
     clip_high: float = 4.0,
 ) -> TokenLoss:
-    """L_t = −sg[ clip(r, 1 − ε_low, 1 + ε_high) ] Â log π_θ,  r = π_θ/π_old (arXiv:2506.13585).
+    """L_t = −sg[ clip(r, 1 − ε_low, 1 + ε_high) ] Â log π_θ,  r = π_θ/π_old.
 
-    That paper gives no value for the bounds. The defaults are ScaleRL's (arXiv:2510.13786): no
-    lower bound, and an upper bound of 5, which is ε_high = 4. Bounds are relative here; TRL's
-    `epsilon_high` is the absolute bound. Published with the token mean and std-normalised
-    advantages.
+    Source: https://arxiv.org/abs/2506.13585, which gives no values for the bounds. The defaults are
+    ScaleRL's (https://arxiv.org/abs/2510.13786): no lower bound, and an upper bound of 5, so ε_high
+    = 4. Bounds are relative here; TRL's `epsilon_high` is the absolute bound. Published with the
+    token mean and std-normalized advantages.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low: ε_low, or None for no lower bound.
       clip_high: ε_high.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: bounds that are none.
+      ValueError: if the clip bounds are invalid (0 < clip_low ≤ 1 or None, clip_high > 0).
     """
     check_shapes("cispo", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("cispo", None if clip_low == 1 else clip_low, clip_high)
@@ -59,22 +62,25 @@ def minpro(
     clip_low: float | None = None,
     clip_high: float = 4.0,
 ) -> TokenLoss:
-    """CISPO with the smallest earlier ratio as a stand-in for the weight of the prefix.
+    """CISPO with the smallest earlier ratio in place of the weight of the prefix.
 
         L_t = −sg[ clip( r_t · min_{s<t} r_s, 1 − ε_low, 1 + ε_high) ] Â log π_θ     (token mean)
 
-    The exact off-policy gradient weighs token t by Π_{s≤t} r_s (arXiv:2601.22718). Not fully known:
-    the form is that of two public write-ups which agree, the PDF was not read; for the first token
-    they say nothing (here the empty minimum is 1); the paper's ε are unknown, the defaults are
+    The exact off-policy gradient weighs token t by Π_{s≤t} r_s (https://arxiv.org/abs/2601.22718).
+    Not verified against the paper: the form is from two public write-ups that agree. They do not
+    cover the first token; its empty minimum is 1 here. The paper's ε are unknown; the defaults are
     CISPO's.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low: ε_low, or None for no lower bound.
       clip_high: ε_high.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: bounds that are none.
+      ValueError: if the clip bounds are invalid (0 < clip_low ≤ 1 or None, clip_high > 0).
     """
     check_shapes("minpro", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("minpro", None if clip_low == 1 else clip_low, clip_high)

@@ -1,4 +1,4 @@
-"""CPGD: the clip acts on the log-probability, and the ratio never multiplies the gradient."""
+"""CPGD: clips the log-probability; the ratio never multiplies the gradient."""
 
 from __future__ import annotations
 
@@ -30,23 +30,27 @@ def cpgd(
     drift: float = 1e-3,
     drift_cap: float = 2.0,
 ) -> TokenLoss:
-    """L_t = −Â ℓ̄ + α min( sg[r] − 1, cap ) log π_θ,  r = π_θ/π_old (arXiv:2505.12504).
+    """L_t = −Â ℓ̄ + α min( sg[r] − 1, cap ) log π_θ,  r = π_θ/π_old.
 
         ℓ̄ = min( log π_θ, log π_old + log(1 + ε_high) ) if Â > 0
             max( log π_θ, log π_old + log(1 − ε_low) )  else
 
-    The second term is a policy drift: without the cap its gradient is that of k3 = r − 1 − log r.
-    Not fully known: form and constants are those of siiRL's code, the paper's equation was not
-    read; the reduction differs between codes (token mean in siiRL, per response in LightRFT).
+    Source: https://arxiv.org/abs/2505.12504. The second term is a policy drift: without the cap,
+    its gradient is the gradient of k3 = r − 1 − log r. Not verified against the paper: form and
+    constants are from siiRL's code. The reduction differs between implementations (token mean in
+    siiRL, per response in LightRFT).
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high.
       drift: α.
       drift_cap: largest factor of the drift's gradient.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: bounds that are none.
+      ValueError: if the clip bounds are invalid (0 < clip_low < 1, clip_high > 0).
     """
     check_shapes("cpgd", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("cpgd", clip_low, clip_high)
