@@ -64,8 +64,8 @@ def bapo(
       The token loss, before `aggregate`.
 
     Raises:
-      ValueError: if the form is unknown, or the bounds do not rise (0 < start ≤ end, step > 0), or do
-        not end on their side of 1.
+      ValueError: if the form is unknown, the bounds do not rise (0 < start ≤ end, step > 0), or
+        `low` does not end below 1 or `high` does.
     """
     check_shapes("bapo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("bapo", "form", form, ("paper", "code"))

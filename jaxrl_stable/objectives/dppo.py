@@ -64,7 +64,9 @@ def dppo(
     check_shapes("dppo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("dppo", "divergence", divergence, ("tv", "kl"))
     if threshold <= 0 or (truncation is not None and truncation <= 0):
-        raise ValueError(f"dppo: threshold={threshold}, truncation={truncation}; use positive values")
+        raise ValueError(
+            f"dppo: threshold={threshold}, truncation={truncation}; use positive values"
+        )
     constant, rollout = jax.lax.stop_gradient((logp, logp_rollout))
     log_weight = log_ratio(constant, rollout, mask)
     q, p = (jnp.exp(jnp.where(mask, at_least_float32(x), 0.0)) for x in (constant, rollout))
