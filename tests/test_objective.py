@@ -63,13 +63,13 @@ TIS, ICEPOP = corrections.token_tis, corrections.icepop
         ),
         (
             {"corrections": [corrections.geometric_mask], "policies": "bypass"},
-            "policies='bypass' makes the mismatch 1 that geometric_mask looks at",
+            "policies='bypass' removes the mismatch that geometric_mask needs",
         ),
-        ({"loss": objectives.m2po, "policies": "recomputed"}, "1 that m2po looks at"),
+        ({"loss": objectives.m2po, "policies": "recomputed"}, "mismatch that m2po needs"),
         ({"loss": partial(objectives.m2po, moment="full"), "policies": "recomputed"}, None),
         (
             {"loss": partial(objectives.minirl, weight="mismatch"), "policies": "recomputed"},
-            "1 that minirl looks at",
+            "mismatch that minirl needs",
         ),
         ({"corrections": [corrections.off_policy_sequence_mask], "policies": "bypass"}, None),
     ],
@@ -127,8 +127,8 @@ def broken(*arrays):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (Objective(loss=wrong_result), r"wrong_result gives .* where TokenLoss.* is expected"),
-        (Objective(corrections=[wrong_shape]), "wrong_shape gives"),
+        (Objective(loss=wrong_result), r"wrong_result returns .* instead of TokenLoss"),
+        (Objective(corrections=[wrong_shape]), "wrong_shape returns"),
         (Objective(advantages=broken), "broken raised KeyError: 'key'"),
         (Objective(loss=estimators.centered), "centered raised TypeError"),
         (Objective(corrections=[partial(TIS, cap=0.0)], loss=objectives.ppo), "token_tis: cap=0.0"),
