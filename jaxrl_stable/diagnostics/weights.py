@@ -80,7 +80,7 @@ def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
 
 def used_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """Returns metrics of w after bounds or gate: the factor of −Â ∇log π_θ where nothing is clipped.
+    """Returns metrics of w after bounds or gate: the factor of −Â ∇log π_θ where not clipped.
 
     - `weight/used_mean`, `used_max`, `used_min`, `used_std`. verl `rollout_is_mean`, …, which,
       unlike its fractions, are of the truncated weights
