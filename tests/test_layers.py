@@ -25,7 +25,7 @@ LAYERS = [
     "routing sharding",
     "corrections diagnostics",
     "advantages objectives statistics",
-    "checks files importance text",
+    "array_types checks files importance text",
 ]
 LEVEL = {room: -i for i, line in enumerate(LAYERS) for room in line.split()}
 PROGRAMS = {"train", "sft", "evaluate"}

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from negative_controls import shift
 
 from jaxrl_stable.routing import (
     Routing,
     expert_dtype,
     from_token_major,
     overlap,
-    shift,
     to_token_major,
     validate,
 )

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from negative_controls import shift
 from outside import example
 
 from jaxrl_stable.model import init_model
-from jaxrl_stable.routing import from_token_major, shift, to_token_major
+from jaxrl_stable.routing import from_token_major, to_token_major
 
 foreign = example("maxtext_like")
 

@@ -21,8 +21,9 @@ from common import (
     small,
     value_and_grads,
 )
+from negative_controls import shift
 
-from jaxrl_stable.routing import Routing, shift, validate
+from jaxrl_stable.routing import Routing, validate
 
 REAL = np.asarray(BATCH.segment_ids != 0)
 
