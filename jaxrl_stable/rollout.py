@@ -193,7 +193,7 @@ def _sample_rows(
     state = _Decode(
         column=jnp.int32(P),
         hidden=output.hidden[:, -1],
-        cache=_spread(output.cache.widen(T)),
+        cache=_shard_cache(output.cache.widen(T)),
         tokens=jnp.pad(
             jnp.where(prompt_mask, prompts, sampling.pad_id),
             responses,
@@ -244,7 +244,7 @@ def _anywhere_of_all(
     return anywhere(active), False
 
 
-def _spread(cache: Cache) -> Cache:
+def _shard_cache(cache: Cache) -> Cache:
     """The cache with its rows over all devices, and its heads over `tensor`."""
     heads = None, ROWS, None, "tensor"
     return dataclasses.replace(

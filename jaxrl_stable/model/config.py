@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+from typing import Any
 
 # Fields that say how a model is computed, not what it computes: two configs that differ in these
 # alone can share a checkpoint.
@@ -53,7 +55,7 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentAttention:
+class LatentSizes:
     """Sizes of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1).
 
     Attributes:
@@ -142,7 +144,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     query_key_norm: str = "head"
     clip_qkv: float | None = None
-    latent: LatentAttention | None = None
+    latent: LatentSizes | None = None
     rope_theta: float = 1_000_000.0
     rope_scaling: Yarn | None = None
     rms_norm_eps: float = 1e-6
@@ -244,7 +246,7 @@ class ModelConfig:
     @classmethod
     def from_architecture(cls, fields: dict, **execution) -> ModelConfig:
         """The inverse of `architecture`, also after a journey through JSON."""
-        nested = {"latent": LatentAttention, "rope_scaling": Yarn}
+        nested = {"latent": LatentSizes, "rope_scaling": Yarn}
         built = {
             name: nested[name](**value) if name in nested and value else value
             for name, value in fields.items()
@@ -333,3 +335,15 @@ def qwen3_235b_a22b(**overrides) -> ModelConfig:
         remat="block",
     )
     return ModelConfig(**(fields | overrides))
+
+
+def __getattr__(name: str) -> Any:
+    """Resolves the former name of `LatentSizes`, which older gin files bind."""
+    if name == "LatentAttention":
+        warnings.warn(
+            "model.config.LatentAttention is now called LatentSizes; write model.LatentSizes",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return LatentSizes
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -85,7 +85,7 @@ def apply_experts(
     groups = group_by_expert(chosen, real, E, block, pairs)
     rows = scatter_rows(tokens, groups.source, groups.slot)
     rows = _swiglu(weights, rows, groups, implementation, across)
-    return jnp.einsum("nkd,nk->nd", gather_rows(rows, groups.source, groups.slot), gates)
+    return jnp.einsum("nkd,nk->nd", take_rows(rows, groups.source, groups.slot), gates)
 
 
 def apply_rows(
@@ -182,11 +182,11 @@ def _scatter_rows_fwd(x, source, slot):
 
 def _scatter_rows_bwd(residuals, g):
     source, slot = residuals
-    return gather_rows(g, source, slot).sum(1), _no_gradient(source), _no_gradient(slot)
+    return take_rows(g, source, slot).sum(1), _no_gradient(source), _no_gradient(slot)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=())
-def gather_rows(
+def take_rows(
     y: Float[Array, "R D"], source: Int[Array, "R"], slot: Int[Array, "N K"]
 ) -> Float[Array, "N K D"]:
     """Brings the K rows of each token back: the transpose of `scatter_rows`, before its sum.
@@ -196,18 +196,18 @@ def gather_rows(
     return y.at[slot].get(mode="fill", fill_value=0)
 
 
-def _gather_rows_fwd(y, source, slot):
-    return gather_rows(y, source, slot), (source, slot)
+def _take_rows_fwd(y, source, slot):
+    return take_rows(y, source, slot), (source, slot)
 
 
-def _gather_rows_bwd(residuals, g):
+def _take_rows_bwd(residuals, g):
     source, slot = residuals
     pairs = g.reshape(-1, g.shape[-1]).at[source].get(mode="fill", fill_value=0)
     return pairs, _no_gradient(source), _no_gradient(slot)
 
 
 scatter_rows.defvjp(_scatter_rows_fwd, _scatter_rows_bwd)
-gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)
 
 
 def _no_gradient(indices: Int[Array, "..."]) -> np.ndarray:

@@ -28,9 +28,9 @@ from jaxrl_stable.model.dispatch import (
     apply_experts,
     apply_rows,
     experts_implementation,
-    gather_rows,
     group_by_expert,
     scatter_rows,
+    take_rows,
 )
 from jaxrl_stable.model.layout import Layout
 from jaxrl_stable.model.parameters import Quantized
@@ -143,7 +143,7 @@ def _exchange(weights, tokens, real, chosen, gates, config, axes, tensor, layout
     expert = jnp.where(run < arrived.size, run % here, here)
     rows = apply_rows(weights, rows, expert, config, tensor)
     rows = _ragged(rows, pairs.source.shape[0], back, axes)
-    outputs = gather_rows(rows, pairs.source, pairs.slot)
+    outputs = take_rows(rows, pairs.source, pairs.slot)
     return jnp.einsum("nkd,nk->nd", outputs, gates)
 
 

@@ -70,11 +70,11 @@ def splash_attention(
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, columns)))
 
     kernel = _kernel(T + columns, H, context, parts, interpret)
-    y = _spread(kernel, q, k, v, segment_ids, layout, tensor)
+    y = _over_mesh(kernel, q, k, v, segment_ids, layout, tensor)
     return y[:, :T, :, :width]
 
 
-def _spread(kernel, q, k, v, segment_ids, layout: Layout, tensor: tuple[str, ...]) -> Array:
+def _over_mesh(kernel, q, k, v, segment_ids, layout: Layout, tensor: tuple[str, ...]) -> Array:
     """The kernel on every device's own rows, columns and heads."""
 
     def local(kernel, q, k, v, segments):
