@@ -1,4 +1,4 @@
-"""Feed-forward layers: the dense SwiGLU, and the mixture of experts behind its router."""
+"""Feed-forward layers: the dense SwiGLU and the mixture of experts with its router."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jaxrl_stable.routing import Routing, expert_dtype
 
 
 class RouterOutput(NamedTuple):
-    """What the routers did, of all layers (leading `L`) or of one (without).
+    """Routing of one layer, or of all L MoE layers (with a leading `L`).
 
     Attributes:
-      experts: the experts used, in slot order.
-      live: the live router's own choice; equals `experts` where nothing was replayed.
-      confidence: share of the sum of all E scores that the experts used have.
-      load: number of (token, choice) pairs of each expert; padding is left out.
+      experts: experts used, in slot order.
+      live: choice of the live router; equals `experts` unless a choice was replayed.
+      confidence: sum of the scores of the experts used, as a share of the sum of all E scores.
+      load: number of (token, choice) pairs per expert, padding excluded.
     """
 
     experts: UInt[Array, "*L B T K"]
@@ -53,7 +53,7 @@ class FeedForward(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Router, SwiGLU experts, and the experts that every token shares; no token is dropped."""
+    """Router, SwiGLU experts and shared experts; no token is dropped."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
@@ -77,7 +77,7 @@ class Experts(nnx.Module):
         replay: Routing | None,
         layout: Layout = ONE_DEVICE,
     ) -> tuple[Float[Array, "B T D"], RouterOutput]:
-        """Applies the experts; `replay` is the routing of this layer (no leading `L`)."""
+        """Routes tokens and applies the experts; `replay` is this layer's routing, without `L`."""
         config = self.config
         logits = jnp.einsum(
             "btd,de->bte",
@@ -96,7 +96,7 @@ class Experts(nnx.Module):
         if config.num_shared_experts:
             y = y + self.shared(x)
         dtype = expert_dtype(config.num_experts)
-        # Not `bincount`: it flattens what is spread over rows and columns, and so gathers it.
+        # Not `bincount`: it flattens the sharded rows and columns, which gathers them.
         counted = jnp.where(real[..., None], chosen, config.num_experts)
         load = jnp.zeros(config.num_experts, jnp.int32).at[counted].add(1, mode="drop")
         return y, RouterOutput(
