@@ -23,7 +23,7 @@ class TrainBatch:
       tokens, real, response_mask, logp_rollout: see `Trajectory`.
       advantages: advantage of each response.
       routing: experts to replay, or experts of the rollout to compare with.
-      logp_old: log π_old; None if the update's own log-probabilities replace it (one update per rollout).
+      logp_old: log π_old; None if there is one update per rollout, whose own values replace it.
       logp_reference: log-probabilities of the reference policy of a KL term; None without one.
       prompt_width: P, static.
     """

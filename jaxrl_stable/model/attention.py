@@ -114,20 +114,26 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], frame: Frame, cache: Cache | None, layer: Int[Array, ""]
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         config = self.config
-        q, k, v = (product(x, param) for param in (self.query, self.key, self.value))
-        if config.query_key_norm != "none":
-            q, k = self.query_norm(q), self.key_norm(k)
-        if config.clip_qkv is not None:
-            q, k, v = (jnp.clip(y, min=-config.clip_qkv, max=config.clip_qkv) for y in (q, k, v))
-        q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
+        with jax.named_scope("qkv"):
+            q, k, v = (product(x, param) for param in (self.query, self.key, self.value))
+            if config.query_key_norm != "none":
+                q, k = self.query_norm(q), self.key_norm(k)
+            if config.clip_qkv is not None:
+                bound = config.clip_qkv
+                q, k, v = (jnp.clip(y, min=-bound, max=bound) for y in (q, k, v))
+        with jax.named_scope("rope"):
+            q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
         if cache is not None:
-            cache = cache.write(layer, k, v)
-            if frame.mask is not None:
-                k, v = cache.keys[layer], cache.values[layer]
+            with jax.named_scope("cache"):
+                cache = cache.write(layer, k, v)
+                if frame.mask is not None:
+                    k, v = cache.keys[layer], cache.values[layer]
         y = attend(config, q, k, v, frame)
-        return product(y, self.out), cache
+        with jax.named_scope("out"):
+            return product(y, self.out), cache
 
 
+@jax.named_scope("attended")
 def attend(
     config: ModelConfig,
     q: Float[Array, "B T H hd"],

@@ -76,15 +76,20 @@ def apply_experts(
     chosen = chosen.astype(jnp.int32)
     implementation = experts_implementation(config)
     if implementation == "dense":
-        outputs = _every_expert(weights, tokens, chosen, across)
-        here = (chosen >= 0) & (chosen < E) & real[:, None]
-        return jnp.einsum("nkd,nk->nd", outputs, jnp.where(here, gates, 0))
+        with jax.named_scope("experts"):
+            outputs = _every_expert(weights, tokens, chosen, across)
+        with jax.named_scope("combine"):
+            here = (chosen >= 0) & (chosen < E) & real[:, None]
+            return jnp.einsum("nkd,nk->nd", outputs, jnp.where(here, gates, 0))
     pairs = n * min(k, E)  # a token's experts are distinct, so at most this many pairs are local
     block = block_rows(pairs, E) if implementation == "blocked" else 1
-    groups = group_by_expert(chosen, real, E, block, pairs)
-    rows = scatter_rows(tokens, groups.source, groups.slot)
-    rows = _swiglu(weights, rows, groups, implementation, across)
-    return jnp.einsum("nkd,nk->nd", take_rows(rows, groups.source, groups.slot), gates)
+    with jax.named_scope("dispatch"):
+        groups = group_by_expert(chosen, real, E, block, pairs)
+        rows = scatter_rows(tokens, groups.source, groups.slot)
+    with jax.named_scope("experts"):
+        rows = _swiglu(weights, rows, groups, implementation, across)
+    with jax.named_scope("combine"):
+        return jnp.einsum("nkd,nk->nd", take_rows(rows, groups.source, groups.slot), gates)
 
 
 def apply_rows(
@@ -101,9 +106,12 @@ def apply_rows(
 
 
 def _swiglu(weights: ExpertWeights, rows, groups: Groups, implementation: str, across):
-    gate = checkpoint_name(grouped_matmul(rows, weights.gate, groups, implementation), "gate")
-    up = checkpoint_name(grouped_matmul(rows, weights.up, groups, implementation), "up")
-    return grouped_matmul(jax.nn.silu(gate) * up, weights.down, groups, implementation, across)
+    with jax.named_scope("gate"):
+        gate = checkpoint_name(grouped_matmul(rows, weights.gate, groups, implementation), "gate")
+    with jax.named_scope("up"):
+        up = checkpoint_name(grouped_matmul(rows, weights.up, groups, implementation), "up")
+    with jax.named_scope("down"):
+        return grouped_matmul(jax.nn.silu(gate) * up, weights.down, groups, implementation, across)
 
 
 def _every_expert(weights: ExpertWeights, tokens, chosen, across) -> Float[Array, "N K D"]:

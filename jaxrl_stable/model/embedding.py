@@ -11,6 +11,7 @@ from jaxrl_stable.model.layout import Layout
 from jaxrl_stable.sharding import mesh_axes, spec
 
 
+@jax.named_scope("embed")
 def lookup(
     table: nnx.Param, tokens: Int[Array, "B T"], dtype: str, layout: Layout
 ) -> Float[Array, "B T D"]:

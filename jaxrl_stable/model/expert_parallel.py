@@ -114,37 +114,42 @@ def _travel(weights, tokens, real, chosen, gates, config, experts, tensor, layou
         return jax.lax.psum(y, tensor) if tensor else y
     first = 0
     if experts:
-        first = jax.lax.axis_index(experts) * weights.gate.shape[0]
-        together = partial(jax.lax.all_gather, axis_name=experts, axis=0, tiled=True)
-        tokens, real, chosen, gates = map(together, (tokens, real, chosen, gates))
+        with jax.named_scope("dispatch"):
+            first = jax.lax.axis_index(experts) * weights.gate.shape[0]
+            together = partial(jax.lax.all_gather, axis_name=experts, axis=0, tiled=True)
+            tokens, real, chosen, gates = map(together, (tokens, real, chosen, gates))
     y = apply_experts(
         weights, tokens, real, chosen.astype(jnp.int32) - first, gates, config, tensor
     )
-    y = jax.lax.psum(y, tensor) if tensor else y
-    if experts:
-        y = jax.lax.psum_scatter(y, experts, scatter_dimension=0, tiled=True)
-    return y
+    with jax.named_scope("combine"):
+        y = jax.lax.psum(y, tensor) if tensor else y
+        if experts:
+            y = jax.lax.psum_scatter(y, experts, scatter_dimension=0, tiled=True)
+        return y
 
 
 def _exchange(weights, tokens, real, chosen, gates, config, axes, tensor, layout):
     """Like `_travel`, with `ragged_all_to_all`: K copies per token go to its experts' devices."""
     size = layout.size(axes)
     E, here = config.num_experts, weights.gate.shape[0]
-    pairs = group_by_expert(chosen.astype(jnp.int32), real, E)  # sorted by expert, hence by device
-    counts = jax.lax.all_gather(pairs.sizes, axes).reshape(size, size, here)  # from, to, expert
-    received = tokens.shape[0] * size * min(config.num_experts_per_token, here)
-    out = _journey(counts.sum(-1), axes)
-    back = _journey(counts.sum(-1).T, axes)
+    with jax.named_scope("dispatch"):
+        # Pairs are sorted by expert, hence by device.
+        pairs = group_by_expert(chosen.astype(jnp.int32), real, E)
+        counts = jax.lax.all_gather(pairs.sizes, axes).reshape(size, size, here)  # from, to, expert
+        received = tokens.shape[0] * size * min(config.num_experts_per_token, here)
+        out = _journey(counts.sum(-1), axes)
+        back = _journey(counts.sum(-1).T, axes)
 
-    rows = _ragged(scatter_rows(tokens, pairs.source, pairs.slot), received, out, axes)
-    # Received rows are sorted by sender, then by expert.
-    arrived = counts[:, jax.lax.axis_index(axes)].reshape(-1)
-    run = jnp.searchsorted(jnp.cumsum(arrived), jnp.arange(received), side="right")
-    expert = jnp.where(run < arrived.size, run % here, here)
+        rows = _ragged(scatter_rows(tokens, pairs.source, pairs.slot), received, out, axes)
+        # Received rows are sorted by sender, then by expert.
+        arrived = counts[:, jax.lax.axis_index(axes)].reshape(-1)
+        run = jnp.searchsorted(jnp.cumsum(arrived), jnp.arange(received), side="right")
+        expert = jnp.where(run < arrived.size, run % here, here)
     rows = apply_rows(weights, rows, expert, config, tensor)
-    rows = _ragged(rows, pairs.source.shape[0], back, axes)
-    outputs = take_rows(rows, pairs.source, pairs.slot)
-    return jnp.einsum("nkd,nk->nd", outputs, gates)
+    with jax.named_scope("combine"):
+        rows = _ragged(rows, pairs.source.shape[0], back, axes)
+        outputs = take_rows(rows, pairs.source, pairs.slot)
+        return jnp.einsum("nkd,nk->nd", outputs, gates)
 
 
 def _journey(counts: Int[Array, "from to"], axes: tuple[str, ...]) -> tuple[Array, ...]:

@@ -47,9 +47,12 @@ class FeedForward(nnx.Module):
         self.down = matrix(rngs, {"mlp": F, "embed": D}, ("mlp",), gain=gain, **options)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = checkpoint_name(product(x, self.gate), "gate")
-        up = checkpoint_name(product(x, self.up), "up")
-        return product(jax.nn.silu(gate) * up, self.down)
+        with jax.named_scope("gate"):
+            gate = checkpoint_name(product(x, self.gate), "gate")
+        with jax.named_scope("up"):
+            up = checkpoint_name(product(x, self.up), "up")
+        with jax.named_scope("down"):
+            return product(jax.nn.silu(gate) * up, self.down)
 
 
 class Experts(nnx.Module):
@@ -79,26 +82,29 @@ class Experts(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterOutput]:
         """Routes tokens and applies the experts; `replay` is this layer's routing, without `L`."""
         config = self.config
-        logits = jnp.einsum(
-            "btd,de->bte",
-            x.astype(jnp.float32),
-            read(self.router, jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        bias = read(self.selection_bias, jnp.float32) if config.selection_bias else None
-        live = choose(logits, bias, config)
-        chosen = live
-        if replay is not None:
-            chosen = jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
-        gates, confidence = gate_weights(logits, chosen, config)
+        with jax.named_scope("route"):
+            logits = jnp.einsum(
+                "btd,de->bte",
+                x.astype(jnp.float32),
+                read(self.router, jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            bias = read(self.selection_bias, jnp.float32) if config.selection_bias else None
+            live = choose(logits, bias, config)
+            chosen = live
+            if replay is not None:
+                chosen = jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
+            gates, confidence = gate_weights(logits, chosen, config)
         params = self.gate, self.up, self.down
         y = mixture(params, x, real, chosen, gates.astype(x.dtype), config, layout)
         if config.num_shared_experts:
-            y = y + self.shared(x)
+            with jax.named_scope("shared"):
+                y = y + self.shared(x)
         dtype = expert_dtype(config.num_experts)
-        # Not `bincount`: it flattens the sharded rows and columns, which gathers them.
-        counted = jnp.where(real[..., None], chosen, config.num_experts)
-        load = jnp.zeros(config.num_experts, jnp.int32).at[counted].add(1, mode="drop")
+        with jax.named_scope("load"):
+            # Not `bincount`: it flattens the sharded rows and columns, which gathers them.
+            counted = jnp.where(real[..., None], chosen, config.num_experts)
+            load = jnp.zeros(config.num_experts, jnp.int32).at[counted].add(1, mode="drop")
         return y, RouterOutput(
             chosen.astype(dtype), live.astype(dtype), confidence, load.astype(jnp.float32)
         )

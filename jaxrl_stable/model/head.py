@@ -25,6 +25,7 @@ class HeadOutput(NamedTuple):
     entropy: Float[Array, "B T"]
 
 
+@jax.named_scope("head")
 def logits(
     model: Transformer, hidden: Float[Array, "... D"], temperature: float
 ) -> Float[Array, "... V"]:
@@ -33,6 +34,7 @@ def logits(
     return _logits(hidden, weight, temperature)
 
 
+@jax.named_scope("head")
 def token_log_probs(
     model: Transformer,
     hidden: Float[Array, "B T D"],

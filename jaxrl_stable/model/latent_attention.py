@@ -57,28 +57,33 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         sizes, plain = self.config.latent, self.config.head_dim - self.config.latent.rotary_dim
         turn = dict(cos=frame.cos, sin=frame.sin, interleaved=sizes.interleaved)
-        q = x
-        if sizes.query_rank:
-            q = self.query_norm(product(x, self.query_down))
-        q = product(q, self.query)
-        q = jnp.concatenate([q[..., :plain], rotate(q[..., plain:], **turn)], axis=-1)
-        down = product(x, self.down)
-        latent = self.norm(down[..., : sizes.key_value_rank])
-        rotated = rotate(down[..., None, sizes.key_value_rank :], **turn)
+        with jax.named_scope("qkv"):
+            q = x
+            if sizes.query_rank:
+                q = self.query_norm(product(x, self.query_down))
+            q = product(q, self.query)
+            down = product(x, self.down)
+            latent = self.norm(down[..., : sizes.key_value_rank])
+        with jax.named_scope("rope"):
+            q = jnp.concatenate([q[..., :plain], rotate(q[..., plain:], **turn)], axis=-1)
+            rotated = rotate(down[..., None, sizes.key_value_rank :], **turn)
         if cache is not None:
-            cache = cache.write(layer, rotated, latent[:, :, None])
-            if frame.mask is not None:
-                rotated, latent = cache.keys[layer], cache.values[layer][:, :, 0]
+            with jax.named_scope("cache"):
+                cache = cache.write(layer, rotated, latent[:, :, None])
+                if frame.mask is not None:
+                    rotated, latent = cache.keys[layer], cache.values[layer][:, :, 0]
         decoding = cache is not None and x.shape[1] == 1
         y = (self._absorbed if decoding else self._expanded)(q, latent, rotated, frame)
-        return product(y, self.out), cache
+        with jax.named_scope("out"):
+            return product(y, self.out), cache
 
     def _expanded(self, q, latent, rotated, frame):
         """Expands keys and values of every head, then attends as usual."""
         plain, H = q.shape[-1] - rotated.shape[-1], q.shape[2]
-        up = product(latent, self.up)
-        rotated = jnp.broadcast_to(rotated, (*rotated.shape[:2], H, rotated.shape[3]))
-        k, v = jnp.concatenate([up[..., :plain], rotated], axis=-1), up[..., plain:]
+        with jax.named_scope("qkv"):
+            up = product(latent, self.up)
+            rotated = jnp.broadcast_to(rotated, (*rotated.shape[:2], H, rotated.shape[3]))
+            k, v = jnp.concatenate([up[..., :plain], rotated], axis=-1), up[..., plain:]
         # `dot_product_attention` needs the same width for all three.
         width = max(k.shape[-1], v.shape[-1])
         q, k, padded = (
@@ -86,6 +91,7 @@ class LatentAttention(nnx.Module):
         )
         return attend(self.config, q, k, padded, frame)[..., : v.shape[-1]]
 
+    @jax.named_scope("attended")
     def _absorbed(self, q, latent, rotated, frame):
         """Like `_expanded`, in the latent's space: decodes one column without expanding the cache.
 

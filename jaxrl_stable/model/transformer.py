@@ -168,7 +168,8 @@ class Transformer(nnx.Module):
         router = jax.tree.map(lambda *r: jnp.concatenate(r), *outputs)
         if cache is not None:
             cache = cache.advance(tokens.shape[1])
-        return ModelOutput(self.norm(x), router, cache)
+        with jax.named_scope("final_norm"):
+            return ModelOutput(self.norm(x), router, cache)
 
     def head_weight(self) -> Float[Array, "D V"]:
         """Returns the output projection as stored; the transposed embedding if tied."""
