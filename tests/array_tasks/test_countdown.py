@@ -150,7 +150,7 @@ def test_every_problem_has_its_target_in_reach(runs, task):
 
 @pytest.mark.parametrize("task", [TASK], indirect=True, ids=["Countdown"])
 def test_numbers_and_operators_slip_alike(runs, task):
-    """The first and the fourth run have the same problems; a quarter of the fourth slips."""
+    """The first and fourth run have the same problems; the fourth slips in a quarter of steps."""
     wrong = (runs.responses[0] != runs.responses[3]).mean(0)
     np.testing.assert_allclose(wrong[:3], 0.25, atol=0.055)  # four standard deviations
 
