@@ -104,7 +104,7 @@ def check_same_shape(function: str, axes: str, **arrays: Array | None) -> None:
 
     Args:
       function: name of the caller, for the error message.
-      axes: expected axes, such as "B T".
+      axes: expected axes, such as "B T"; with a "*", any number of axes passes.
       **arrays: arrays by argument name; None passes.
 
     Raises:
@@ -112,7 +112,8 @@ def check_same_shape(function: str, axes: str, **arrays: Array | None) -> None:
     """
     shapes = {name: np.shape(x) for name, x in arrays.items() if x is not None}
     first = next(iter(shapes.values()))
-    if len(first) != len(axes.split()) or any(shape != first for shape in shapes.values()):
+    rank_differs = "*" not in axes and len(first) != len(axes.split())
+    if rank_differs or any(shape != first for shape in shapes.values()):
         shown = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         expected = ", ".join(axes.split())
         raise ValueError(f"{function}: arrays must have one shape [{expected}] but are {shown}")

@@ -6,8 +6,8 @@ Needs torch, and their repositories, of which single functions are run, without 
         --slime DIR --slime-veto DIR [--commits FILE]
 
 `--verl-dro` is a verl that has DRO, `--slime-veto` slime while it still had the veto. A directory
-that is no git checkout takes the commit of each file from `--commits`: JSON, option -> path ->
-commit. Beside the commits the file records a digest of each function without its docstrings,
+that is not a git checkout takes the commit of each file from `--commits`: JSON, option -> path ->
+commit. Besides the commits, the file records a digest of each function without its docstrings,
 comments, and annotations of arguments: what is frozen came from functions transcribed by hand,
 which a checkout of the same commits has to confirm.
 """
@@ -274,7 +274,7 @@ def computed(of: dict) -> dict[str, np.ndarray]:
 
 
 def packed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What has one number a batch goes into one array, which is smaller."""
+    """Puts values with one number per batch into one array, which is smaller."""
     small = {name: x for name, x in arrays.items() if x.ndim == 1}
     arrays = {name: x for name, x in arrays.items() if x.ndim > 1}
     return dict(names=np.array(list(small)), numbers=np.stack(list(small.values())), **arrays)

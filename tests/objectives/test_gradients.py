@@ -64,7 +64,7 @@ CASES = [
 ]
 IDS = [f"{name}-{options}" for name, options, *_ in CASES]
 SEQUENCE = ("gspo", "luspo", "gmpo", "vespo")
-# The gradient is not -weight · A there: a penalty beside the score function.
+# The gradient is not -weight · A there: a penalty is added to the score function.
 PENALISED = ("dro", "cpgd")
 
 
@@ -148,7 +148,7 @@ def test_denominators_that_are_none():
 
 
 def make_heads(scale):
-    """What CAPO looks at besides: random hidden states and a step of the output head."""
+    """Returns CAPO's further inputs: random hidden states and a step of the output head."""
     heads = []
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
@@ -247,7 +247,7 @@ def test_advantage_of_single_tokens(name, options):
     batches = [token_advantages(x, seed) for seed, x in enumerate(make_batches(**scale))]
     actual, out = gradients(name, batches, jnp.float32, **options)
     assert_all_close(name, actual, batches, **options)
-    for field in out:  # whatever the advantages of the padding are
+    for field in out:  # for any advantages in the padding
         assert np.isfinite(field).all()
     assert not out.loss[~stack(batches).mask].any()
 

@@ -41,7 +41,7 @@ def family(module):
 
 
 def with_made_up_head(logp, logp_old, logp_rollout, advantages, mask):
-    """CAPO takes its head's input besides; here it is made of the rows, so that it moves along."""
+    """CAPO also takes its head's input; here it is derived from the rows, so it moves with them."""
     rng = np.random.default_rng(0)
     clean = jnp.where(mask, logp_rollout, 0.0).astype(jnp.float32)
     hidden = jnp.stack([jnp.sin(7 * clean), jnp.cos(5 * clean), jnp.ones_like(clean)], axis=-1)
@@ -145,7 +145,7 @@ def test_corrections_are_constants(name):
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_bfloat16_is_computed_in_float32(name):
-    """Nothing is lost but what the inputs lost when they were rounded, and the gradient in turn."""
+    """Only the rounding of the inputs, and of the gradient, loses precision."""
     low = inputs(2, jnp.bfloat16)
     exact = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in low]
     mine, theirs = EVERYTHING[name](*low), EVERYTHING[name](*exact)
@@ -158,7 +158,7 @@ def test_bfloat16_is_computed_in_float32(name):
 
 
 def sharded_and_whole(devices):
-    """Compares the two for everything that is made for it; wants several devices and float64."""
+    """Compares the two for everything that is made for it; needs several devices and float64."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shard = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"))
     exact = functools.partial(close, rtol=1e-12, atol=1e-12)

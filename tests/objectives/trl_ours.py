@@ -95,7 +95,7 @@ def _our_loss(case: Loss, batch: Batch) -> dict[str, jax.Array]:
 
 
 def _metrics(case: Loss, out, mask: jax.Array, advantages: jax.Array) -> dict[str, jax.Array]:
-    """By TRL's names; what has one value a response is averaged over these."""
+    """By TRL's names; values per response are averaged over responses."""
     whole = case.trl.get("importance_sampling_level") == "sequence"
     if case.objective is sapo:
         return {}

@@ -1,6 +1,6 @@
-"""TRL's side of the comparison: its own code on given log-probabilities; there is no model.
+"""TRL's side of the comparison: its own code on given log-probabilities; no model runs.
 
-From the sampler's tokens to the loss everything is TRL's, but for what would call a model.
+From the sampler's tokens to the loss everything is TRL's, except for calls of a model.
 """
 
 import asyncio
