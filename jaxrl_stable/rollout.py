@@ -7,6 +7,7 @@ log-probability of each sampled token and the experts of each token that was fed
 from __future__ import annotations
 
 import dataclasses
+import typing
 from functools import partial
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"Sampling.max_tokens is {self.max_tokens}; it must be at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
@@ -57,6 +58,7 @@ class Sampling:
             )
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
