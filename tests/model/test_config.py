@@ -2,10 +2,10 @@ import dataclasses
 
 import jax
 import pytest
-from common import small
 
 from jaxrl_stable import model as m
 from jaxrl_stable.model.config import EXECUTION_FIELDS, layer_plan
+from tests.model.common import small
 
 
 @pytest.mark.fast

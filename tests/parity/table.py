@@ -1,6 +1,6 @@
 """The measured differences as a table in Markdown, for `jaxrl_stable/hf/README.md`.
 
-Run `python tests/parity/table.py [ARCHITECTURE ...]`, with the extra "parity" installed.
+Run `python -m tests.parity.table [ARCHITECTURE ...]`, with the extra "parity" installed.
 """
 
 import os
@@ -11,9 +11,10 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import measure
 import torch
 import transformers
+
+from tests.parity import measure
 
 
 def cell(error: float) -> str:

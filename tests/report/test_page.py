@@ -2,10 +2,9 @@ import re
 import subprocess
 import sys
 
-from html_page import Page
-
 from jaxrl_stable import report
 from jaxrl_stable.run import writer as metrics
+from tests.html_page import Page
 
 
 def test_the_page_is_one_file_that_loads_nothing(written):

@@ -3,7 +3,6 @@ import itertools
 
 import numpy as np
 import pytest
-from study_records import cell, study
 
 from jaxrl_stable.statistics import Estimate
 from jaxrl_stable.study import verdicts
@@ -20,6 +19,7 @@ from jaxrl_stable.study.verdicts import (
     following,
     settings,
 )
+from tests.study.study_records import cell, study
 
 CLAIM = {claim.id: claim for claim in CLAIMS}
 NORM = {"aggregation": "seq-mean-token-mean"}
