@@ -8,7 +8,7 @@ import importlib.machinery
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 PACKAGE = __name__.rpartition(".")[0]
 
@@ -109,7 +109,7 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None = None,
+        path: Iterable[str] | None = None,
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname.removeprefix(f"{PACKAGE}.") not in MODULES or "." not in fullname:

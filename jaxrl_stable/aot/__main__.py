@@ -20,7 +20,7 @@ import jax
 from jaxrl_stable.aot import programs
 from jaxrl_stable.aot.analysis import Figures, analyse, step_seconds
 from jaxrl_stable.aot.report import details, duration, refusal, size, table
-from jaxrl_stable.aot.sweep import plot_sweep, scaled, sweep_record, sweep_table
+from jaxrl_stable.aot.sweep import plot_sweep, scaled, sweep_record, sweep_table, topology_record
 from jaxrl_stable.aot.topology import Topology, parse_topology
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.gin_files import load_experiment
@@ -97,12 +97,7 @@ def one(experiment: Experiment, options: argparse.Namespace) -> None:
     shares = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     print(f"\none step at the roofline: {duration(sum(seconds.values()))} ({shares})")
     if options.json:
-        record = {
-            "topology": topology.name,
-            "chips": topology.chips,
-            "step_seconds": seconds,
-            "programs": [each.record() for each in figures],
-        }
+        record = topology_record(topology, figures) | {"step_seconds": seconds}
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     refuse_unless_fitting(figures)
 

@@ -36,10 +36,10 @@ class Part:
     """
 
     name: str
-    flops: float
-    model_flops: float
-    hbm_bytes: float
-    sent: dict[str, float]
+    flops: int | float
+    model_flops: int | float
+    hbm_bytes: int | float
+    sent: dict[str, int | float]
     times: Roofline
     mfu: float
     unknown: tuple[str, ...]
@@ -61,7 +61,7 @@ class Figures:
     name: str
     seconds: float
     memory: Memory
-    hbm: float
+    hbm: int | float
     parts: tuple[Part, ...]
     tensors: tuple[Tensor, ...]
 

@@ -65,7 +65,7 @@ class Collective:
     arrays: tuple[Array, ...]
     group: tuple[int, ...]
     size: int
-    sent: float
+    sent: int | float
     times: int
     loop: str
     op_name: str
@@ -96,14 +96,14 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
     return found
 
 
-def bytes_by_kind(found: Iterable[Collective], loop: str = "") -> dict[str, float]:
+def bytes_by_kind(found: Iterable[Collective], loop: str = "") -> dict[str, int | float]:
     """Bytes that a chip sends, by "kind" over ICI and "dcn kind" over DCN.
 
     Args:
       found: collectives.
       loop: the loop of unknown length whose iteration is meant; "" for what runs outside them.
     """
-    total: dict[str, float] = defaultdict(float)
+    total: dict[str, int | float] = defaultdict(float)
     for each in found:
         if each.loop == loop and each.sent:
             name = each.kind if each.network == "ici" else f"dcn {each.kind}"
@@ -117,7 +117,9 @@ def spanned_axes(group: Sequence[int], coordinates: Sequence[Sequence[int]]) -> 
     return int((places != places[0]).any(0).sum())
 
 
-def _with_fused(module: Module, computation: Computation, instruction: Instruction):
+def _with_fused(
+    module: Module, computation: Computation, instruction: Instruction
+) -> list[tuple[Computation, Instruction]]:
     """The instruction, or those inside a fusion that holds collectives."""
     if instruction.opcode != "fusion":
         return [(computation, instruction)]
@@ -159,7 +161,7 @@ def _read(
     )
 
 
-def _sent(kind: str, n: int, payload: int) -> float:
+def _sent(kind: str, n: int, payload: int) -> int | float:
     factor = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}
     return factor.get(kind, (n - 1) / n) * payload if n > 1 else 0.0
 

@@ -85,7 +85,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     )
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
@@ -94,7 +94,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds for people."""
     if seconds >= 1:
         return f"{seconds:,.3g} s" if seconds < 100 else f"{seconds:,.0f} s"

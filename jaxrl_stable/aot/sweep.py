@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -56,14 +57,16 @@ def sweep_table(sizes: Sizes) -> str:
 
 def sweep_record(sizes: Sizes) -> list[dict[str, Any]]:
     """As JSON."""
-    return [
-        {
-            "topology": topology.name,
-            "chips": topology.chips,
-            "programs": [each.record() for each in figures],
-        }
-        for topology, figures in sizes
-    ]
+    return [topology_record(topology, figures) for topology, figures in sizes]
+
+
+def topology_record(topology: Topology, figures: list[Figures]) -> dict[str, Any]:
+    """Figures on one topology, as JSON."""
+    return {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "programs": [each.record() for each in figures],
+    }
 
 
 def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
@@ -93,7 +96,9 @@ def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def _series(sizes: Sizes):
+def _series(
+    sizes: Sizes,
+) -> Iterator[tuple[str, list[int | float], Callable[[int | float], str]]]:
     """(label, value by size, how to write one) of each line."""
     for programs in zip(*(figures for _, figures in sizes), strict=True):
         yield f"{programs[0].name}: memory", [each.memory.total for each in programs], size

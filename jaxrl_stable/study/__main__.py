@@ -17,9 +17,9 @@ import jax
 
 from jaxrl_stable import distributed, gin_files, program
 from jaxrl_stable.study.config import Study
-from jaxrl_stable.study.markdown import write_claims
-from jaxrl_stable.study.page import read_records, write_figure, write_page
-from jaxrl_stable.study.replay import write_evidence
+from jaxrl_stable.study.results.evidence import write_evidence
+from jaxrl_stable.study.results.markdown import write_claims
+from jaxrl_stable.study.results.page import read_records, write_figure, write_page
 from jaxrl_stable.study.runner import run_study
 
 

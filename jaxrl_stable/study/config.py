@@ -10,15 +10,25 @@ from functools import partial
 from typing import Any
 
 from jaxrl_stable.advantages import centered
-from jaxrl_stable.array_tasks import Task
+from jaxrl_stable.array_tasks import ArrayTask
 from jaxrl_stable.checks import one_of
 from jaxrl_stable.configs import FORMATS, Optimizer
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.objectives import minirl
-from jaxrl_stable.study.analysis import Collapse
-from jaxrl_stable.study.claims import PAPER
 
+# MiniRL (arXiv:2512.01374, eq. 7); also what a record means that does not say.
+PAPER: Mapping[str, Any] = {
+    "loss": "minirl",
+    "mini_batches": 1,
+    "replay": "none",
+    "clip": True,
+    "clip_anchor": "old",
+    "weight": "full",
+    "truncation": 5.0,
+    "policies": "all",
+    "aggregation": "seq-mean-token-sum",
+}
 # Short names of settings that differ from the paper's, in the names of cells.
 SHORT = {
     ("clip", False): "no clip",
@@ -41,7 +51,7 @@ class ColdStart:
       name: by which a grid asks for it.
       steps: gradient steps.
       batch_size: solutions of a step.
-      slips: how often the teacher errs, see `Task.solutions`; what there is to gain by RL.
+      slips: how often the teacher errs, see `ArrayTask.solutions`; what there is to gain by RL.
       task: problems of the teacher, in the study's vocabulary; None takes the study's task.
       optimizer: learning rate and the rest.
     """
@@ -50,7 +60,7 @@ class ColdStart:
     steps: int = 400
     batch_size: int = 64
     slips: float = 0.2
-    task: Task | None = None
+    task: ArrayTask | None = None
     optimizer: Optimizer = Optimizer(learning_rate=3e-3, warmup_steps=20)
 
 
@@ -76,7 +86,7 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a record says of the cell; what is not said is as in the paper (`claims.PAPER`)."""
+        """What a record says of the cell; what is not said is as in the paper (`PAPER`)."""
         estimator = name_of(self.objective.advantages)
         return {
             "loss": name_of(self.objective.loss),
@@ -148,6 +158,40 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True)
+class Collapse:
+    """When a run counts as collapsed; fixed before the runs are looked at.
+
+    A run has collapsed at the first gradient step from which on, for `for_steps` gradient steps (or
+    to the end of the record, if that is nearer and holds two points), one of these is true at every
+    recorded point:
+
+    - score: the held-out score, or the training reward, each under a running mean, is below
+      `score_share` of the highest value it has had so far, *and* more than `margin` below it;
+    - KL: the KL between sampler and trainer is above `kl_limit`;
+    - either is no longer finite after it has been.
+
+    The highest value so far includes the cold start's, so a run that only loses what it was given
+    collapses too. `margin` keeps noise out: of a policy that scores 0.1 now and 0.04 then on 64
+    problems, nothing collapsed. A run that never rises `gain` above its start, in the mean over a
+    quarter of its evaluations, and does not collapse has *not learned*; it is censored, as a stable
+    run is, since there was nothing to lose.
+
+    Attributes:
+      score_share: of the running peak.
+      margin: least fall, score units.
+      gain: least rise that counts as learning, score units.
+      kl_limit: nats a token (k3). Stable runs of arXiv:2512.01374 stay near 0.01.
+      for_steps: gradient steps.
+    """
+
+    score_share: float = 0.5
+    margin: float = 0.1
+    gain: float = 0.05
+    kl_limit: float = 0.5
+    for_steps: int | float = 32
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """Runs of every cell of the grids with every seed.
 
@@ -179,7 +223,7 @@ class Study:
     """
 
     title: str = "A study"
-    task: Task | None = None
+    task: ArrayTask | None = None
     model: ModelConfig | None = None
     cold_starts: tuple[ColdStart, ...] = (ColdStart(),)
     grids: tuple[Grid, ...] = ()
@@ -228,11 +272,10 @@ class Study:
         vocabulary = max(task.vocab_size for task in tasks)
         model = dataclasses.replace(self.model, vocab_size=vocabulary)
         object.__setattr__(self, "model", model)
-        interval = self.gradient_steps // self.evaluations
         for cell in self.cells().values():
-            if interval % cell.objective.mini_batches:
+            if self.interval % cell.objective.mini_batches:
                 raise ValueError(
-                    f"Study: {interval} gradient steps between evaluations are no multiple of "
+                    f"Study: {self.interval} gradient steps between evaluations are no multiple of "
                     f"N = {cell.objective.mini_batches}; change gradient_steps or evaluations"
                 )
             if cell.cold_start not in names:
@@ -247,6 +290,11 @@ class Study:
         for name in self.show:
             if name not in self.cells():
                 raise ValueError(f"Study.show names {name!r}; the cells are {list(self.cells())}")
+
+    @property
+    def interval(self) -> int:
+        """Gradient steps from one evaluation to the next."""
+        return self.gradient_steps // self.evaluations
 
     def cells(self) -> dict[str, Cell]:
         """Cells by name, in the order of the grids; one that several figures show is there once."""

@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Key
 
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.study.config import Cell, Study
-from jaxrl_stable.study.runs import advance, begin, heldout_score, policy
+from jaxrl_stable.study.runs import RunState, advance, begin, heldout_score, policy
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def over_runs(
     if vmapped is None:
         vmapped = devices[0].platform != "cpu"
 
-    def part(runs, shared):
+    def part(runs: Any, shared: Any) -> Any:
         return jax.lax.map(
             lambda run: function(run, shared), runs, batch_size=0 if vmapped else None
         )
@@ -59,10 +60,12 @@ def over_runs(
     )
 
 
-def scoring(study: Study, devices: list[jax.Device]) -> Callable[[Transformer, None], jax.Array]:
+def scoring(
+    study: Study, devices: list[jax.Device]
+) -> Callable[[Transformer, None], Float[Array, "runs"]]:
     """`heldout_score` of every model of a stack; compiled once for each size of it."""
 
-    def score(model, _):
+    def score(model: Transformer, _: None) -> Float[Array, ""]:
         return heldout_score(model, study)
 
     return over_runs(score, devices)
@@ -80,7 +83,7 @@ def compiled(
         rollout_format=cells[0].rollout_format,
     )
 
-    def first(key):
+    def first(key: Key[Array, ""]) -> RunState:
         return begin(study, policy(study, key), key, jnp.int32(0), jnp.float32(0))
 
     spread = NamedSharding(_mesh(devices), P("runs"))
@@ -109,7 +112,7 @@ def made_ahead(makers: Sequence[Callable[[], T]]) -> Iterator[Iterator[T]]:
         begun = (pool.submit(make) for make in makers)
         ahead = collections.deque(itertools.islice(begun, threads))
 
-        def results():
+        def results() -> Iterator[T]:
             while ahead:
                 result = ahead.popleft().result()
                 ahead.extend(itertools.islice(begun, 1))

@@ -108,7 +108,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def rounded(values: Iterable[float]) -> list[float | None]:
+def rounded(values: Iterable[float | np.floating]) -> list[float | None]:
     """Five digits of each; None for what is not finite."""
     return [float(f"{x:.5g}") if math.isfinite(x) else None for x in map(float, values)]
 

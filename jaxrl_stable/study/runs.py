@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_stable import diagnostics
-from jaxrl_stable.array_tasks import Problems, Task
+from jaxrl_stable.array_tasks import ArrayTask, Problems
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.routing import Routing
@@ -63,7 +63,7 @@ class Prepared(NamedTuple):
     sampled: Routing
 
 
-class Run(NamedTuple):
+class RunState(NamedTuple):
     """What a run carries from step to step, and what is its own in the program it shares.
 
     Attributes:
@@ -79,7 +79,9 @@ class Run(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
-def demonstrations(task: Task, key: Key[Array, ""], count: int, slips: float) -> dict[str, Array]:
+def demonstrations(
+    task: ArrayTask, key: Key[Array, ""], count: int, slips: float
+) -> dict[str, Array]:
     """A batch for `sft.supervised_update`: problems, and the teacher's solutions."""
     of_problems, of_teacher = jax.random.split(key)
     problems = task.problems(of_problems, count)
@@ -109,7 +111,7 @@ def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transform
     optimizer = make_optimizer(start.optimizer)
     task = start.task or study.task
 
-    def step(state: TrainState, number: Int[Array, ""]):
+    def step(state: TrainState, number: Int[Array, ""]) -> tuple[TrainState, None]:
         key = jax.random.fold_in(of_data, number)
         batch = demonstrations(task, key, start.batch_size, start.slips)
         return supervised_update(state, batch, optimizer=optimizer)[0], None
@@ -119,20 +121,26 @@ def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transform
     return state.model
 
 
-def begin(study: Study, model: Transformer, key, objective, learning_rate) -> Run:
+def begin(
+    study: Study,
+    model: Transformer,
+    key: Key[Array, ""],
+    objective: Int[Array, ""],
+    learning_rate: Float[Array, ""],
+) -> RunState:
     """A run before its first step."""
     state = init_state(model, make_optimizer(study.optimizer))
-    return Run(state, key, objective, learning_rate)
+    return RunState(state, key, objective, learning_rate)
 
 
 def advance(
-    run: Run,
+    run: RunState,
     first: Int[Array, ""],
     *,
     study: Study,
     objectives: tuple[Objective, ...],
     rollout_format: str,
-) -> tuple[Run, dict[str, Float[Array, "rollouts"]]]:
+) -> tuple[RunState, dict[str, Float[Array, "rollouts"]]]:
     """Runs to the next evaluation (which is a program of its own, shared by all cells).
 
     Args:
@@ -147,7 +155,7 @@ def advance(
     """
     choice = Choice(objectives, run.objective)
     rate = dataclasses.replace(study.optimizer, learning_rate=run.learning_rate)
-    rollouts = study.gradient_steps // study.evaluations // choice.mini_batches
+    rollouts = study.interval // choice.mini_batches
     step = partial(
         reinforce,
         study=study,
@@ -165,7 +173,7 @@ def reinforce(
     key: Key[Array, ""],
     *,
     study: Study,
-    objective: Choice,
+    objective: Objective | Choice,
     rollout_format: str,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:

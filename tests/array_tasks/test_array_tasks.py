@@ -89,7 +89,9 @@ def test_mapped_runs_equal_single_ones_of_another_size(runs, task):
     key = jax.random.split(jax.random.key(2))[0]
     single = jax.jit(lambda key: task.problems(key, 3, heldout=True))(key)
     mapped = jax.tree.map(lambda x: x[HELDOUT, :3], runs.problems)
-    jax.tree.map(np.testing.assert_array_equal, single, mapped)
+    assert jax.tree.structure(single) == jax.tree.structure(mapped)
+    for alone, together in zip(jax.tree.leaves(single), jax.tree.leaves(mapped), strict=True):
+        np.testing.assert_array_equal(alone, together)
 
 
 @pytest.mark.parametrize("task", [array_tasks.ChainSum()], indirect=True, ids=["ChainSum"])

@@ -96,10 +96,10 @@ def test_faulty_templates(tmp_path):
     config = RENDERED["configs"]["chatml"]
     load = data.load_chat_template
     for path in (tmp_path, tmp_path / "none", tmp_path / "tokenizer.model"):
-        with pytest.raises(ValueError, match=r"no Hugging Face tokenizer is here.*Data\.tokenizer"):
+        with pytest.raises(ValueError, match=r"not a Hugging Face tokenizer.*Data\.tokenizer"):
             load(path)
     save(tmp_path, "chatml", jinja=None)
-    with pytest.raises(ValueError, match=r"has no chat template, neither .*leave Data\.chat off"):
+    with pytest.raises(ValueError, match=r"has no chat template, neither .*turn off Data\.chat"):
         load(tmp_path)
     save(
         tmp_path,
@@ -113,7 +113,7 @@ def test_faulty_templates(tmp_path):
     with pytest.raises(ValueError, match=r"chat_template\.jinja: .* not valid Jinja \(line 2\)"):
         load(tmp_path)
     save(tmp_path, "chatml")
-    with pytest.raises(ValueError, match="chat variable 'messages' is made from the problem"):
+    with pytest.raises(ValueError, match="chat variable 'messages' is derived from the problem"):
         load(tmp_path, variables={"messages": []})
     with pytest.raises(ValueError, match=r"must contain \{prompt\} exactly once"):
         load(tmp_path, words="problem")
@@ -212,7 +212,7 @@ def test_conversations_in_jsonl(tmp_path, tokenizer):
     assert source[0] == {"prompt": "2+2", "answer": "4", "messages": turns}
     assert source[1] == lines[1]
     with pytest.raises(
-        ValueError, match=r"\[0\]: the prompt is a list of messages; turn Data.chat"
+        ValueError, match=r"\[0\]: the prompt is a list of messages; turn on Data.chat"
     ):
         data.check_prompts(source, tokenizer, 99)
 
@@ -220,9 +220,9 @@ def test_conversations_in_jsonl(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([], "does not end with a question of the user"),
-        ([{"role": "assistant", "content": "b"}], "does not end with a question of the user"),
-        ([{"role": "user", "content": " "}], "does not end with a question of the user"),
+        ([], "does not end with a user message"),
+        ([{"role": "assistant", "content": "b"}], "does not end with a user message"),
+        ([{"role": "user", "content": " "}], "does not end with a user message"),
         (["a"], "field 'prompt', message 1: expected a role"),
         ([{"role": "user"}], "message 1: expected a role"),
         ([{"role": "user", "content": ["a"]}], "message 1: expected a role"),
@@ -312,6 +312,6 @@ def test_a_chat_without_a_tokenizer_of_its_own(tmp_path):
     path.write_text(json.dumps({"prompt": "17+25", "answer": "42"}))
     settings = Data(train=str(path), heldout=str(path), chat=True)
     experiment = Experiment(data=settings, evaluation=Evaluation(problems=1))
-    with pytest.raises(ValueError, match=r"tokenizer\.model: no Hugging Face tokenizer is here"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model: not a Hugging Face tokenizer"):
         load_task(experiment, tmp_path)
     assert not (tmp_path / "tokenizer.model").exists()

@@ -70,7 +70,7 @@ def test_check_prompts_names_the_first_record_and_counts(source, tokenizer):
     lengths = [len(data.prompt_ids(p, tokenizer)) for p in source]
     first = next(i for i, length in enumerate(lengths) if length > longest - 3)
     count = sum(length > longest - 3 for length in lengths)
-    with pytest.raises(ValueError, match=f"{longest - 3}; widen") as caught:
+    with pytest.raises(ValueError, match=f"{longest - 3}; increase the width") as caught:
         data.check_prompts(source, tokenizer, longest - 3)
     assert str(caught.value).startswith(f"{source!r}[{first}]: the prompt has {lengths[first]} ")
     assert f"records affected: {count} of 60; longest: {longest} tokens" in str(caught.value)

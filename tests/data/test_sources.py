@@ -38,7 +38,7 @@ def test_repr_names_file_and_content_but_no_directory(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a"', r"line 3: not JSON \(.*write one JSON object a line"),
+        ('{"prompt": "a"', r"line 3: not JSON \(.*write one JSON object per line"),
         ('{"prompt": ' + "[" * 100_000, r"line 3: not JSON \("),
         ("[1]", "line 3: expected a JSON object, found array"),
         ("null", "line 3: expected a JSON object, found null"),

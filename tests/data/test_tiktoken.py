@@ -212,7 +212,9 @@ def test_faulty_vocabularies(vocabulary, tmp_path):
     with pytest.raises(ValueError, match="words 'gpt' are unknown; use qwen or kimi"):
         convert(vocabulary, "gpt")
     for special_tokens in ({"</s>": 5}, {"</s>": 262, "abc": 263}, {"</s>": -1}):
-        with pytest.raises(ValueError, match=r"cannot have the id .*those from 262 on are free"):
+        with pytest.raises(
+            ValueError, match=r"cannot have the id .*use an id from 262 on, one per text"
+        ):
             convert(vocabulary, "qwen", special_tokens=special_tokens)
     good = vocabulary.read_text()
     for broken, message in (

@@ -181,7 +181,9 @@ def test_hf_usual_names_are_those_of_added_tokens(hf_directory):
 
 def test_hf_faults(hf_directory):
     write(hf_directory, "tokenizer_config.json", {"eos_token": "<absent>"})
-    with pytest.raises(ValueError, match=r"tokenizer\.json: no EOS token known; name `eos_token`"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: the EOS token is unknown; set `eos_token`"
+    ):
         data.HFTokenizer(hf_directory)
     (hf_directory / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):

@@ -141,14 +141,14 @@ def test_no_config(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "3"])
 def test_config_that_is_no_json_object(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: .*JSON.*; repair or remove it"):
+    with pytest.raises(ValueError, match=r"config\.json: .*JSON.*; fix or remove it"):
         hf.read_config(tmp_path)
 
 
 def test_execution_is_the_callers(tmp_path):
     config = hf.read_config(raw.FROZEN / "qwen3.v5", dtype="bfloat16", remat="block")
     assert (config.dtype, config.remat) == ("bfloat16", "block")
-    with pytest.raises(ValueError, match="num_layers, which the checkpoint decides"):
+    with pytest.raises(ValueError, match="num_layers, which the checkpoint determines"):
         hf.read_config(raw.FROZEN / "qwen3.v5", num_layers=2)
 
 

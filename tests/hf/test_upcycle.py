@@ -102,7 +102,7 @@ def test_upcycling_keeps_the_tokenizer_and_says_what_it_wrote(dense, tmp_path):
     assert (tmp_path / "moe" / "tokenizer.json").exists()
     content = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert content["model_type"] == "qwen3_moe" and content["norm_topk_prob"] is True
-    with pytest.raises(ValueError, match="has experts already"):
+    with pytest.raises(ValueError, match="already has experts"):
         upcycle(tmp_path / "moe", tmp_path / "again", copies=2)
 
 

@@ -70,4 +70,4 @@ def test_other_metrics_are_listed_below(written):
     assert "something/new" in names
     assert names == sorted(names)
     assert not {"eval/avg_at_k", "eval/avg_at_k_low", "routing/agreement_layer_03"} & set(names)
-    assert "Seconds sampling." in other
+    assert "Seconds for sampling." in other

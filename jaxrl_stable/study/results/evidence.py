@@ -11,10 +11,9 @@ import numpy as np
 
 from jaxrl_stable.files import read_json, write_atomic
 from jaxrl_stable.routing import expert_dtype
-from jaxrl_stable.study.analysis import Record, cells_of
-from jaxrl_stable.study.claims import PAPER
-from jaxrl_stable.study.config import Study
-from jaxrl_stable.study.verdicts import canonical
+from jaxrl_stable.study.config import PAPER, Study
+from jaxrl_stable.study.results.analysis import Record, cells_of
+from jaxrl_stable.study.results.verdicts import canonical
 
 FREE = ("mini_batches", "replay")  # everything else is as in the paper
 

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jaxrl_stable.files import write_atomic
-from jaxrl_stable.study.analysis import Collapse, Record, cells_of
-from jaxrl_stable.study.tables import MEANINGS, chance, difference
-from jaxrl_stable.study.verdicts import NOT_RUN, RULE, Evidence, Row, evaluate
+from jaxrl_stable.study.config import Collapse
+from jaxrl_stable.study.results.analysis import Record, cells_of
+from jaxrl_stable.study.results.verdicts import NOT_RUN, RULE, Evidence, Row, evaluate
+from jaxrl_stable.study.results.wording import words
 
 HEAD = (
     "| claim | setting | evidence | verdict |",
@@ -47,21 +48,9 @@ def claim_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def evidence(row: Row, entry: Evidence) -> str:
-    """One comparison: cells, difference with its interval, seeds, p values."""
+    """One comparison: cells, difference with its interval, tests, collapsed runs."""
     names = " against ".join(f"`{name}`" for name in entry.names)
-    states = [Counter(group) for group in entry.states]
-    if len(entry.names) == 1:
-        (state,), (group,) = states, entry.states
-        return (
-            f"{names}: {state['stable']} of {len(group)} runs stable, {state['collapsed']} "
-            f"collapsed, {state['not learned']} not learned"
-        )
+    said = words(row, entry)
     if entry.paired is None:
-        return f"{names}: –"
-    p, outcome = entry.paired, row.claim.outcome
-    collapsed = " against ".join(str(state["collapsed"]) for state in states)
-    return (
-        f"{names}: {MEANINGS[outcome]} {difference(p.difference, outcome)}; {p.pairs} seeds, "
-        f"p {chance(p.p)}, Holm {chance(entry.p_holm)}, permutation {chance(p.p_sign_flip)}; "
-        f"collapsed {collapsed}"
-    )
+        return f"{names}: {said.value}"
+    return f"{names}: {said.measure} {said.value}; {said.tests}; {said.collapsed}"

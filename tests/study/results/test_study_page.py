@@ -4,9 +4,9 @@ import re
 import numpy as np
 import pytest
 
-from jaxrl_stable.study import page, panels
+from jaxrl_stable.study.results import page, panels
 from tests.html_page import Page
-from tests.study.study_records import cell, record, study
+from tests.study.results.study_records import cell, record, study
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 
@@ -58,7 +58,7 @@ def test_references_inside_the_page_resolve(written):
 
 
 def test_every_cell_is_in_its_figures_legend_and_table(written):
-    titles = ("Our own", "On-policy (Fig. 1)", "Four mini-batches a rollout (Fig. 3)")
+    titles = ("Our own", "On-policy (Fig. 1)", "Four mini-batches per rollout (Fig. 3)")
     assert re.findall(r"<h2>(.*?)</h2>", written)[:3] == list(titles), "those of study.json first"
     sections = dict(zip(titles, written.split('<section id="figure-')[1:]))
     for title, name in (

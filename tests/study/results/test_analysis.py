@@ -7,9 +7,10 @@ import pytest
 import scipy.stats
 
 from jaxrl_stable.statistics import bootstrap_band
-from jaxrl_stable.study import analysis, comparison, survival
-from jaxrl_stable.study.analysis import Collapse, collapse, outcome
-from tests.study.study_records import cell, record
+from jaxrl_stable.study.config import Collapse
+from jaxrl_stable.study.results import analysis, comparison, survival
+from jaxrl_stable.study.results.analysis import collapse, outcome
+from tests.study.results.study_records import cell, record
 
 RULE = Collapse(score_share=0.5, margin=0.1, gain=0.05, kl_limit=0.5, for_steps=30)
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxrl_stable.report.run import is_number
-from jaxrl_stable.report.text import duration, escape, figure, plain
+from jaxrl_stable.report.text import elapsed_time, escape, figure, plain
 from jaxrl_stable.statistics import Estimate, mean_over_seeds
-from jaxrl_stable.study.analysis import Cell, Outcome
-from jaxrl_stable.study.panels import swatch
-from jaxrl_stable.study.survival import share
-from jaxrl_stable.study.verdicts import (
+from jaxrl_stable.study.results.analysis import CellRuns, Outcome
+from jaxrl_stable.study.results.panels import swatch
+from jaxrl_stable.study.results.survival import share
+from jaxrl_stable.study.results.verdicts import (
     CONTRADICTED,
     NOT_RUN,
     OPEN,
@@ -22,6 +22,7 @@ from jaxrl_stable.study.verdicts import (
     Evidence,
     Row,
 )
+from jaxrl_stable.study.results.wording import words
 
 # Mark and class of each verdict: not by colour alone.
 MARKS = {
@@ -31,17 +32,9 @@ MARKS = {
     OPEN: ("?", ""),
     NOT_RUN: ("–", "soft"),
 }
-MEANINGS = {
-    "final": "final score",
-    "peak": "peak score",
-    "area": "mean score over the run",
-    "kl": "KL",
-    "entropy": "final entropy, nats",
-    "survival": "share of the run before collapse",
-}
 
 
-def cell_table(cells: Sequence[Cell], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+def cell_table(cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     """One row a cell: what its runs came to, with 95 % intervals over seeds."""
     rows = []
     for index, cell in enumerate(cells):
@@ -122,50 +115,16 @@ def claim_table(rows: Sequence[Row]) -> str:
 
 
 def evidence(row: Row, entry: Evidence, widest: Mapping[str, float]) -> str:
-    """The figures of one comparison: difference, interval, seeds, p, effect."""
+    """One comparison: cells, difference with its interval, collapsed runs, tests."""
     names = " against ".join(f"<i>{escape(name)}</i>" for name in entry.names)
-    if len(entry.names) == 1:
-        states = Counter(entry.states[0])
-        return (
-            f"{names}: {states['stable']} of {len(entry.states[0])} runs stable "
-            f"(95 %: {100 * entry.stable.low:.0f} to {100 * entry.stable.high:.0f} %), "
-            f"{states['collapsed']} collapsed, {states['not learned']} not learned"
-        )
+    said = words(row, entry)
     if entry.paired is None:
-        return f"{names}: –"
-    p, outcome = entry.paired, row.claim.outcome
-    collapsed = [Counter(group)["collapsed"] for group in entry.states]
-    runs = [len(group) for group in entry.states]
-    counts = (
-        f"; collapsed {collapsed[0]} of {runs[0]} against {collapsed[1]} of {runs[1]}"
-        if outcome == "survival"
-        else ""
-    )
-    effect = f"; d<sub>z</sub> {signed(p.effect, 1)}" if math.isfinite(p.effect) else ""
+        return f"{names}: {said.value}"
     return (
-        f"{names}<br>{interval_bar(p.difference, widest[outcome])} "
-        f"{MEANINGS[outcome]} <b>{difference(p.difference, outcome)}</b>{counts}<br>"
-        f"<small>{p.pairs} seeds; p {chance(p.p)}, Holm {chance(entry.p_holm)}, permutation "
-        f"{chance(p.p_sign_flip)} (least possible {chance(p.attainable)}){effect}; first higher in "
-        f"{100 * p.superiority:.0f} % of pairs</small>"
+        f"{names}<br>{interval_bar(entry.paired.difference, widest[row.claim.outcome])} "
+        f"{said.measure} <b>{said.value}</b>; {said.collapsed}<br>"
+        f"<small>{escape(said.tests)}</small>"
     )
-
-
-def chance(p: float) -> str:
-    """A p value to two digits."""
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
-
-
-def signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def difference(d: Estimate, outcome: str) -> str:
-    """ "−0.152 (−0.174 to −0.130)"; of a KL the factor, "×0.31 (0.30 to 0.31)"."""
-    if outcome == "kl":
-        return f"×{10**d.value:.3g} ({10**d.low:.3g} to {10**d.high:.3g})"
-    value, low, high = (signed(end, 3) for end in (d.value, d.low, d.high))
-    return f"{value} ({low} to {high})"
 
 
 def interval_bar(d: Estimate, widest: float) -> str:
@@ -204,10 +163,10 @@ def number(value: Any) -> str:
     return figure(value) if is_number(value) else escape(plain(value))
 
 
-def total_time(cells: Sequence[Cell], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
+def total_time(cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     seconds = [run.seconds for cell in cells for run in outcomes[cell.name]]
     known = [value for value in seconds if math.isfinite(value)]
-    return duration(sum(known)) if known else "–"
+    return elapsed_time(sum(known)) if known else "–"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:

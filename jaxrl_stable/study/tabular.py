@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,18 +87,24 @@ def random_problem(
 
 
 @jax.jit
-def log_probs(logits: Float[Array, "prefixes V"], problem: Problem) -> Float[Array, "*B T"]:
+def log_probs(
+    logits: Float[Array | np.ndarray, "prefixes V"], problem: Problem
+) -> Float[Array, "*B T"]:
     """log π(y_t | y_<t) of every sequence under one of the tables."""
     rows = jax.nn.log_softmax(jnp.asarray(logits)[problem.prefixes])
     return jnp.take_along_axis(rows, problem.tokens[..., None], -1)[..., 0]
 
 
-def sequence_objective(logits: Float[Array, "prefixes V"], problem: Problem) -> Float[Array, ""]:
+def sequence_objective(
+    logits: Float[Array | np.ndarray, "prefixes V"], problem: Problem
+) -> Float[Array, ""]:
     """J_seq(θ) = E_{y∼π_θ}[R(y)] (arXiv:2512.01374, eq. 1)."""
     return jnp.exp(log_probs(logits, problem).sum(-1)) @ problem.rewards
 
 
-def token_objective(logits: Float[Array, "prefixes V"], problem: Problem) -> Float[Array, ""]:
+def token_objective(
+    logits: Float[Array | np.ndarray, "prefixes V"], problem: Problem
+) -> Float[Array, ""]:
     """J_token(θ) = E_{y∼μ_old}[Σ_t π_θ(y_t|·)/μ_old(y_t|·) R(y)] (arXiv:2512.01374, eq. 3)."""
     logp_rollout = log_probs(problem.logits_rollout, problem)
     weights = jnp.exp(log_probs(logits, problem) - logp_rollout)
@@ -132,7 +138,9 @@ def centered_rewards(problem: Problem) -> Float[np.ndarray, "B"]:
     return problem.rewards - rollout_probabilities(problem) @ problem.rewards
 
 
-def token_gradients(problem: Problem, advantages: Float[np.ndarray, "B"], **options) -> Gradients:
+def token_gradients(
+    problem: Problem, advantages: Float[np.ndarray, "B"], **options: Any
+) -> Gradients:
     """ĝ(y) = −∇_θ of the library's loss of each sequence, a mini-batch of its own.
 
     Args:
@@ -146,8 +154,15 @@ def token_gradients(problem: Problem, advantages: Float[np.ndarray, "B"], **opti
 
 
 @partial(jax.jit, static_argnames="options")
-def _loss_gradients(problem: Problem, advantages, options) -> Float[Array, "B prefixes V"]:
-    def loss(logits, tokens, prefixes, advantage):
+def _loss_gradients(
+    problem: Problem, advantages: Float[Array, "B"], options: tuple[tuple[str, Any], ...]
+) -> Float[Array, "B prefixes V"]:
+    def loss(
+        logits: Float[Array, "prefixes V"],
+        tokens: Int[Array, "T"],
+        prefixes: Int[Array, "T"],
+        advantage: Float[Array, ""],
+    ) -> Float[Array, ""]:
         one = problem._replace(tokens=tokens[None], prefixes=prefixes[None])
         tables = logits, problem.logits_old, problem.logits_rollout
         mask = jnp.ones(one.tokens.shape, bool)
@@ -172,7 +187,9 @@ def sequence_gradients(problem: Problem, advantages: Float[np.ndarray, "B"]) -> 
 
 @jax.jit
 def _scores(problem: Problem) -> Float[Array, "B prefixes V"]:
-    def log_prob(logits, tokens, prefixes):
+    def log_prob(
+        logits: Float[Array, "prefixes V"], tokens: Int[Array, "T"], prefixes: Int[Array, "T"]
+    ) -> Float[Array, ""]:
         return log_probs(logits, problem._replace(tokens=tokens, prefixes=prefixes)).sum()
 
     scores = jax.vmap(jax.grad(log_prob), in_axes=(None, 0, 0))

@@ -14,18 +14,6 @@ from typing import Any
 
 Selector = Mapping[str, Any]
 
-# MiniRL (arXiv:2512.01374, eq. 7); also what a record means that does not say.
-PAPER: Selector = {
-    "loss": "minirl",
-    "mini_batches": 1,
-    "replay": "none",
-    "clip": True,
-    "clip_anchor": "old",
-    "weight": "full",
-    "truncation": 5.0,
-    "policies": "all",
-    "aggregation": "seq-mean-token-sum",
-}
 NORM = {"aggregation": "seq-mean-token-mean"}
 NO_IS = {"weight": "none"}
 R2, R3 = {"replay": "R2"}, {"replay": "R3"}
@@ -67,7 +55,9 @@ class Claim:
     together: bool = False
 
 
-def _paper(id: str, figure: str, sentence: str, first: Selector, second: Selector, *rest: str):
+def _paper(
+    id: str, figure: str, sentence: str, first: Selector, second: Selector, *rest: str
+) -> Claim:
     return Claim(id, sentence, f"arXiv:2512.01374, {figure}", ((first, second),), *rest)
 
 
@@ -120,7 +110,7 @@ ON_POLICY = (
             ),
             (
                 "r3-no-is",
-                "With R3, too, the run collapses without the train–inference correction.",
+                "With R3 too, the run collapses without the train–inference correction.",
                 {**R3, **NO_IS},
                 R3,
                 "survival",
@@ -201,7 +191,7 @@ OFF_POLICY = (
             together=True,
         )
         for id, part, beside, comparisons in (
-            ("clip", "clipping", "whatever is replayed", _each("replay", {"clip": False}, {})),
+            ("clip", "clipping", "with any replay", _each("replay", {"clip": False}, {})),
             ("r2", "R2", "clipped or not", _each("clip", {}, R2)),
             ("r3", "R3", "clipped or not", _each("clip", {}, R3)),
         )
@@ -257,7 +247,7 @@ DISPUTES = (
     ),
     Claim(
         "truncation-none",
-        "Off-policy, weights without truncation are stable for longer than those truncated at 5.",
+        "Off-policy, weights without truncation are stable for longer than weights truncated at 5.",
         "arXiv:2602.04879, against 2512.01374",
         (({**OFF, "truncation": None}, OFF),),
         "survival",
@@ -275,7 +265,7 @@ DISPUTES = (
     ),
     Claim(
         "length-factor",
-        "Off-policy, too, length normalisation ends lower.",
+        "Off-policy too, length normalisation ends lower.",
         "arXiv:2512.01374 and 2503.20783, against 2507.18071",
         (({**OFF, **NORM}, OFF),),
         "final",

@@ -11,7 +11,7 @@ import scipy.stats
 from jaxtyping import Bool, Float
 
 from jaxrl_stable.statistics import LEVEL, Estimate
-from jaxrl_stable.study.analysis import Outcome
+from jaxrl_stable.study.results.analysis import Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Survival:
 
 
 def kaplan_meier(
-    times: Sequence[float] | Float[np.ndarray, "runs"],
+    times: Sequence[int | float] | Float[np.ndarray, "runs"],
     collapsed: Sequence[bool] | Bool[np.ndarray, "runs"],
 ) -> Survival:
     """Product-limit estimate of Kaplan and Meier 1958, from step 0 on.

@@ -18,9 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from jaxrl_stable.statistics import bootstrap_band, smooth
+from jaxrl_stable.study.config import Collapse
 
 Points = Float[np.ndarray, "points"]
 Record = Mapping[str, Any]
@@ -34,47 +35,13 @@ KL_FLOOR = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class CellRuns:
     """Runs of the same settings, one a seed, in the order of the seeds."""
 
     name: str
     settings: Mapping[str, Any]
     figures: tuple[str, ...]
     runs: tuple[Record, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Collapse:
-    """When a run counts as collapsed; fixed before the runs are looked at.
-
-    A run has collapsed at the first gradient step from which on, for `for_steps` gradient steps (or
-    to the end of the record, if that is nearer and holds two points), one of these is true at every
-    recorded point:
-
-    - score: the held-out score, or the training reward, each under a running mean, is below
-      `score_share` of the highest value it has had so far, *and* more than `margin` below it;
-    - KL: the KL between sampler and trainer is above `kl_limit`;
-    - either is no longer finite after it has been.
-
-    The highest value so far includes the cold start's, so a run that only loses what it was given
-    collapses too. `margin` keeps noise out: of a policy that scores 0.1 now and 0.04 then on 64
-    problems, nothing collapsed. A run that never rises `gain` above its start, in the mean over a
-    quarter of its evaluations, and does not collapse has *not learned*; it is censored, as a stable
-    run is, since there was nothing to lose.
-
-    Attributes:
-      score_share: of the running peak.
-      margin: least fall, score units.
-      gain: least rise that counts as learning, score units.
-      kl_limit: nats a token (k3). Stable runs of arXiv:2512.01374 stay near 0.01.
-      for_steps: gradient steps.
-    """
-
-    score_share: float = 0.5
-    margin: float = 0.1
-    gain: float = 0.05
-    kl_limit: float = 0.5
-    for_steps: float = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +85,7 @@ class Outcome:
         return "collapsed" if self.cause else "stable" if self.learned else "not learned"
 
 
-def cells_of(records: Iterable[Record]) -> list[Cell]:
+def cells_of(records: Iterable[Record]) -> list[CellRuns]:
     """Runs grouped by cell, in the order in which the cells first appear.
 
     Raises:
@@ -146,7 +113,7 @@ def cells_of(records: Iterable[Record]) -> list[Cell]:
                     f"results.jsonl: cell {name!r} has runs of different settings; rename one"
                 )
         figures = dict.fromkeys(f for run in runs for f in run.get("figure") or ())
-        found.append(Cell(name, runs[0]["settings"], tuple(figures), tuple(runs)))
+        found.append(CellRuns(name, runs[0]["settings"], tuple(figures), tuple(runs)))
     return found
 
 
@@ -183,7 +150,7 @@ def aligned(
     return steps, values
 
 
-def band(cell: Cell, name: str) -> tuple[Points, Points, Points, Points]:
+def band(cell: CellRuns, name: str) -> tuple[Points, Points, Points, Points]:
     """(gradient steps, mean over seeds, low, high) of a curve of a cell.
 
     The held-out score is taken as it is; other curves under a running mean. Of the KL, which spans
@@ -225,6 +192,11 @@ def outcome(run: Record, rule: Collapse) -> Outcome:
     )
 
 
+def outcomes_of(cells: Iterable[CellRuns], rule: Collapse) -> dict[str, list[Outcome]]:
+    """Outcomes of the runs of each cell, by the cell's name."""
+    return {cell.name: [outcome(run, rule) for run in cell.runs] for cell in cells}
+
+
 def collapse(run: Record, rule: Collapse) -> tuple[float, str]:
     """(gradient step, cause) of the first collapse of a run; (∞, "") where there is none."""
     (score_steps, score), (reward_steps, reward), (kl_steps, kl) = (
@@ -240,7 +212,9 @@ def collapse(run: Record, rule: Collapse) -> tuple[float, str]:
     return (times[cause], cause) if math.isfinite(times[cause]) else (math.inf, "")
 
 
-def first_lasting(x: Points, bad: Bool[np.ndarray, "points"], for_steps: float) -> float:
+def first_lasting(
+    x: Points, bad: Bool[np.ndarray, "points"] | Shaped[np.ndarray, "0"], for_steps: int | float
+) -> float:
     """First x from which on `bad` holds for `for_steps`, or to the end with two points; else ∞."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], bad, [False])).astype(int)))
     for start, end in edges.reshape(-1, 2):

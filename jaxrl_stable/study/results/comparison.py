@@ -71,7 +71,7 @@ def paired(
             f"paired: {len(first)} and {len(second)} values; pass two or more finite pairs"
         )
     spread = d.std(ddof=1)
-    flat = spread <= 1e-12 * max(1.0, np.abs(d).max())
+    flat = bool(spread <= 1e-12 * max(1.0, np.abs(d).max()))
     return Paired(
         pairs=len(d),
         difference=mean_over_seeds(d),

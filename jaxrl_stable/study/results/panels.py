@@ -21,8 +21,8 @@ from jaxtyping import Float
 from jaxrl_stable.report.drawing import INK, STYLE, finish_axes, inline_svg
 from jaxrl_stable.report.text import escape
 from jaxrl_stable.statistics import mean_over_seeds
-from jaxrl_stable.study.analysis import Cell, Outcome, band
-from jaxrl_stable.study.survival import survival
+from jaxrl_stable.study.results.analysis import CellRuns, Outcome, band
+from jaxrl_stable.study.results.survival import survival
 
 # Okabe and Ito's hues, shifted until every two stay apart for normal, red-, green- and blue-blind
 # eyes (CIE76 difference at least 19 under Machado's simulation) and each stands out from the white
@@ -53,7 +53,7 @@ VIEWS = (
 
 
 def panels(
-    figure: str, cells: Sequence[Cell], outcomes: Mapping[str, Sequence[Outcome]]
+    figure: str, cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]]
 ) -> list[str]:
     """All panels of a figure as inline SVG; those without a curve are left out."""
     drawings: list[tuple[str, Callable[[matplotlib.axes.Axes], None]]] = [
@@ -76,7 +76,7 @@ def panels(
     return found
 
 
-def write_figure(cells: Sequence[Cell], path: pathlib.Path, title: str = "") -> None:
+def write_figure(cells: Sequence[CellRuns], path: pathlib.Path, title: str = "") -> None:
     """The paper's four panels of some cells as one PNG, with a legend below."""
     with matplotlib.rc_context(STYLE):
         rows = math.ceil(len(cells) / 3)
@@ -95,7 +95,7 @@ def write_figure(cells: Sequence[Cell], path: pathlib.Path, title: str = "") -> 
         canvas.savefig(path, dpi=160, facecolor="white")
 
 
-def legend(cells: Sequence[Cell]) -> str:
+def legend(cells: Sequence[CellRuns]) -> str:
     """Number, line and name of each cell."""
     items = "".join(f"<li>{swatch(i)} {escape(cell.name)}</li>" for i, cell in enumerate(cells))
     return f'<ol class="legend">{items}</ol>'
@@ -122,7 +122,7 @@ def look(index: int) -> dict:
     }
 
 
-def draw_view(axes: matplotlib.axes.Axes, cells: Sequence[Cell], view: View) -> None:
+def draw_view(axes: matplotlib.axes.Axes, cells: Sequence[CellRuns], view: View) -> None:
     """Mean over seeds of each cell in its band."""
     if view.log:
         axes.set_yscale("log")

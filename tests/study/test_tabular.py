@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_stable import tabular
 from jaxrl_stable.advantages import centered
 from jaxrl_stable.objectives import aggregate, minirl
-from jaxrl_stable.tabular import ESTIMATORS, expectation, random_problem
+from jaxrl_stable.study import tabular
+from jaxrl_stable.study.tabular import ESTIMATORS, expectation, random_problem
 
 EXACT = 1e-12
 SIZES = [(6, 3), (6, 4), (2, 5)]  # (V, T)

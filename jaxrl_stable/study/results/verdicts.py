@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from jaxrl_stable.statistics import Estimate
-from jaxrl_stable.study.analysis import Cell, Collapse, Outcome, outcome
-from jaxrl_stable.study.claims import CLAIMS, PAPER, Claim, Selector, cold_starts
-from jaxrl_stable.study.comparison import Paired, holm, paired
-from jaxrl_stable.study.survival import share
+from jaxrl_stable.study.config import PAPER, Collapse
+from jaxrl_stable.study.results.analysis import CellRuns, Outcome, outcomes_of
+from jaxrl_stable.study.results.claims import CLAIMS, Claim, Selector, cold_starts
+from jaxrl_stable.study.results.comparison import Paired, holm, paired
+from jaxrl_stable.study.results.survival import share
 
-Comparisons = tuple[tuple[Cell, ...], ...]  # the cells of each
+Comparisons = tuple[tuple[CellRuns, ...], ...]  # the cells of each
 
 REPRODUCED, UNSEEN = "reproduced", "not visible at this scale"
 CONTRADICTED, NOT_RUN, OPEN = "contradicted", "not run", "no claim"
@@ -26,16 +27,16 @@ ALPHA = 0.05
 CONTEXT = ("rollout_format", "task", "cold_start", "learning_rate")
 RULE = (
     "Reproduced: the 95 % Student interval of the difference over shared seeds excludes 0 in the "
-    "claimed direction, and p after Holm's correction over all comparisons of this table is below "
-    f"{ALPHA}. Contradicted: the same in the other direction. “Equal” needs the interval within ± "
-    "the margin (contradicted: beyond it), “no gain” needs it below the margin and reaching 0 or "
-    "less (contradicted: above 0). “Stable” is about one cell and not corrected: the exact 95 % "
-    "interval of the share of runs that learned and did not collapse lies above one half "
-    "(contradicted: that of collapsed runs does). A claim of several comparisons needs all of "
-    "them; one that is contradicted contradicts it. Cells taken together are averaged "
-    "for each seed, and then compared as one. Everything else is not visible at this scale, "
-    "which is no evidence of absence. The permutation p stands beside as a check and decides "
-    "nothing: with n pairs it cannot be below 2^(1−n)."
+    "claimed direction, and p after Holm's correction over all comparisons in this table is below "
+    f"{ALPHA}. Contradicted: the same in the other direction. “Equal” requires the interval to be "
+    "within ± the margin (contradicted: beyond it); “no gain” requires it to be below the margin "
+    "and to reach 0 or less (contradicted: above 0). “Stable” concerns one cell and is not "
+    "corrected: the exact 95 % interval of the share of runs that learned and did not collapse is "
+    "above one half (contradicted: the interval of the share of collapsed runs is). A claim with "
+    "several comparisons requires all of them; one that is contradicted contradicts the claim. "
+    "Cells taken together are averaged per seed and then compared as one. Anything else is not "
+    "visible at this scale, which is not evidence of absence. The permutation p is a check and "
+    "decides nothing: with n pairs it cannot be below 2^(1−n)."
 )
 
 
@@ -79,11 +80,11 @@ class Row:
 
 
 def evaluate(
-    cells: Sequence[Cell], rule: Collapse | None = None, claims: Sequence[Claim] = CLAIMS
+    cells: Sequence[CellRuns], rule: Collapse | None = None, claims: Sequence[Claim] = CLAIMS
 ) -> list[Row]:
     """All claims in all settings of the study, in the order of the claims."""
     rule = rule or Collapse()
-    outcomes = {cell.name: [outcome(run, rule) for run in cell.runs] for cell in cells}
+    outcomes = outcomes_of(cells, rule)
     starts = dict.fromkeys(
         full.get("cold_start", "default")
         for full in (canonical(cell.settings) for cell in cells)
@@ -142,7 +143,7 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def matches(cell: Cell, selector: Selector, claim: Claim) -> bool:
+def matches(cell: CellRuns, selector: Selector, claim: Claim) -> bool:
     """Whether a cell has the settings that a selector asks for; a tuple lists alternatives."""
     full = canonical(cell.settings)
     for key, wanted in {**PAPER, **selector}.items():
@@ -154,7 +155,7 @@ def matches(cell: Cell, selector: Selector, claim: Claim) -> bool:
     return True
 
 
-def settings(claim: Claim, cells: Sequence[Cell]) -> Iterable[tuple[str, Comparisons]]:
+def settings(claim: Claim, cells: Sequence[CellRuns]) -> Iterable[tuple[str, Comparisons]]:
     """(what is particular to them, cells of each comparison) for every setting of the study.
 
     Cells belong together when all settings agree that the claim leaves open, but for those that
@@ -165,9 +166,9 @@ def settings(claim: Claim, cells: Sequence[Cell]) -> Iterable[tuple[str, Compari
         return
     fixed = (set(PAPER) | {key for side in sides for key in side}) - set(claim.same)
     ignored = fixed | set(claim.free) | following(cells)
-    candidates: list[dict[str, list[Cell]]] = []
+    candidates: list[dict[str, list[CellRuns]]] = []
     for side in sides:
-        by_rest: dict[str, list[Cell]] = {}
+        by_rest: dict[str, list[CellRuns]] = {}
         for cell in cells:
             if matches(cell, side, claim):
                 full = canonical(cell.settings)
@@ -194,7 +195,7 @@ def settings(claim: Claim, cells: Sequence[Cell]) -> Iterable[tuple[str, Compari
             )
 
 
-def following(cells: Sequence[Cell]) -> set[str]:
+def following(cells: Sequence[CellRuns]) -> set[str]:
     """Settings that differ with the number of mini-batches and with nothing else.
 
     As in the paper, whose mini-batch stays the same: the batch grows with N, and a run of as many
@@ -293,7 +294,7 @@ def _seen(row: Row) -> str:
     return "no difference visible"
 
 
-def _missing(claim: Claim, cells: Sequence[Cell]) -> str:
+def _missing(claim: Claim, cells: Sequence[CellRuns]) -> str:
     """Which cell the study lacks."""
     if not claim.comparisons:
         return "needs three cold starts"

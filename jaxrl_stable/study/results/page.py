@@ -13,9 +13,17 @@ from jaxrl_stable.files import read_json, read_jsonl, write_atomic
 from jaxrl_stable.report import samples as sampled
 from jaxrl_stable.report.layout import document
 from jaxrl_stable.report.text import escape, plain
-from jaxrl_stable.study import panels, verdicts
-from jaxrl_stable.study.analysis import Cell, Collapse, Outcome, Record, cells_of, outcome
-from jaxrl_stable.study.tables import (
+from jaxrl_stable.study.config import Collapse
+from jaxrl_stable.study.results import panels, verdicts
+from jaxrl_stable.study.results.analysis import (
+    CellRuns,
+    Outcome,
+    Record,
+    cells_of,
+    outcome,
+    outcomes_of,
+)
+from jaxrl_stable.study.results.tables import (
     MARKS,
     cell_table,
     claim_table,
@@ -25,19 +33,18 @@ from jaxrl_stable.study.tables import (
 
 TITLES = {
     "on_policy": "On-policy (Fig. 1)",
-    "off_policy_n2": "Two mini-batches a rollout (Fig. 2)",
-    "off_policy_n4": "Four mini-batches a rollout (Fig. 3)",
-    "off_policy_n8": "Eight mini-batches a rollout (Fig. 4)",
+    "off_policy_n2": "Two mini-batches per rollout (Fig. 2)",
+    "off_policy_n4": "Four mini-batches per rollout (Fig. 3)",
+    "off_policy_n8": "Eight mini-batches per rollout (Fig. 4)",
     "cold_starts": "Three cold starts (Fig. 5)",
 }
 NO_FIGURE = "other"
 JUDGED = (verdicts.REPRODUCED, verdicts.UNSEEN, verdicts.CONTRADICTED)
 CURVES = (
-    "Lines: means over seeds. Bands: 95 % bootstrap intervals over runs. Held-out scores as "
-    "evaluated, the rest under a running mean over a twentieth of the points, and five at least; "
-    "the KL's mean is "
-    "geometric. Survival: Kaplan–Meier with Greenwood's band, the curves set apart a little. "
-    "Dots: seeds (× collapsed, ■ not learned)."
+    "Lines: means over seeds. Bands: 95 % bootstrap intervals over runs. Held-out scores are shown "
+    "as evaluated; other curves are smoothed by a running mean over a twentieth of the points, at "
+    "least five. The mean of the KL is geometric. Survival: Kaplan–Meier with Greenwood's band; "
+    "curves are offset slightly. Dots: seeds (× collapsed, ■ not learned)."
 )
 STYLE = """
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 20px;margin:0 0 12px;padding:0;
@@ -101,11 +108,16 @@ def write_figure(
     Raises:
       ValueError: no record belongs to the figure.
     """
-    cells = [cell for cell in cells_of(records) if figure in (cell.figures or (NO_FIGURE,))]
+    cells = cells_in(figure, cells_of(records))
     if not cells:
         raise ValueError(f"figure {figure!r}: no record belongs to it; run its cells first")
     panels.write_figure(cells, pathlib.Path(path), title)
     return pathlib.Path(path)
+
+
+def cells_in(figure: str, cells: Iterable[CellRuns]) -> list[CellRuns]:
+    """The cells that a figure shows; those that belong to none are in `NO_FIGURE`."""
+    return [cell for cell in cells if figure in (cell.figures or (NO_FIGURE,))]
 
 
 def read_records(directory: pathlib.Path) -> list[dict]:
@@ -135,9 +147,9 @@ def page(
     try:
         rule = Collapse(**study.get("collapse", {}))
     except TypeError as error:
-        raise ValueError(f"study.json, collapse: {error}; see analysis.Collapse") from None
+        raise ValueError(f"study.json, collapse: {error}; see study.config.Collapse") from None
     cells = cells_of(records)
-    outcomes = {cell.name: [outcome(run, rule) for run in cell.runs] for cell in cells}
+    outcomes = outcomes_of(cells, rule)
     rows = verdicts.evaluate(cells, rule)
     title = str(study.get("title") or name)
     given = study.get("figures", {})
@@ -176,7 +188,7 @@ def page(
 def header(
     title: str,
     study: Mapping[str, Any],
-    cells: Sequence[Cell],
+    cells: Sequence[CellRuns],
     outcomes: Mapping[str, Sequence[Outcome]],
     rows: Sequence[verdicts.Row],
 ) -> str:
@@ -209,11 +221,11 @@ def figure_section(
     key: str,
     title: str,
     figure: str,
-    cells: Sequence[Cell],
+    cells: Sequence[CellRuns],
     outcomes: Mapping[str, Sequence[Outcome]],
 ) -> str:
     """Legend, panels and table of the cells of one figure."""
-    cells = [cell for cell in cells if figure in (cell.figures or (NO_FIGURE,))]
+    cells = cells_in(figure, cells)
     note = f'<p class="soft note">{CURVES}</p>' if key == "figure-0" else ""
     shown = "".join(f"<figure>{svg}</figure>" for svg in panels.panels(figure, cells, outcomes))
     return (
@@ -239,16 +251,17 @@ def sample_viewer(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def collapse_section(
-    cells: Sequence[Cell], outcomes: Mapping[str, Sequence[Outcome]], rule: Collapse
+    cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]], rule: Collapse
 ) -> str:
     """The definition, and how many runs would have collapsed under a stricter or a laxer one."""
     text = (
-        f"A run has collapsed if, from some gradient step on, for {rule.for_steps:g} "
-        "gradient steps or to the end of the record: the held-out score or the training reward, "
-        f"under a running mean, is below {rule.score_share:g} of its highest so far and more than "
-        f"{rule.margin:g} below it, or the KL between sampler and trainer is above "
-        f"{rule.kl_limit:g} nats a token, or one of them is no longer finite. A run that gains "
-        f"less than {rule.gain:g} and does not collapse has not learned; it counts as censored."
+        "A run has collapsed if, from some gradient step on, for "
+        f"{rule.for_steps:g} gradient steps or until the end of the record, one of these holds: "
+        "the held-out score or the training reward, under a running mean, is below "
+        f"{rule.score_share:g} of its highest value so far and more than {rule.margin:g} below it; "
+        f"the KL between sampler and trainer is above {rule.kl_limit:g} nats per token; or one of "
+        f"them is no longer finite. A run that gains less than {rule.gain:g} and does not collapse "
+        "has not learned; it counts as censored."
     )
     others = [
         (f"score below {share:g}", dataclasses.replace(rule, score_share=share))
@@ -266,11 +279,11 @@ def collapse_section(
                 f"<dt>{escape(cell.name)}</dt><dd>{now} of {len(cell.runs)}; {figures}</dd>"
             )
     if changed:
-        limits = "Cells whose count of collapsed runs hangs on these limits:"
+        limits = "Cells whose number of collapsed runs depends on these limits:"
     else:
         limits = (
-            "Under other limits (a score below 0.25 or 0.75, a KL ten times higher) as many runs "
-            "collapse in every cell."
+            "Under other limits (a score below 0.25 or 0.75, a KL ten times higher) every cell has "
+            "the same number of collapsed runs."
         )
     listed = f"<dl>{''.join(changed)}</dl>" if changed else ""
     return f"<p>{escape(text)}</p><p>{limits}</p>{listed}"

@@ -1,4 +1,4 @@
-"""Batches for supervised fine-tuning: several examples a row, by grain's first-fit packing."""
+"""Batches of demonstrations: several examples per row, by grain's first-fit packing."""
 
 import grain
 import grain.experimental
@@ -19,32 +19,35 @@ def packed_iterator(
     seed: int,
     template: Template = PLACE,
 ) -> grain.DatasetIterator:
-    """Iterates for ever over packed batches; the source is shuffled anew for every epoch.
+    """Iterates forever over packed batches. The source is reshuffled in every epoch.
 
     An example is the prompt as in `encode_prompts`, the answer, and EOS. Prompt and answer are
-    tokenised apart, so that the prompt's tokens are those that a rollout sees. An answer may use
-    the model's control tokens, except those that stop. An example is never cut or split over rows.
+    tokenised separately, so that the prompt has the tokens that a rollout sees. An answer may
+    contain the model's control tokens, except stop tokens. An example is never truncated, nor split
+    over rows.
 
-    With several processes each packs all rows, and places those that its devices hold: which
-    examples share a row depends on all examples before, so only then does a run resume exactly with
-    another number of processes. That costs every host the tokenising of the whole batch.
+    With several processes, each process packs all rows and keeps those that its devices hold. Which
+    examples share a row depends on all earlier examples, so this is the only way to resume exactly
+    with another number of processes. The price is that every host tokenises the whole batch.
 
     Args:
       source: the problems.
-      tokenizer: what to encode with.
-      batch_size: `B`, number of rows in a batch.
-      length: `T`, the number of columns.
-      seed: of the shuffle, from 0 to 2**32 - 1.
+      tokenizer: the tokenizer of the model.
+      batch_size: `B`, number of rows per batch.
+      length: `T`, number of columns.
+      seed: seed of the shuffle, from 0 to 2**32 - 1.
       template: text around `{prompt}`, or a chat template.
 
     Yields:
-      `tokens` int32 [B, T], `pad_id` in padding; `segment_ids` int32 [B, T], 1, 2, ... for the
-      examples of a row and 0 in padding; `positions` int32 [B, T], from 0 in each segment;
-      `loss_mask` bool [B, T], True exactly where `tokens[b, t]` is of an answer or its EOS.
+      A dict with:
+        tokens: int32 [B, T], `pad_id` in padding.
+        segment_ids: int32 [B, T], 1, 2, ... for the examples of a row and 0 in padding.
+        positions: int32 [B, T], counted from 0 in each segment.
+        loss_mask: bool [B, T], True exactly where `tokens[b, t]` belongs to an answer or its EOS.
 
     Raises:
-      ValueError: the source is empty, or (while iterating) an example is longer than
-        `length`, or has a faulty prompt or a stop token in its answer.
+      ValueError: if the source is empty or, while iterating, if an example is longer than
+        `length`, its prompt is invalid, or its answer contains a stop token.
     """
     check_size(source, batch_size)
     stop = set(tokenizer.eos_ids)
@@ -58,8 +61,8 @@ def packed_iterator(
         answer = tokenizer.encode(problem["answer"])
         if not stop.isdisjoint(answer):
             raise ValueError(
-                f"{source!r}[{index}]: the answer contains the text of a stop token; take it out, "
-                "EOS is added here"
+                f"{source!r}[{index}]: the answer contains the text of a stop token; remove it, "
+                "EOS is appended here"
             )
         response = [*answer, tokenizer.eos_id]
         total = len(prompt) + len(response)
@@ -89,10 +92,10 @@ def packed_iterator(
         examples,
         length_struct={"tokens": length, "loss_mask": length},
         padding_struct={"tokens": tokenizer.pad_id, "loss_mask": False},
-        # One batch is one fill of the packer, with rows in the order in which they were opened.
+        # One batch is one fill of the packer; rows stay in the order in which they were opened.
         num_packing_bins=batch_size,
         shuffle_bins=False,
-        # Packed like the tokens, but without segment ids and positions of its own.
+        # Packed like the tokens, without its own segment ids and positions.
         meta_features=("loss_mask",),
     )
     return iter(packed.map(rename).batch(batch_size))

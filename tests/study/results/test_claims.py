@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from jaxrl_stable.statistics import Estimate
-from jaxrl_stable.study import verdicts
-from jaxrl_stable.study.analysis import Collapse, cells_of
-from jaxrl_stable.study.claims import CLAIMS, PAPER
-from jaxrl_stable.study.markdown import claim_lines, write_claims
-from jaxrl_stable.study.verdicts import (
+from jaxrl_stable.study.config import PAPER, Collapse
+from jaxrl_stable.study.results import verdicts
+from jaxrl_stable.study.results.analysis import cells_of
+from jaxrl_stable.study.results.claims import CLAIMS
+from jaxrl_stable.study.results.markdown import claim_lines, write_claims
+from jaxrl_stable.study.results.verdicts import (
     CONTRADICTED,
     NOT_RUN,
     OPEN,
@@ -19,7 +20,7 @@ from jaxrl_stable.study.verdicts import (
     following,
     settings,
 )
-from tests.study.study_records import cell, study
+from tests.study.results.study_records import cell, study
 
 CLAIM = {claim.id: claim for claim in CLAIMS}
 NORM = {"aggregation": "seq-mean-token-mean"}
