@@ -24,8 +24,10 @@ LAYERS = [
     "array_tasks data distributed model objective published rewards",
     "routing sharding",
     "corrections diagnostics",
-    "advantages objectives statistics",
-    "checks files importance text",
+    "advantages",
+    "objectives statistics",
+    "importance",
+    "array_types checks files text",
 ]
 LEVEL = {room: -i for i, line in enumerate(LAYERS) for room in line.split()}
 PROGRAMS = {"train", "sft", "evaluate"}

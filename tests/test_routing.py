@@ -10,10 +10,10 @@ from jaxrl_stable.routing import (
     expert_dtype,
     from_token_major,
     overlap,
-    shift,
     to_token_major,
     validate,
 )
+from tests.negative_controls import shift
 
 
 def routing(layers=2, b=2, t=3, k=2, num_experts=8):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxrl_stable.model.config import LatentAttention, ModelConfig
+from jaxrl_stable.model.config import LatentSizes, ModelConfig
 
 Json = dict[str, Any]
 
@@ -106,7 +106,7 @@ def _read_deepseek_v3(content: Json) -> Json:
             range(min(content["first_k_dense_replace"], content["num_hidden_layers"]))
         ),
         query_key_norm="none",
-        latent=LatentAttention(
+        latent=LatentSizes(
             key_value_rank=content["kv_lora_rank"],
             rotary_dim=rotary,
             value_dim=content["v_head_dim"],
@@ -117,7 +117,7 @@ def _read_deepseek_v3(content: Json) -> Json:
 
 
 def _write_deepseek_v3(config: ModelConfig) -> Json:
-    latent = config.latent or LatentAttention(0, 0, 0)
+    latent = config.latent or LatentSizes(0, 0, 0)
     return dict(
         head_dim=latent.rotary_dim,  # transformers uses it for the rotation
         qk_head_dim=config.head_dim,

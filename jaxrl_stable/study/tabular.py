@@ -1,13 +1,14 @@
 """Gradient estimators measured without sampling: a tabular policy small enough to enumerate.
 
 With V symbols and T steps there are V^T sequences, so every expectation over μ_old is a finite sum.
-What the token-level objective of arXiv:2512.01374 loses against the sequence-level one (bias), and
-what it wins (noise), come out to machine precision. The token-level gradients are those of
-`objectives.minirl` itself; the sequence-level estimator stands here as the reference.
+The bias and noise of the token-level objective of https://arxiv.org/abs/2512.01374 relative to the
+sequence-level one come out to machine precision. The token-level gradients are from
+`objectives.minirl` itself; the sequence-level estimator here is the reference.
 
-What returns NumPy arrays or floats computes in float64, whatever the process uses otherwise; what
-returns JAX arrays is meant to be differentiated and has the precision of its caller. In the shapes,
-`prefixes` counts the rows of a policy's table, 1 + V + … + V^(T−1), one for each y_<t.
+Functions that return NumPy arrays or floats compute in float64, whatever the process uses
+otherwise. Functions that return JAX arrays are meant to be differentiated and use the caller's
+precision. In the shapes, `prefixes` counts the rows of a policy's table, 1 + V + … + V^(T−1), one
+per y_<t.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
+from jaxrl_stable.array_types import Array, Float, Int
 from jaxrl_stable.objectives import aggregate, minirl
 from jaxrl_stable.statistics import Estimate, mean_over_seeds
 
@@ -32,9 +33,9 @@ class Problem(NamedTuple):
 
     Attributes:
       tokens: all sequences, in lexicographic order.
-      prefixes: row of the tables that holds the distribution of `tokens[b, t]`.
+      prefixes: table row with the distribution of `tokens[b, t]`.
       rewards: R(y).
-      logits, logits_old, logits_rollout: the tables of π_θ, π_old and μ_old.
+      logits, logits_old, logits_rollout: tables of π_θ, π_old and μ_old.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -48,14 +49,14 @@ class Problem(NamedTuple):
 def enumerate_sequences(
     vocab_size: int, length: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """All V^T sequences, and for each position the table row of what stands before it.
+    """Returns all V^T sequences, and for each position the table row of its prefix.
 
     Rows are numbered by depth, then lexicographically: the empty prefix is row 0.
     """
     tokens = np.indices((vocab_size,) * length).reshape(length, -1).T
     prefixes = np.zeros_like(tokens)
     for t in range(1, length):
-        # Numbering children in the order of their parents, as in a V-ary heap.
+        # Children are numbered in the order of their parents, as in a V-ary heap.
         prefixes[:, t] = vocab_size * prefixes[:, t - 1] + tokens[:, t - 1] + 1
     return tokens, prefixes
 
@@ -67,13 +68,13 @@ def random_problem(
     vocab_size: int = 6,
     length: int = 3,
 ) -> Problem:
-    """Standard normal logits, Bernoulli(1/2) rewards, and policies that are apart by normal noise.
+    """Samples normal logits, Bernoulli(1/2) rewards, and policies that differ by normal noise.
 
         θ_old = θ + staleness · N(0, 1)        μ_old = softmax(θ_old + mismatch · N(0, 1))
 
-    One seed fixes θ, rewards and the directions of both noises, so that a limit in `mismatch` or
-    `staleness` runs along a line and its true gradient stays the same. (With a handful of sequences
-    all rewards can be equal; then there is no gradient to be relative to.)
+    One seed fixes θ, the rewards and the directions of both noises, so a limit in `mismatch` or
+    `staleness` runs along a line and its true gradient stays the same. (With only a few sequences
+    all rewards can be equal; the true gradient is then 0, and relative errors are undefined.)
     """
     tokens, prefixes = enumerate_sequences(vocab_size, length)
     rng = np.random.default_rng(seed)
@@ -90,7 +91,7 @@ def random_problem(
 def log_probs(
     logits: Float[Array | np.ndarray, "prefixes V"], problem: Problem
 ) -> Float[Array, "*B T"]:
-    """log π(y_t | y_<t) of every sequence under one of the tables."""
+    """Returns log π(y_t | y_<t) of every sequence under one of the tables."""
     rows = jax.nn.log_softmax(jnp.asarray(logits)[problem.prefixes])
     return jnp.take_along_axis(rows, problem.tokens[..., None], -1)[..., 0]
 
@@ -115,7 +116,7 @@ _true_gradient = jax.jit(jax.grad(sequence_objective))
 
 
 def true_gradient(problem: Problem) -> Float[np.ndarray, "prefixes V"]:
-    """∇_θ J_seq by differentiation of the finite sum: no log-derivative trick, no weights."""
+    """Returns ∇_θ J_seq by differentiating the finite sum: no log-derivative trick, no weights."""
     with jax.enable_x64(True):
         return np.asarray(_true_gradient(problem.logits, problem))
 
@@ -123,13 +124,13 @@ def true_gradient(problem: Problem) -> Float[np.ndarray, "prefixes V"]:
 def probabilities(
     logits: Float[np.ndarray, "prefixes V"], problem: Problem
 ) -> Float[np.ndarray, "B"]:
-    """π(y) = Π_t π(y_t | y_<t) under one of the tables."""
+    """Returns π(y) = Π_t π(y_t | y_<t) under one of the tables."""
     with jax.enable_x64(True):
         return np.exp(np.asarray(log_probs(logits, problem)).sum(-1))
 
 
 def rollout_probabilities(problem: Problem) -> Float[np.ndarray, "B"]:
-    """μ_old(y), the probability with which the sampler draws each sequence."""
+    """Returns μ_old(y), the probability with which the sampler draws each sequence."""
     return probabilities(problem.logits_rollout, problem)
 
 
@@ -141,13 +142,13 @@ def centered_rewards(problem: Problem) -> Float[np.ndarray, "B"]:
 def token_gradients(
     problem: Problem, advantages: Float[np.ndarray, "B"], **options: Any
 ) -> Gradients:
-    """ĝ(y) = −∇_θ of the library's loss of each sequence, a mini-batch of its own.
+    """Returns ĝ(y) = −∇_θ of the library's loss, with each sequence as its own mini-batch.
 
     Args:
       problem: sequences and policies.
       advantages: one per sequence.
-      **options: of `objectives.minirl`. With `clip=False, truncation=None` the expectation of ĝ
-        over μ_old is ∇J_token (arXiv:2512.01374, eq. 4).
+      **options: options of `objectives.minirl`. With `clip=False, truncation=None` the expectation
+        of ĝ over μ_old is ∇J_token (arXiv:2512.01374, eq. 4).
     """
     with jax.enable_x64(True):
         return -np.asarray(_loss_gradients(problem, advantages, tuple(sorted(options.items()))))
@@ -175,10 +176,10 @@ def _loss_gradients(
 
 
 def sequence_gradients(problem: Problem, advantages: Float[np.ndarray, "B"]) -> Gradients:
-    """ĝ(y) = π_θ(y)/μ_old(y) · Â(y) · Σ_t ∇_θ log π_θ(y_t|·) (arXiv:2512.01374, eq. 2).
+    """Returns ĝ(y) = π_θ(y)/μ_old(y) · Â(y) · Σ_t ∇_θ log π_θ(y_t|·) (arXiv:2512.01374, eq. 2).
 
-    The weight is the product over the whole sequence, for every token: also the tokens to come
-    decide how likely the reward was that this token is credited with.
+    Every token gets the product over the whole sequence as its weight: later tokens also decide how
+    likely the reward was that the token is credited with.
     """
     weights = probabilities(problem.logits, problem) / rollout_probabilities(problem)
     with jax.enable_x64(True):
@@ -188,7 +189,7 @@ def sequence_gradients(problem: Problem, advantages: Float[np.ndarray, "B"]) -> 
 @jax.jit
 def _scores(problem: Problem) -> Float[Array, "B prefixes V"]:
     def log_prob(
-        logits: Float[Array, "prefixes V"], tokens: Int[Array, "T"], prefixes: Int[Array, "T"]
+        logits: Float[Array, "rows V"], tokens: Int[Array, "T"], prefixes: Int[Array, "T"]
     ) -> Float[Array, ""]:
         return log_probs(logits, problem._replace(tokens=tokens, prefixes=prefixes)).sum()
 
@@ -197,7 +198,7 @@ def _scores(problem: Problem) -> Float[Array, "B prefixes V"]:
 
 
 def expectation(problem: Problem, gradients: Gradients) -> Float[np.ndarray, "prefixes V"]:
-    """E_{y∼μ_old}[ĝ(y)], exactly."""
+    """Returns E_{y∼μ_old}[ĝ(y)], exactly."""
     return np.tensordot(rollout_probabilities(problem), gradients, 1)
 
 
@@ -206,8 +207,8 @@ class Quality(NamedTuple):
 
     Attributes:
       bias: ‖E[ĝ] − ∇J‖ / ‖∇J‖.
-      cosine: of the angle between E[ĝ] and ∇J.
-      noise: √E‖ĝ − E[ĝ]‖² / ‖∇J‖, the standard deviation of one sample; B samples have 1/√B of it.
+      cosine: cosine of the angle between E[ĝ] and ∇J.
+      noise: √E‖ĝ − E[ĝ]‖² / ‖∇J‖, the standard deviation of one sample; for B samples divide by √B.
     """
 
     bias: float
@@ -216,7 +217,7 @@ class Quality(NamedTuple):
 
 
 def quality(problem: Problem, gradients: Gradients) -> Quality:
-    """Bias, direction and per-sample noise of an estimator."""
+    """Returns the bias, direction and per-sample noise of an estimator."""
     truth, mean = true_gradient(problem), expectation(problem, gradients)
     size, norm = np.linalg.norm(truth), np.linalg.norm(mean)
     deviation = np.square(gradients - mean).sum((1, 2))
@@ -258,7 +259,7 @@ def table(
     vocab_size: int = 6,
     length: int = 3,
 ) -> list[Row]:
-    """Quality of each estimator, with the reward centred, at all pairs of the two distances.
+    """Returns each estimator's quality, with centered rewards, at all pairs of the two distances.
 
     Args:
       mismatch, staleness: standard deviations of the noises of `random_problem`.
@@ -266,8 +267,11 @@ def table(
       seeds: one random problem each.
       vocab_size, length: V and T.
 
+    Returns:
+      One row per pair of distances and estimator.
+
     Raises:
-      ValueError: fewer than two seeds, which have no interval.
+      ValueError: if there are fewer than two seeds, which give no interval.
     """
     seeds, staleness = tuple(seeds), tuple(staleness)
     rows = []

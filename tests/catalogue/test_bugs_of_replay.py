@@ -18,11 +18,12 @@ from jaxrl_stable import configs
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.model import init_model, tiny
 from jaxrl_stable.model.experts import Experts
-from jaxrl_stable.routing import Routing, shift, validate
+from jaxrl_stable.routing import Routing, validate
 from jaxrl_stable.run.evaluation import evaluate
 from jaxrl_stable.sampler.rollout import rollout
 from jaxrl_stable.trainer.batch import TrainBatch, make_batch, split
 from jaxrl_stable.trainer.score import with_old_policy
+from tests.negative_controls import shift
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.launching import HERE, LOCAL, command, environment, finish, run, start
 
-AGAIN = "run the same command to go on from the last checkpoint"
+AGAIN = "run the same command to continue from the last checkpoint"
 
 
 def ends(who, how, processes=2):

@@ -9,7 +9,7 @@ import pytest
 from jaxrl_stable import hf
 from jaxrl_stable.hf.config import from_json, to_json
 from jaxrl_stable.model import ModelConfig, qwen3_30b_a3b, qwen3_235b_a22b, tiny
-from jaxrl_stable.model.config import LatentAttention, Yarn
+from jaxrl_stable.model.config import LatentSizes, Yarn
 from tests.hf import raw
 
 pytestmark = pytest.mark.fast
@@ -204,7 +204,7 @@ def test_special_tokens_are_not_those_of_the_first_model():
         dict(query_key_norm="layer", intermediate_size=64, head_dim=8),  # D / H is 16
         dict(query_key_norm="none", num_experts=0),
         dict(router_score="sigmoid", selection_bias=True),  # without latent attention
-        dict(latent=LatentAttention(8, 4, 8)),
+        dict(latent=LatentSizes(8, 4, 8)),
         dict(rope_scaling=Yarn(2.0, 64, softmax_mscale=1.0)),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_stable.hf.names import pieces, tensor_shapes
 from jaxrl_stable.model import init_model, qwen3_30b_a3b, tiny
-from jaxrl_stable.model.config import LatentAttention, layer_plan
+from jaxrl_stable.model.config import LatentSizes, layer_plan
 
 pytestmark = pytest.mark.fast
 # Sizes of DeepSeek-V3 (arXiv:2412.19437, §4.2) but for its number of experts.
@@ -27,7 +27,7 @@ DEEPSEEK = dict(
     selection_bias=True,
     num_shared_experts=1,
     query_key_norm="none",
-    latent=LatentAttention(512, 64, 128, 1536),
+    latent=LatentSizes(512, 64, 128, 1536),
     tie_embeddings=False,
 )
 CONFIGS = {

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxrl_stable.model import init_model
-from jaxrl_stable.routing import from_token_major, shift, to_token_major
+from jaxrl_stable.routing import from_token_major, to_token_major
 from tests.integrations.outside import example
+from tests.negative_controls import shift
 
 foreign = example("maxtext_like")
 

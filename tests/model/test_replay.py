@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_stable.routing import Routing, shift, validate
+from jaxrl_stable.routing import Routing, validate
 from tests.model import reference
 from tests.model.common import (
     BATCH,
@@ -23,6 +23,7 @@ from tests.model.common import (
     small,
     value_and_grads,
 )
+from tests.negative_controls import shift
 
 REAL = np.asarray(BATCH.segment_ids != 0)
 

@@ -2,7 +2,7 @@
 
 The family is found by its signature, so that a new member is tested from its first day. What
 decides on the whole batch (`whole_batch`: m2po, bapo, the normalised weights) cannot be cut into
-shards and is excluded there, by that attribute alone.
+shards and is excluded there, by that trait alone.
 """
 
 import functools
@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_stable import corrections, objectives
-from jaxrl_stable.objectives import MODES, aggregate, divide
+from jaxrl_stable.objectives import MODES, aggregate, divide, traits_of
 from jaxrl_stable.objectives.capo import CapoHead, capo
 from tests.objectives.inputs import make_inputs, to_jax
 
@@ -54,7 +54,7 @@ def with_made_up_head(logp, logp_old, logp_rollout, advantages, mask):
 OBJECTIVES = family(objectives) | {"capo": with_made_up_head}
 CORRECTIONS = family(corrections)
 EVERYTHING = OBJECTIVES | CORRECTIONS
-WHOLE_BATCH = {name for name, f in EVERYTHING.items() if getattr(f, "whole_batch", False)}
+WHOLE_BATCH = {name for name, f in EVERYTHING.items() if traits_of(f).whole_batch}
 
 
 def test_the_family_is_what_it_is_said_to_be():
@@ -68,7 +68,7 @@ def test_the_family_is_what_it_is_said_to_be():
     }
     assert {"m2po", "bapo", "normalized_token_tis", "normalized_sequence_tis"} == WHOLE_BATCH
     takes_arrays = {n for n in objectives.__all__ if callable(getattr(objectives, n))}
-    others = {"CapoHead", "TokenLoss", "aggregate", "divide", "kl_penalty"}
+    others = {"CapoHead", "TokenLoss", "aggregate", "divide", "kl_penalty", "traits", "traits_of"}
     assert takes_arrays - others == set(OBJECTIVES)
 
 

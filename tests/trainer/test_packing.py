@@ -17,9 +17,9 @@ import pytest
 from jaxrl_stable import configs, corrections, objectives
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.model import init_model, tiny
-from jaxrl_stable.objective import has_trait
+from jaxrl_stable.objectives import traits_of
 from jaxrl_stable.published import PUBLISHED
-from jaxrl_stable.routing import Routing, shift
+from jaxrl_stable.routing import Routing
 from jaxrl_stable.sharding import MeshShape
 from jaxrl_stable.trainer.batch import TrainBatch, split
 from jaxrl_stable.trainer.forward import policy_log_probs
@@ -33,6 +33,7 @@ from jaxrl_stable.trainer.packing import (
 )
 from jaxrl_stable.trainer.score import score, with_old_policy
 from jaxrl_stable.trainer.update import update
+from tests.negative_controls import shift
 
 ROOT = pathlib.Path(__file__).parents[2]
 P, T, SIZE = 7, 16, 4
@@ -280,7 +281,7 @@ def test_rows_of_other_micro_batches_add_nothing(name, rows):
     """A loss of all rows is the sum of what it is with the responses of some taken out."""
     published, mask = PUBLISHED[name], rows.response_mask
     functions = published.token_loss, *published.corrections
-    if any(has_trait(function, "whole_batch") for function in functions):
+    if any(traits_of(function).whole_batch for function in functions):
         pytest.skip("decides on all rows together")
     old = rows.logp_rollout + 0.1 * jnp.sin(jnp.arange(T))
 
