@@ -1,6 +1,6 @@
-"""The same numbers as transformers, for every supported architecture and every way in and out.
+"""Agreement with transformers, for every supported architecture and every way in and out.
 
-Needs torch and transformers (the extra "parity", best in an environment of its own).
+Needs torch and transformers (the extra "parity", best in a separate environment).
 """
 
 import functools

@@ -22,7 +22,7 @@ def misbehave():
 
 
 def is_running(pid):
-    """Whether the process exists and is not a zombie."""
+    """Returns whether the process exists and is not a zombie."""
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def test_scores_in_order_on_several_workers():
         responses = ["x" * n for n in range(20)] + ["é\ud800\x00\n"]
         verdicts = reward([PROBLEM] * 21, responses)
         assert verdicts == [Verdict(n / 2, "ok") for n in range(20)] + [Verdict(2.0, "ok")]
-        # More than a pipe holds.
+        # More than the capacity of a pipe.
         assert reward([PROBLEM], ["x" * 10_000_000]) == [Verdict(5e6, "ok")]
 
 
@@ -55,7 +55,7 @@ def test_overrun_is_killed_and_the_next_response_is_scored(misbehave, how):
 
 
 def test_write_has_the_deadline_too():
-    """A request larger than the pipe to a process that does not read."""
+    """Sends a request larger than the pipe to a process that does not read."""
     pool = WorkerPool(f"{REWARDS}:length", timeout_s=0.5)
     os.kill(pool._workers[0]._process.pid, __import__("signal").SIGSTOP)
     assert pool([PROBLEM], ["x" * 10_000_000]) == [Verdict(0.0, "timeout")]
@@ -131,7 +131,7 @@ def test_a_module_that_ends_the_process_or_fails_to_parse(tmp_path, monkeypatch)
 
 
 def test_a_directory_of_the_user_cannot_shadow_modules(tmp_path, monkeypatch):
-    """The process starts in the working directory, which is not on its path by itself."""
+    """The process starts in the working directory, which -P keeps off its path."""
     (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
@@ -162,7 +162,7 @@ def test_processes_end_with_close_collection_and_the_interpreter():
 
 
 def test_process_ends_without_its_parent():
-    """The parent is killed by a signal that it cannot handle, while the process is idle."""
+    """Kills the parent with a signal that it cannot handle, while the process is idle."""
     script = (
         "import os, signal\n"
         "from jaxrl_stable.rewards.worker import WorkerPool\n"
