@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from negative_controls import shift
 
 from jaxrl_stable.routing import (
     Routing,
@@ -14,6 +13,7 @@ from jaxrl_stable.routing import (
     to_token_major,
     validate,
 )
+from tests.negative_controls import shift
 
 
 def routing(layers=2, b=2, t=3, k=2, num_experts=8):

@@ -2,7 +2,7 @@
 
 Not part of the tests. Run it again when a template changes:
 
-    pip install transformers jinja2 && python tests/data/make_chat_fixtures.py
+    pip install transformers jinja2 && python -m tests.data.make_chat_fixtures
 """
 
 import json

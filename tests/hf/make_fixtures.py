@@ -2,8 +2,8 @@
 
 Run it once with each major version of transformers; each rewrites only its own directories:
 
-    pip install 'transformers>=5' torch && python tests/hf/make_fixtures.py
-    pip install 'transformers<5'  torch && python tests/hf/make_fixtures.py
+    pip install 'transformers>=5' torch && python -m tests.hf.make_fixtures
+    pip install 'transformers<5'  torch && python -m tests.hf.make_fixtures
 """
 
 import itertools
@@ -12,11 +12,10 @@ import shutil
 import tempfile
 from typing import NamedTuple
 
-import batches
 import numpy as np
-import theirs
 import torch
-import zoo
+
+from tests.hf import batches, theirs, zoo
 
 FROZEN = pathlib.Path(__file__).parent / "frozen"
 CLEAR = 1e-3  # lead of a greedy token in logits, far above differences between programs

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from unittest import mock
 
-import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from jaxrl_stable.model import experts, head, init_model, router, token_log_prob
 from jaxrl_stable.routing import Routing, expert_dtype
 from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.sharding import make_mesh
+from tests.hf import batches
 
 
 def load(directory, config=None, **execution):

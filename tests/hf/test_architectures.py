@@ -5,12 +5,12 @@ import json
 import math
 
 import pytest
-import raw
 
 from jaxrl_stable import hf
 from jaxrl_stable.hf.config import from_json, to_json
 from jaxrl_stable.model import ModelConfig, qwen3_30b_a3b, qwen3_235b_a22b, tiny
 from jaxrl_stable.model.config import LatentSizes, Yarn
+from tests.hf import raw
 
 pytestmark = pytest.mark.fast
 NAMES = sorted(path.name for path in raw.FROZEN.iterdir())

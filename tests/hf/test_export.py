@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import ours
 import pytest
-import raw
 
 from jaxrl_stable import hf
 from jaxrl_stable.hf import copying
 from jaxrl_stable.hf.config import from_json
 from jaxrl_stable.model import ModelConfig
+from tests.hf import ours, raw
 
 saving = importlib.import_module("jaxrl_stable.hf.save")  # `hf.save` is the function
 

@@ -5,11 +5,10 @@ import re
 
 import jax
 import numpy as np
-import ours
 import pytest
-import raw
 
 from jaxrl_stable import hf
+from tests.hf import ours, raw
 
 NORM = "model.norm.weight"
 SHARDS = "deepseek-v3.v5"

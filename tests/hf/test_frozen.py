@@ -7,14 +7,13 @@ import functools
 import json
 import pathlib
 
-import batches
 import jax
 import numpy as np
-import ours
 import pytest
 
 from jaxrl_stable import hf
 from jaxrl_stable.hf.files import DTYPES, TensorFiles
+from tests.hf import batches, ours
 
 FROZEN = pathlib.Path(__file__).parent / "frozen"
 TOLERANCE = 2e-5  # relative to the largest entry; log-probabilities in nats

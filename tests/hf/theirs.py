@@ -2,9 +2,10 @@
 
 import contextlib
 
-import batches
 import numpy as np
 import torch
+
+from tests.hf import batches
 
 
 def observe(model, tokens, positions, segments):

@@ -3,9 +3,10 @@
 Used by the live comparison and by `make_fixtures.py`; needs torch and transformers.
 """
 
-import batches
 import torch
 import transformers
+
+from tests.hf import batches
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -2,7 +2,7 @@
 
 Needs torch, and their repositories, of which single functions are run, without what they import:
 
-    python tests/objectives/make_upstream_fixtures.py --verl DIR --verl-dro DIR --bapo DIR \\
+    python -m tests.objectives.make_upstream_fixtures --verl DIR --verl-dro DIR --bapo DIR \\
         --slime DIR --slime-veto DIR [--commits FILE]
 
 `--verl-dro` is a verl that has DRO, `--slime-veto` slime while it still had the veto. A directory
@@ -28,7 +28,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import upstream_cases as cases
+
+from tests.objectives import upstream_cases as cases
 
 FROZEN = pathlib.Path(__file__).parent / "frozen" / "upstream.npz"
 CORR, CORE = (f"verl/trainer/ppo/{name}.py" for name in ("rollout_corr_helper", "core_algos"))

@@ -1,16 +1,25 @@
 """Every objective and every option of it: gradient and bookkeeping against `derivations.py`."""
 
-import derivations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from derivations import GRADIENTS, HORIZON, MODES, aggregation_factor, bapo_bounds
-from inputs import SEEDS, B, T, make_batches, make_inputs, stack, to_jax, token_advantages
 
 from jaxrl_stable import objectives
 from jaxrl_stable.objectives import TokenLoss, aggregate, divide
 from jaxrl_stable.objectives.capo import CapoHead, capo
+from tests.objectives import derivations
+from tests.objectives.derivations import GRADIENTS, HORIZON, MODES, aggregation_factor, bapo_bounds
+from tests.objectives.inputs import (
+    SEEDS,
+    B,
+    T,
+    make_batches,
+    make_inputs,
+    stack,
+    to_jax,
+    token_advantages,
+)
 
 # (objective, options, scale of the inputs, what has to be at work over the seeds). The scales put
 # some tokens or responses inside the bounds and some outside; GSPO's are narrow.

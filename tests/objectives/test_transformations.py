@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from inputs import make_inputs, to_jax
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_stable import corrections, objectives
 from jaxrl_stable.objectives import MODES, aggregate, divide, traits_of
 from jaxrl_stable.objectives.capo import CapoHead, capo
+from tests.objectives.inputs import make_inputs, to_jax
 
 ARRAYS = ("logp", "logp_old", "logp_rollout", "advantages", "mask")
 HORIZON = 12.0
@@ -194,12 +194,12 @@ def sharded_and_whole(devices):
 
 def test_sharded_loss_equals_the_whole_one():
     """(total, count) added over four devices, divided once: value and gradient, in every mode."""
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    path = os.pathsep.join(sys.path)
     script = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
-from test_transformations import sharded_and_whole
+from tests.objectives.test_transformations import sharded_and_whole
 sharded_and_whole(4)
 """
     result = subprocess.run(

@@ -10,10 +10,9 @@ import pathlib
 
 import numpy as np
 import pytest
-import trl_cases
-import trl_ours
 
 from jaxrl_stable.rewards.overlong import overlong_penalty
+from tests.objectives import trl_cases, trl_ours
 
 # Everything in float64; in float32 only cases that are not variants of others.
 PRECISIONS = [(name, "float64") for name in trl_cases.LOSSES] + [

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from trl_cases import GROUP, ROWS, TOLERANCES, Advantage, Batch, Loss
 
 from jaxrl_stable import corrections
 from jaxrl_stable.objectives import (
@@ -18,6 +17,7 @@ from jaxrl_stable.objectives import (
     sapo,
     vespo,
 )
+from tests.objectives.trl_cases import GROUP, ROWS, TOLERANCES, Advantage, Batch, Loss
 
 
 def settings(case: Loss | Advantage) -> dict[str, Any]:

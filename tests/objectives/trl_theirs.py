@@ -21,7 +21,8 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_rollout_worker import _AsyncRolloutLoop
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.rewards import get_soft_overlong_punishment
-from trl_cases import (
+
+from tests.objectives.trl_cases import (
     EOS,
     GROUP,
     LENGTHS,
@@ -35,7 +36,7 @@ from trl_cases import (
     Batch,
     Loss,
 )
-from trl_ours import stack
+from tests.objectives.trl_ours import stack
 
 
 def their_losses(case: Loss, batches: Iterable[Batch]) -> dict[str, np.ndarray]:

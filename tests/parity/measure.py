@@ -1,21 +1,14 @@
 """Largest differences between this package and transformers, for one architecture."""
 
 import pathlib
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "hf"))
-
-import batches
-import ours
-import theirs
 import torch
-import zoo
 
 from jaxrl_stable import hf
+from tests.hf import batches, ours, theirs, zoo
 
 SHARD_BYTES = 20_000  # several files and an index
 

@@ -13,7 +13,7 @@ HINT = "needs torch and transformers 5.24: pip install -e '.[test,parity]'"
 pytest.importorskip("torch", reason=HINT)
 pytest.importorskip("transformers", minversion="5.24", reason=HINT)
 
-import measure  # noqa: E402  (it needs both)
+from tests.parity import measure  # noqa: E402  (it needs both)
 
 
 @functools.cache
