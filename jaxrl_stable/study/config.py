@@ -51,7 +51,7 @@ class ColdStart:
       name: the name that a grid refers to.
       steps: gradient steps.
       batch_size: solutions per step.
-      slips: how often the teacher errs (see `ArrayTask.solutions`), which leaves room for RL to improve.
+      slips: how often the teacher errs (see `ArrayTask.solutions`); leaves room for RL to improve.
       task: the teacher's problems, in the study's vocabulary; None uses the study's task.
       optimizer: optimizer settings.
     """

@@ -28,8 +28,8 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """Returns responses to a few problems, as the last mini-batch of a step sees them.
 
-    Rows have the format of `jaxrl_stable.run.samples.sample_rows`, plus the layers in which the routers
-    differ and `clipped`: the tokens that the objective silences after N − 1 updates.
+    Rows have the format of `run.samples.sample_rows`, plus the layers in which the routers differ
+    and `clipped`: the tokens that the objective silences after N − 1 updates.
 
     Args:
       study: the study.
