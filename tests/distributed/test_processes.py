@@ -32,8 +32,9 @@ COUNTED = re.compile(r"step|reward/|response/|sampling/|gradient_steps|gradient/
 
 
 @pytest.fixture(scope="session")
-def env(tmp_path_factory):
-    return environment(tmp_path_factory.mktemp("cache"))
+def env():
+    """The session's, with a compilation cache that no other test writes at the same time."""
+    return environment(os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "processes"))
 
 
 def launch(processes, workdir, *flags, program="train"):
