@@ -1,4 +1,4 @@
-"""Weights & Biases: what is sent to a stand-in for its package, and that its faults stay its own."""
+"""Weights & Biases: what its package is called with, and that its faults stay its own."""
 
 import json
 import math
