@@ -271,6 +271,9 @@ class Experiment:
       reinforcement: rollouts and updates.
       evaluation: held-out accuracy.
       mesh: shape of the device mesh.
+      wandb_project: Weights & Biases project that gets a copy of all scalars, in one wandb run per
+        working directory; "" = off. Needs the extra `wandb`. Has no effect on what a run computes,
+        so a resumed run may change it.
     """
 
     seed: int = 0
@@ -281,6 +284,7 @@ class Experiment:
     reinforcement: Reinforcement = Reinforcement()
     evaluation: Evaluation = Evaluation()
     mesh: MeshShape = MeshShape()
+    wandb_project: str = ""
 
     def __post_init__(self):
         if self.reinforcement.packed and self.mesh.context > 1:

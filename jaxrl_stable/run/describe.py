@@ -15,13 +15,19 @@ from jaxrl_stable.model.dispatch import experts_implementation
 from jaxrl_stable.model.transformer import init_model
 from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.routing import expert_dtype
+from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.sampler.quantize import quantize, resolve_products, sampling_copy
 from jaxrl_stable.text import byte_size
 from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
 
 
 def describe(experiment: Experiment) -> str:
-    """Returns a table of the resolved sizes of an experiment, totals over all devices."""
+    """Returns a table of the resolved sizes of an experiment, totals over all devices.
+
+    Raises:
+      ValueError: if wandb is needed and not installed.
+    """
+    check_installed(experiment.wandb_project)
     model_config, rl = experiment.model, experiment.reinforcement
     model = jax.eval_shape(lambda: init_model(model_config, experiment.seed))
     optimizer = make_optimizer(rl.optimizer)
@@ -68,6 +74,8 @@ def describe(experiment: Experiment) -> str:
         ("logits of a head chunk", f"{byte_size(4 * math.prod(logits))}  {logits}"),
     ]
     lines.append(("computed by", implementations(experiment)))
+    if experiment.wandb_project:
+        lines.append(("metrics copied to", f"wandb project {experiment.wandb_project!r}"))
     name_width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{name_width}}  {value}" for name, value in lines)
 
