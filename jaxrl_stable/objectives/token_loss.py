@@ -87,10 +87,19 @@ def traits_of(function: Callable) -> Traits:
     """Returns the traits of a function as booleans, given the options that `partial`s bind.
 
     Options that are not bound have their defaults. A function without `traits` has none of them.
+
+    Raises:
+      ValueError: if a trait is set as an attribute of the function, as in older versions.
     """
     bound = {}
     while isinstance(function, functools.partial):
         bound, function = function.keywords | bound, function.func
+    old_style = [name for name in Traits.__dataclass_fields__ if hasattr(function, name)]
+    if old_style:
+        raise ValueError(
+            f"{function.__name__}.{old_style[0]} is set as an attribute; decorate the function with "
+            f"@objectives.traits({old_style[0]}=True) instead"
+        )
     declared = getattr(function, "traits", Traits())
     if not any(map(callable, vars(declared).values())):
         return declared
