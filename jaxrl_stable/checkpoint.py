@@ -48,7 +48,7 @@ class Checkpointer:
         keep: int = 2,
         data: str = "",
         reading: bool = False,
-    ):
+    ) -> None:
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[SCORE],

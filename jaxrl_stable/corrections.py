@@ -60,7 +60,7 @@ from jaxrl_stable.objectives.token_loss import (
 )
 
 
-def correct(token_loss: TokenLoss, factor: Float[Array, "B T"]) -> TokenLoss:
+def correct(token_loss: TokenLoss, factor: Float[Array, "*B T"]) -> TokenLoss:
     """Multiplies a loss and its weight by the factors of a correction.
 
     Args:
@@ -71,7 +71,7 @@ def correct(token_loss: TokenLoss, factor: Float[Array, "B T"]) -> TokenLoss:
       The corrected token loss.
 
     Raises:
-      ValueError: if the factor is not [B, T].
+      ValueError: if the factor has another shape than the loss.
 
     Example:
       >>> ones, no = jnp.ones((1, 2)), jnp.zeros((1, 2), bool)
@@ -80,7 +80,7 @@ def correct(token_loss: TokenLoss, factor: Float[Array, "B T"]) -> TokenLoss:
       >>> print(out.loss, out.weight)
       [[2. 0.]] [[2. 0.]]
     """
-    check_same_shape("correct", "B T", loss=token_loss.loss, factor=factor)
+    check_same_shape("correct", "*B T", loss=token_loss.loss, factor=factor)
     factor = jax.lax.stop_gradient(factor)
     return token_loss._replace(loss=token_loss.loss * factor, weight=token_loss.weight * factor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ from jaxrl_stable.routing import Routing
 from jaxrl_stable.sharding import ROWS, constrain, join_rows
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:

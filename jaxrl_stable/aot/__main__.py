@@ -4,7 +4,7 @@
     python -m jaxrl_stable.aot --gin_file=… --topology=v5e:16x16*2 --programs=update --json=out.json
     python -m jaxrl_stable.aot --gin_file=… --sweep=v5p:4x4x4,v5p:4x4x8,v5p:4x8x8,v5p:8x8x8
 
-Needs the extra `tpu`. Exit status 2, with one line, where a program does not fit.
+Needs the extra `tpu`. If a program does not fit, prints one line and exits with status 2.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ from jaxrl_stable.sharding import make_mesh
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options; `--gin.NAME=VALUE` binds as in every program."""
+    """Parses the options; `--gin.NAME=VALUE` binds as in every program."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxrl_stable.aot",
-        description="Compiles the programs of a run for TPUs that are not there.",
+        description="Compiles the programs of a run for a TPU slice, on a machine without TPUs.",
+        epilog=f"{GIN_PREFIX}NAME=VALUE binds a value, as in jaxrl_stable.train.",
     )
-    parser.add_argument("--gin_file", action="append", default=[], help="as in jaxrl_stable.train")
-    parser.add_argument("--topology", help="such as v5p:4x4x4, or v5e:16x16*2 for two slices")
+    parser.add_argument("--gin_file", action="append", default=[], help="gin file; may be repeated")
+    parser.add_argument("--topology", help="slice, such as v5p:4x4x4; v5e:16x16*2 is two slices")
     parser.add_argument(
-        "--sweep", help="several topologies with commas between them, smallest first"
+        "--sweep", help="comma-separated topologies, smallest first, for weak scaling"
     )
-    parser.add_argument("--programs", default=",".join(programs.NAMES), help="some of the default")
-    parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
-    parser.add_argument("--plot", type=pathlib.Path, help="picture of a sweep (PNG, PDF, SVG)")
+    parser.add_argument(
+        "--programs", default=",".join(programs.NAMES), help="comma-separated; default: %(default)s"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="file to write all figures to")
+    parser.add_argument("--plot", type=pathlib.Path, help="plot of a sweep (PNG, PDF or SVG)")
     parser.add_argument("--hlo", type=pathlib.Path, help="directory for the compiled programs")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     gin = [each for each in arguments if each.startswith(GIN_PREFIX)]
     options = parser.parse_args([each for each in arguments if not each.startswith(GIN_PREFIX)])
     options.bindings = [each.removeprefix(GIN_PREFIX) for each in gin]
@@ -57,10 +60,10 @@ def compile_and_measure(
     names: tuple[str, ...],
     hlo: pathlib.Path | None = None,
 ) -> list[Figures]:
-    """Figures of all programs of a step.
+    """Compiles the programs of a step and returns their figures.
 
     Raises:
-      ValueError: the mesh does not fit the topology, or a program the chips.
+      ValueError: if the mesh does not fit the topology.
     """
     mesh = make_mesh(experiment.mesh, topology.devices())
     experiment.check_mesh(mesh)
@@ -82,11 +85,11 @@ def main(options: argparse.Namespace) -> None:
     elif options.topology:
         one(experiment, options)
     else:
-        raise ValueError("--topology is missing; write for example --topology=v5p:4x4x4")
+        raise ValueError("--topology is missing; pass for example --topology=v5p:4x4x4")
 
 
 def one(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Compiles for one topology and prints everything."""
+    """Compiles for one topology and prints all figures."""
     topology = parse_topology(options.topology)
     figures = compile_and_measure(experiment, topology, options.programs, options.hlo)
     seconds = step_seconds(figures, experiment.reinforcement)
@@ -103,7 +106,7 @@ def one(experiment: Experiment, options: argparse.Namespace) -> None:
 
 
 def sweep(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Compiles for several slices and prints how the cost of a chip grows."""
+    """Compiles for several slices and prints how the cost per chip grows."""
     topologies = [parse_topology(name) for name in options.sweep.split(",")]
     sizes = []
     for topology in topologies:
@@ -119,7 +122,7 @@ def sweep(experiment: Experiment, options: argparse.Namespace) -> None:
 
 
 def refuse_unless_fitting(figures: list[Figures]) -> None:
-    """Raises ValueError with what does not fit and what to change."""
+    """Checks that all programs fit; raises ValueError with what to change if one does not."""
     for each in figures:
         if not each.fits:
             raise ValueError(refusal(each))

@@ -1,4 +1,4 @@
-"""The table that is printed, and what to do about a program that does not fit."""
+"""The printed table, and advice on programs that do not fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADERS = (
 
 
 def table(figures: list[Figures]) -> str:
-    """One line for each program and loop; every figure is for one chip."""
+    """Returns a table with one line per program and loop; every figure is per chip."""
     rows = [_HEADERS]
     for each in figures:
         for part in each.parts:
@@ -33,7 +33,7 @@ def table(figures: list[Figures]) -> str:
 
 
 def details(figures: list[Figures]) -> str:
-    """Bytes that one chip sends, by kind; and the kernels whose FLOPs are missing."""
+    """Lists the bytes that one chip sends, by kind, and the kernels whose FLOPs are missing."""
     lines = []
     for part in (part for each in figures for part in each.parts):
         if part.sent:
@@ -45,20 +45,20 @@ def details(figures: list[Figures]) -> str:
 
 
 def refusal(each: Figures) -> str:
-    """Why a program does not fit, by its largest tensors, and what to change; one line."""
+    """Says in one line why a program does not fit, with its largest tensors, and what to change."""
     memory = each.memory
     largest = max(each.tensors, key=lambda tensor: tensor.bytes)
     others = [str(tensor) for tensor in each.tensors[1:3]]
     return (
         f"{each.name} needs {size(memory.total)} on each chip, which has {size(each.hbm)} "
         f"({size(memory.arguments)} arguments, {size(memory.temporaries)} temporaries, "
-        f"{size(memory.beside)} held beside); the largest is the {largest.kind} {largest}, then "
-        f"{', '.join(others)}; {advice(largest)}"
+        f"{size(memory.beside)} held outside the program); the largest is the "
+        f"{largest.kind} {largest}, then {', '.join(others)}; {advice(largest)}"
     )
 
 
 def advice(tensor: Tensor) -> str:
-    """What to change to make a tensor smaller."""
+    """Says what to change to make a tensor smaller."""
     if tensor.kind == "temporary":
         return (
             "use a smaller Reinforcement.micro_batch_size (a divisor that the mesh still divides), "
@@ -74,7 +74,7 @@ def advice(tensor: Tensor) -> str:
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Cells in columns, the first to the left and the others to the right."""
+    """Aligns cells in columns, the first to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -86,7 +86,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 
 def size(count: int | float) -> str:
-    """Bytes for people."""
+    """Formats a number of bytes."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.1f} {unit}"
@@ -95,7 +95,7 @@ def size(count: int | float) -> str:
 
 
 def duration(seconds: int | float) -> str:
-    """Seconds for people."""
+    """Formats a number of seconds."""
     if seconds >= 1:
         return f"{seconds:,.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
@@ -113,7 +113,7 @@ def _row(each: Figures, part: Part) -> tuple[str, ...]:
         f"{memory.total / each.hbm:.0%}",
     )
     return (
-        each.name if first else f"  {part.name}, a token",
+        each.name if first else f"  {part.name}, per token",
         *(of_program if first else ("",) * len(of_program)),
         f"{part.flops / 1e12:.3g}",
         f"{part.model_flops / 1e12:.3g}",

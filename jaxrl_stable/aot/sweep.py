@@ -1,8 +1,8 @@
-"""Weak scaling: the same work for each chip on slices of several sizes.
+"""Weak scaling: the same work per chip on slices of several sizes.
 
-From one size to the next, `prompts` and `micro_batch_size` grow with the number of chips, and so
-does the mesh axis `data` (it is −1 in the gin file, which takes what the other axes leave). What a
-chip holds and sends should then stay as it is; what does not is what limits the size of a run.
+`prompts`, `micro_batch_size` and the mesh axis `data` grow with the number of chips (`data` is −1
+in the gin file, so it takes the devices that the other axes leave). What a chip holds and sends
+should then stay constant; anything that grows limits the size of a run.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jaxrl_stable.configs import Experiment
 
 
 def scaled(experiment: Experiment, factor: Fraction) -> Experiment:
-    """The experiment with `factor` times the rows, in as many micro-batches.
+    """Returns the experiment with `factor` times the rows, in the same number of micro-batches.
 
     Raises:
-      ValueError: the mesh has no axis that grows, or rows do not come out whole.
+      ValueError: if the mesh has no axis that grows, or the number of rows is not whole.
     """
     if experiment.mesh.data != -1:
         raise ValueError(
@@ -46,9 +46,9 @@ Sizes = list[tuple[Topology, list[Figures]]]
 
 
 def sweep_table(sizes: Sizes) -> str:
-    """What a chip holds, sends and needs, by program and number of chips."""
+    """Returns a table of memory, bytes sent and time per chip, by program and number of chips."""
     chips = [str(topology.chips) for topology, _ in sizes]
-    rows = [("for each chip, on this many chips:", *chips, "last to first")]
+    rows = [("per chip, by number of chips:", *chips, "last to first")]
     for label, values, text in _series(sizes):
         change = f"{values[-1] / values[0] - 1:+.1%}" if values[0] else ""
         rows.append((label, *map(text, values), change))
@@ -56,12 +56,12 @@ def sweep_table(sizes: Sizes) -> str:
 
 
 def sweep_record(sizes: Sizes) -> list[dict[str, Any]]:
-    """As JSON."""
+    """Returns the figures on all topologies as JSON."""
     return [topology_record(topology, figures) for topology, figures in sizes]
 
 
 def topology_record(topology: Topology, figures: list[Figures]) -> dict[str, Any]:
-    """Figures on one topology, as JSON."""
+    """Returns the figures on one topology as JSON."""
     return {
         "topology": topology.name,
         "chips": topology.chips,
@@ -70,7 +70,7 @@ def topology_record(topology: Topology, figures: list[Figures]) -> dict[str, Any
 
 
 def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
-    """Memory, bytes sent and time of a chip against the number of chips."""
+    """Plots memory, bytes sent and time per chip against the number of chips."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,7 +90,7 @@ def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
         axis.set_xticks(chips, [str(n) for n in chips])
         axis.set_ylim(bottom=0)
         axis.set_xlabel("chips")
-        axis.set_title(f"{title} of a chip")
+        axis.set_title(f"{title} per chip")
     axes[0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -99,7 +99,7 @@ def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
 def _series(
     sizes: Sizes,
 ) -> Iterator[tuple[str, list[int | float], Callable[[int | float], str]]]:
-    """(label, value by size, how to write one) of each line."""
+    """Yields label, value on each topology, and a formatter for the values, for each line."""
     for programs in zip(*(figures for _, figures in sizes), strict=True):
         yield f"{programs[0].name}: memory", [each.memory.total for each in programs], size
         for parts in zip(*(each.parts for each in programs), strict=True):

@@ -74,7 +74,9 @@ def make_frame(
 class Norm(nnx.Module):
     """RMSNorm over the named axes in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
 
-    def __init__(self, axes: Mapping[str, int], eps: float, dtype: str, stack: int | None = None):
+    def __init__(
+        self, axes: Mapping[str, int], eps: float, dtype: str, stack: int | None = None
+    ) -> None:
         self.weight = scale(axes, stack=stack, dtype=dtype)
         self.axes = tuple(range(-len(axes), 0))
         self.eps = eps
@@ -88,7 +90,7 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention without biases (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, H, G, hd = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         options = dict(stack=stack, dtype=config.param_dtype)
         self.config = config
@@ -111,7 +113,11 @@ class Attention(nnx.Module):
             self.key_norm = Norm(({"kv_heads": G} if whole else {}) | {"head_dim": hd}, **norm)
 
     def __call__(
-        self, x: Float[Array, "B T D"], frame: Frame, cache: Cache | None, layer: Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        frame: Frame,
+        cache: Cache | None,
+        layer: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         config = self.config
         with jax.named_scope("qkv"):

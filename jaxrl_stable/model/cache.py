@@ -7,6 +7,7 @@ Prompts are left-padded, so every row appends at the same column and the write i
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_stable.model.config import ModelConfig
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -41,7 +43,7 @@ class Cache:
 
     def write(
         self,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | int,
         keys: Float[Array, "B T G kd"],
         values: Float[Array, "B T G vd"],
     ) -> Cache:

@@ -161,7 +161,7 @@ class ModelConfig:
     experts_rows: int = 262_144
     head_chunk: int = 2048
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {
             "router_score": ("softmax", "sigmoid"),
             "query_key_norm": ("head", "layer", "none"),
@@ -208,7 +208,7 @@ class ModelConfig:
         if self.expert_groups > 1:
             self._check_groups()
 
-    def _check_groups(self):
+    def _check_groups(self) -> None:
         size, rest = divmod(self.num_experts, self.expert_groups)
         if rest or size < 2:
             raise ValueError(
@@ -246,7 +246,7 @@ class ModelConfig:
         return {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS}
 
     @classmethod
-    def from_architecture(cls, fields: dict, **execution) -> ModelConfig:
+    def from_architecture(cls, fields: dict[str, Any], **execution: Any) -> ModelConfig:
         """Inverse of `architecture`; also accepts fields that went through JSON."""
         nested = {"latent": LatentSizes, "rope_scaling": Yarn}
         built = {
@@ -282,7 +282,7 @@ def layer_plan(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
     return plan
 
 
-def tiny(**overrides) -> ModelConfig:
+def tiny(**overrides: Any) -> ModelConfig:
     """Returns a policy of a few hundred thousand parameters, for tests and laptops."""
     fields = dict(
         vocab_size=128,
@@ -301,7 +301,7 @@ def tiny(**overrides) -> ModelConfig:
     return ModelConfig(**(fields | overrides))
 
 
-def qwen3_30b_a3b(**overrides) -> ModelConfig:
+def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
     """Returns Qwen3-30B-A3B (from its public `config.json`)."""
     fields = dict(
         vocab_size=151_936,
@@ -320,7 +320,7 @@ def qwen3_30b_a3b(**overrides) -> ModelConfig:
     return ModelConfig(**(fields | overrides))
 
 
-def qwen3_235b_a22b(**overrides) -> ModelConfig:
+def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
     """Returns Qwen3-235B-A22B (from its public `config.json`)."""
     fields = dict(
         vocab_size=151_936,

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.parameters import Quantized
@@ -105,7 +106,13 @@ def apply_rows(
     return apply_experts(weights, rows, real, expert[:, None], gates, config, across)
 
 
-def _swiglu(weights: ExpertWeights, rows, groups: Groups, implementation: str, across):
+def _swiglu(
+    weights: ExpertWeights,
+    rows: Float[Array, "R D"],
+    groups: Groups,
+    implementation: str,
+    across: tuple[str, ...],
+) -> Float[Array, "R D"]:
     with jax.named_scope("gate"):
         gate = checkpoint_name(grouped_matmul(rows, weights.gate, groups, implementation), "gate")
     with jax.named_scope("up"):
@@ -114,10 +121,20 @@ def _swiglu(weights: ExpertWeights, rows, groups: Groups, implementation: str, a
         return grouped_matmul(jax.nn.silu(gate) * up, weights.down, groups, implementation, across)
 
 
-def _every_expert(weights: ExpertWeights, tokens, chosen, across) -> Float[Array, "N K D"]:
+def _every_expert(
+    weights: ExpertWeights,
+    tokens: Float[Array, "N D"],
+    chosen: Int[Array, "N K"],
+    across: tuple[str, ...],
+) -> Float[Array, "N K D"]:
     """Applies every expert to every token; the test oracle."""
 
-    def each(equation, x, w, across=()):
+    def each(
+        equation: str,
+        x: Float[Array, "..."],
+        w: Float[Array, "..."] | Quantized,
+        across: tuple[str, ...] = (),
+    ) -> Float[Array, "N E width"]:
         dot = lambda x, w, dtype: jnp.einsum(equation, x, w, preferred_element_type=dtype)  # noqa: E731
         return multiply(dot, x, w, lambda scale: scale[:, 0], across=across)
 
@@ -183,11 +200,15 @@ def scatter_rows(
     return x.at[source // slot.shape[1]].get(mode="fill", fill_value=0)
 
 
-def _scatter_rows_fwd(x, source, slot):
+def _scatter_rows_fwd(
+    x: Float[Array, "N D"], source: Int[Array, "R"], slot: Int[Array, "N K"]
+) -> tuple[Float[Array, "R D"], tuple[Int[Array, "R"], Int[Array, "N K"]]]:
     return scatter_rows(x, source, slot), (source, slot)
 
 
-def _scatter_rows_bwd(residuals, g):
+def _scatter_rows_bwd(
+    residuals: tuple[Int[Array, "R"], Int[Array, "N K"]], g: Float[Array, "R D"]
+) -> tuple[Float[Array, "N D"], np.ndarray, np.ndarray]:
     source, slot = residuals
     return take_rows(g, source, slot).sum(1), _no_gradient(source), _no_gradient(slot)
 
@@ -203,11 +224,15 @@ def take_rows(
     return y.at[slot].get(mode="fill", fill_value=0)
 
 
-def _take_rows_fwd(y, source, slot):
+def _take_rows_fwd(
+    y: Float[Array, "R D"], source: Int[Array, "R"], slot: Int[Array, "N K"]
+) -> tuple[Float[Array, "N K D"], tuple[Int[Array, "R"], Int[Array, "N K"]]]:
     return take_rows(y, source, slot), (source, slot)
 
 
-def _take_rows_bwd(residuals, g):
+def _take_rows_bwd(
+    residuals: tuple[Int[Array, "R"], Int[Array, "N K"]], g: Float[Array, "N K D"]
+) -> tuple[Float[Array, "R D"], np.ndarray, np.ndarray]:
     source, slot = residuals
     pairs = g.reshape(-1, g.shape[-1]).at[source].get(mode="fill", fill_value=0)
     return pairs, _no_gradient(source), _no_gradient(slot)
@@ -253,7 +278,14 @@ def _owner(groups: Groups, rows: int, block: int = 1) -> Int[Array, "blocks"]:
     return jnp.minimum(owner, groups.sizes.shape[0] - 1)
 
 
-def _grouped_dot(x, w, dtype, *, groups: Groups, implementation: str) -> Array:
+def _grouped_dot(
+    x: Num[Array, "R D"],
+    w: Num[Array, "E D F"],
+    dtype: DTypeLike | None,
+    *,
+    groups: Groups,
+    implementation: str,
+) -> Num[Array, "R F"]:
     """Computes the product with sums of type `dtype`; None means the type of `x`."""
     if implementation == "blocked":
         blocks = x.reshape(-1, groups.block, x.shape[-1])

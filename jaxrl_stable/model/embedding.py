@@ -34,7 +34,9 @@ def lookup(
     partition = spec(table.get_metadata()["axes"], value.shape, jax.sharding.get_abstract_mesh())
     tensor, stored = map(mesh_axes, partition)
 
-    def local(table, tokens):
+    def local(
+        table: Float[Array, "v d"], tokens: Int[Array, "b t"]
+    ) -> Float[Array, "b t D"]:  # sizes on one device
         ids = tokens.reshape(-1)
         if stored:
             ids = jax.lax.all_gather(ids, stored, tiled=True)

@@ -14,13 +14,14 @@ The buffers have room for the worst case, in which one device serves every choic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.dispatch import (
@@ -63,7 +64,7 @@ def mixture(
     if not layout.shape:
         weights = ExpertWeights(*(operand(w, x.dtype) for w in stored))
         apply = partial(apply_experts, config=config)
-        return _in_lots(apply, weights, x, real, chosen, gates, config, 1)
+        return _in_chunks(apply, weights, x, real, chosen, gates, config, 1)
 
     mesh = jax.sharding.get_abstract_mesh()
     partitions = [
@@ -76,14 +77,20 @@ def mixture(
     held = {axis for entry in _of_values(partitions[0]) for axis in mesh_axes(entry)}
     copied = tuple(a for a in layout.rows + layout.columns if a not in held)
 
-    def local(stored, x, real, chosen, gates):
+    def local(
+        stored: list[Array | Quantized],
+        x: Float[Array, "b t D"],
+        real: Bool[Array, "b t"],
+        chosen: UInt[Array, "b t K"],
+        gates: Float[Array, "b t K"],
+    ) -> Float[Array, "b t D"]:
         if checked and copied:  # sums gradients of the copies in the storage type
             stored = jax.lax.pcast(stored, copied, to="varying")
         bring = zip(stored, partitions)
         weights = ExpertWeights(*(_bring(operand(w, x.dtype), p) for w, p in bring))
         experts, _, tensor = map(mesh_axes, _of_values(partitions[0]))
         travel = partial(_travel, config=config, experts=experts, tensor=tensor, layout=layout)
-        return _in_lots(travel, weights, x, real, chosen, gates, config, layout.size(experts))
+        return _in_chunks(travel, weights, x, real, chosen, gates, config, layout.size(experts))
 
     chosen = chosen.astype(expert_dtype(config.num_experts))  # sends one byte per choice, not four
     rows = layout.spec()
@@ -96,7 +103,17 @@ def mixture(
     )(stored, x, real, chosen, gates)
 
 
-def _travel(weights, tokens, real, chosen, gates, config, experts, tensor, layout):
+def _travel(
+    weights: ExpertWeights,
+    tokens: Float[Array, "N D"],
+    real: Bool[Array, "N"],
+    chosen: UInt[Array, "N K"],
+    gates: Float[Array, "N K"],
+    config: ModelConfig,
+    experts: tuple[str, ...],
+    tensor: tuple[str, ...],
+    layout: Layout,
+) -> Float[Array, "N D"]:
     """Sends this device's tokens to their experts and returns the combined outputs.
 
     Args:
@@ -128,7 +145,17 @@ def _travel(weights, tokens, real, chosen, gates, config, experts, tensor, layou
         return y
 
 
-def _exchange(weights, tokens, real, chosen, gates, config, axes, tensor, layout):
+def _exchange(
+    weights: ExpertWeights,
+    tokens: Float[Array, "N D"],
+    real: Bool[Array, "N"],
+    chosen: UInt[Array, "N K"],
+    gates: Float[Array, "N K"],
+    config: ModelConfig,
+    axes: tuple[str, ...],
+    tensor: tuple[str, ...],
+    layout: Layout,
+) -> Float[Array, "N D"]:
     """Like `_travel`, with `ragged_all_to_all`: K copies per token go to its experts' devices."""
     size = layout.size(axes)
     E, here = config.num_experts, weights.gate.shape[0]
@@ -152,7 +179,9 @@ def _exchange(weights, tokens, real, chosen, gates, config, axes, tensor, layout
         return jnp.einsum("nkd,nk->nd", outputs, gates)
 
 
-def _journey(counts: Int[Array, "from to"], axes: tuple[str, ...]) -> tuple[Array, ...]:
+def _journey(
+    counts: Int[Array, "size size"], axes: tuple[str, ...]
+) -> tuple[Int[Array, "size"], ...]:
     """Returns this device's offsets and sizes in the order of `jax.lax.ragged_all_to_all`."""
     me = jax.lax.axis_index(axes)
     sent, received = counts[me], counts[:, me]
@@ -161,14 +190,21 @@ def _journey(counts: Int[Array, "from to"], axes: tuple[str, ...]) -> tuple[Arra
     return here, sent, there, received
 
 
-def _ragged(rows: Float[Array, "N D"], size: int, journey: tuple[Array, ...], axes) -> Array:
+def _ragged(
+    rows: Float[Array, "N D"],
+    size: int,
+    journey: tuple[Int[Array, "devices"], ...],
+    axes: tuple[str, ...],
+) -> Float[Array, "{size} D"]:
     """Sends rows to their devices and returns `size` rows; unfilled ones are zero."""
     buffer = jnp.zeros_like(rows, shape=(size, rows.shape[1]))
 
-    def collective(rows, *journey):
+    def collective(
+        rows: Float[Array, "N D"], *journey: Int[Array, "devices"]
+    ) -> Float[Array, "R D"]:
         return jax.lax.ragged_all_to_all(rows, buffer, *journey, axis_name=axes)
 
-    def plain(rows, *journey):
+    def plain(rows: Float[Array, "N D"], *journey: Int[Array, "devices"]) -> Float[Array, "R D"]:
         """Emulates the collective by an all-gather, for CPUs, which lack it."""
         here, _, _, received = journey
         every = jax.lax.all_gather(rows, axes)
@@ -182,25 +218,34 @@ def _ragged(rows: Float[Array, "N D"], size: int, journey: tuple[Array, ...], ax
     return jax.lax.platform_dependent(rows, *journey, cpu=plain, default=collective)
 
 
-def _in_lots(function, weights, x, real, chosen, gates, config, senders: int) -> Array:
+def _in_chunks(
+    function: Callable[..., Float[Array, "n D"]],
+    weights: ExpertWeights,
+    x: Float[Array, "B T D"],
+    real: Bool[Array, "B T"],
+    chosen: Integer[Array, "B T K"],
+    gates: Float[Array, "B T K"],
+    config: ModelConfig,
+    senders: int,
+) -> Float[Array, "B T D"]:
     """Applies `function` to chunks of tokens that fit the experts' buffer.
 
     A chunk keeps only its input for the backward pass; otherwise chunking would save no memory.
     """
     n, k = real.size, chosen.shape[-1]
     most = n * senders * min(k, weights.gate.shape[0])
-    lots = -(-most // config.experts_rows)
+    chunks = -(-most // config.experts_rows)
     flat = (x.reshape(n, -1), real.reshape(n), chosen.reshape(n, k), gates.reshape(n, k))
-    if lots == 1:
+    if chunks == 1:
         return function(weights, *flat).reshape(x.shape)
-    padding = -n % lots  # padding tokens, with `real` False
+    padding = -n % chunks  # padding tokens, with `real` False
     cut = [jnp.pad(a, ((0, padding), *[(0, 0)] * (a.ndim - 1))) for a in flat]
-    cut = [a.reshape(lots, -1, *a.shape[1:]) for a in cut]
+    cut = [a.reshape(chunks, -1, *a.shape[1:]) for a in cut]
     exact = ExpertWeights(*(operand(w, jnp.float32) for w in weights))  # sums gradients in float32
 
     @jax.checkpoint
-    def one(lot):
-        return function(ExpertWeights(*(operand(w, x.dtype) for w in exact)), *lot)
+    def one(chunk: list[Array]) -> Float[Array, "n D"]:
+        return function(ExpertWeights(*(operand(w, x.dtype) for w in exact)), *chunk)
 
     return jax.lax.map(one, cut).reshape(n + padding, -1)[:n].reshape(x.shape)
 

@@ -38,7 +38,7 @@ class RouterOutput(NamedTuple):
 class FeedForward(nnx.Module):
     """Dense SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, stack: int | None) -> None:
         D, F = config.hidden_size, width
         options = dict(stack=stack, dtype=config.param_dtype)
         gain = (2 * config.num_layers) ** -0.5
@@ -58,7 +58,7 @@ class FeedForward(nnx.Module):
 class Experts(nnx.Module):
     """Router, SwiGLU experts and shared experts; no token is dropped."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
         options = dict(stack=stack, dtype=config.param_dtype)
         gain = (2 * config.num_layers) ** -0.5

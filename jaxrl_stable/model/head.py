@@ -27,7 +27,7 @@ class HeadOutput(NamedTuple):
 
 @jax.named_scope("head")
 def logits(
-    model: Transformer, hidden: Float[Array, "... D"], temperature: float
+    model: Transformer, hidden: Float[Array, "... D"], temperature: float | Float[Array, ""]
 ) -> Float[Array, "... V"]:
     """Returns float32 logits divided by the temperature, as used for sampling."""
     weight = gathered(model.head_weight().astype(hidden.dtype), model.head_axes())
@@ -39,7 +39,7 @@ def token_log_probs(
     model: Transformer,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> HeadOutput:
     """Scores `targets[b, t]` under the distribution that `hidden[b, t]` predicts.
 
@@ -63,7 +63,9 @@ def token_log_probs(
     stored = tuple(a for a in stored if a in STORED)
     copied = tuple(a for a in where.rows + where.columns if a not in stored)
 
-    def local(weight, hidden, targets):
+    def local(
+        weight: Float[Array, "d v"], hidden: Float[Array, "b t D"], targets: Int[Array, "b t"]
+    ) -> HeadOutput:  # sizes on one device
         if copied:  # sums gradients of the copies once, not per chunk
             weight = jax.lax.pcast(weight, copied, to="varying")
         if stored:  # cast first to send half the bytes
@@ -83,7 +85,7 @@ def next_token_log_probs(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     first: int,
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> HeadOutput:
     """Scores `tokens[b, t]` for t ≥ `first` with the hidden state of column t − 1.
 
@@ -99,7 +101,14 @@ def next_token_log_probs(
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (first, 0))), scored)
 
 
-def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput:
+def _score(
+    weight: Float[Array, "D V"],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    temperature: float | Float[Array, ""],
+    chunk: int,
+    tensor: tuple[str, ...] = (),
+) -> HeadOutput:
     """Scores the tokens of one device.
 
     Args:
@@ -121,7 +130,9 @@ def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput
         return jax.lax.psum(x, tensor) if tensor else x
 
     @jax.checkpoint
-    def score(_, columns):
+    def score(
+        _: None, columns: tuple[Float[Array, "B chunk D"], Int[Array, "B chunk"]]
+    ) -> tuple[None, HeadOutput]:
         h, y = columns
         z = _logits(h, weight, temperature)
         highest = jax.lax.stop_gradient(z.max(-1))
@@ -144,7 +155,9 @@ def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput
 
 
 def _logits(
-    hidden: Float[Array, "... D"], weight: Float[Array, "D V"], temperature: float
+    hidden: Float[Array, "... D"],
+    weight: Float[Array, "D V"],
+    temperature: float | Float[Array, ""],
 ) -> Float[Array, "... V"]:
     # Casting inside a chunk sums the weight's gradient over chunks in the original type.
     weight = weight.astype(hidden.dtype)

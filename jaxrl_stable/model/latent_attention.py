@@ -26,7 +26,7 @@ LATENT_NORM_EPS = 1e-6
 class LatentAttention(nnx.Module):
     """Attention with keys and values from a shared latent; queries from x or their own latent."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, H, hd, sizes = config.hidden_size, config.num_heads, config.head_dim, config.latent
         rank, rotary = sizes.key_value_rank, sizes.rotary_dim
         options = dict(stack=stack, dtype=config.param_dtype)
@@ -53,7 +53,11 @@ class LatentAttention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], frame: Frame, cache: Cache | None, layer: Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        frame: Frame,
+        cache: Cache | None,
+        layer: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         sizes, plain = self.config.latent, self.config.head_dim - self.config.latent.rotary_dim
         turn = dict(cos=frame.cos, sin=frame.sin, interleaved=sizes.interleaved)
@@ -77,7 +81,13 @@ class LatentAttention(nnx.Module):
         with jax.named_scope("out"):
             return product(y, self.out), cache
 
-    def _expanded(self, q, latent, rotated, frame):
+    def _expanded(
+        self,
+        q: Float[Array, "B T H hd"],
+        latent: Float[Array, "B S rank"],
+        rotated: Float[Array, "B S 1 rotary"],
+        frame: Frame,
+    ) -> Float[Array, "B T H vd"]:
         """Expands keys and values of every head, then attends as usual."""
         plain, H = q.shape[-1] - rotated.shape[-1], q.shape[2]
         with jax.named_scope("qkv"):
@@ -92,7 +102,13 @@ class LatentAttention(nnx.Module):
         return attend(self.config, q, k, padded, frame)[..., : v.shape[-1]]
 
     @jax.named_scope("attended")
-    def _absorbed(self, q, latent, rotated, frame):
+    def _absorbed(
+        self,
+        q: Float[Array, "B 1 H hd"],
+        latent: Float[Array, "B S rank"],
+        rotated: Float[Array, "B S 1 rotary"],
+        frame: Frame,
+    ) -> Float[Array, "B 1 H vd"]:
         """Like `_expanded`, in the latent's space: decodes one column without expanding the cache.
 
         q · (W_k c) = (W_kᵀ q) · c, and Σ p (W_v c) = W_v Σ p c (arXiv:2405.04434, §2.1.2). If

@@ -38,11 +38,17 @@ def ragged_dot(
     return jax.lax.ragged_dot(x, w, sizes)
 
 
-def _forward(x, w, sizes, interpret):
+def _forward(
+    x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, "E"], interpret: bool
+) -> tuple[Float[Array, "R F"], tuple[Array, Array, Array]]:
     return ragged_dot(x, w, sizes), (x, w, sizes)
 
 
-def _backward(interpret, residuals, g):
+def _backward(
+    interpret: bool,
+    residuals: tuple[Float[Array, "R D"], Float[Array, "E D F"], Int[Array, "E"]],
+    g: Float[Array, "R F"],
+) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], np.ndarray]:
     x, w, sizes = residuals
     padding = (0, -x.shape[0] % ROWS), (0, 0)
     rows, columns = jnp.pad(x, padding), jnp.pad(g, padding)

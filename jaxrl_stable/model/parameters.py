@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from jaxrl_stable.sharding import gathered
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -46,7 +49,7 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def dequantize(self, dtype: jnp.dtype) -> Float[Array, "..."]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "..."]:
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
@@ -89,7 +92,7 @@ def offset(axes: Mapping[str, int], *, stack: int | None = None) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=names, inputs=None)
 
 
-def read(param: nnx.Param, dtype: str | jnp.dtype) -> Float[Array, "..."]:
+def read(param: nnx.Param, dtype: DTypeLike) -> Float[Array, "..."]:
     """Returns a parameter in the compute type, gathered on every device except over `tensor`.
 
     The cast precedes the gather, which halves the bytes sent. `Quantized` values are dequantised.
@@ -97,7 +100,7 @@ def read(param: nnx.Param, dtype: str | jnp.dtype) -> Float[Array, "..."]:
     return gathered(cast(param.get_value(), dtype), param.get_metadata()["axes"])
 
 
-def cast(value: Array | Quantized, dtype: str | jnp.dtype) -> Float[Array, "..."]:
+def cast(value: Array | Quantized, dtype: DTypeLike) -> Float[Array, "..."]:
     """Casts a stored value to the compute type; dequantises it if needed."""
     if isinstance(value, Quantized):
         return value.dequantize(jnp.dtype(dtype))

@@ -15,10 +15,13 @@ same sum up to float32 rounding; for int8 the sum is exact up to 2²⁴ = 1,040 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from jaxrl_stable.model.parameters import Quantized, cast, read
@@ -28,15 +31,15 @@ from jaxrl_stable.sharding import gathered
 # lacks an infinity (Micikevicius et al. 2022, arXiv:2209.05433, table 1).
 LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0}
 
-Dot = Callable[[Array, Array, jnp.dtype | None], Array]  # x, w, type of the sums (None: type of x)
+Dot = Callable[[Array, Array, DTypeLike | None], Array]  # x, w, type of the sums (None: of x)
 
 
 def to_grid(
-    x: Float[Array, "..."],
+    x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"],
     axes: tuple[int, ...],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     across: tuple[str, ...] = (),
-) -> tuple[Num[Array, "..."], Float[Array, "..."]]:
+) -> tuple[Num[Array, "*shape"], Float[Array, "..."]]:
     """Rounds `x` to a grid, ties to even, without passing gradients back.
 
     Args:
@@ -52,7 +55,7 @@ def to_grid(
     return nearest(values, dtype).astype(dtype), scale
 
 
-def nearest(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+def nearest(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     """Rounds float32 `x`, within the range of the grid, to its nearest value, ties to even.
 
     Uses arithmetic only: XLA converts to float8 by way of float16, which is slower on a CPU.
@@ -65,8 +68,11 @@ def nearest(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
 
 
 def _scaled(
-    x: Float[Array, "..."], axes: tuple[int, ...], dtype: jnp.dtype, across: tuple[str, ...]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"],
+    axes: tuple[int, ...],
+    dtype: DTypeLike,
+    across: tuple[str, ...],
+) -> tuple[Float[Array, "*shape"], Float[Array, "..."]]:
     """Returns `to_grid` before rounding: the scaled values and their scale."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     most = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
@@ -91,7 +97,9 @@ def product(x: Float[Array, "..."], param: nnx.Param) -> Float[Array, "..."]:
     else:
         w = read(param, x.dtype)
 
-    def dot(x, w, dtype):
+    def dot(
+        x: Num[Array, "..."], w: Num[Array, "..."], dtype: DTypeLike | None
+    ) -> Num[Array, "..."]:
         return jnp.tensordot(x, w, summed, preferred_element_type=dtype)
 
     return multiply(dot, x, w, lambda scale: scale.reshape(scale.shape[summed:]), summed)
@@ -130,7 +138,7 @@ def multiply(
     return (y * scale * channels(w.scale)).astype(x.dtype)
 
 
-def operand(value: Array | Quantized, dtype: jnp.dtype) -> Array | Quantized:
+def operand(value: Array | Quantized, dtype: DTypeLike) -> Array | Quantized:
     """Returns a stored matrix for `multiply`: cast, unless activations are quantised too."""
     return value if quantizes_activations(value) else cast(value, dtype)
 
@@ -149,7 +157,7 @@ def quantizes_activations(value: Array | Quantized) -> bool:
     return isinstance(value, Quantized) and value.products != "weight_only"
 
 
-def products_implementation(dtype: str, device: jax.Device | None = None) -> str:
+def products_implementation(dtype: str, device: Any = None) -> str:
     """Resolves "auto": "native" if the device has units for the type, else "emulated".
 
     int8: TPUs, and NVIDIA GPUs from compute capability 7.5. float8_e4m3fn: TPU7x, and NVIDIA GPUs
@@ -158,7 +166,7 @@ def products_implementation(dtype: str, device: jax.Device | None = None) -> str
 
     Args:
       dtype: "int8" or "float8_e4m3fn".
-      device: device to multiply on; the first device of this process by default.
+      device: `jax.Device` to multiply on; the first device of this process by default.
     """
     device = device or jax.devices()[0]
     if device.platform == "tpu":

@@ -73,10 +73,24 @@ def splash_attention(
     return y[:, :T, :, :width]
 
 
-def _over_mesh(kernel, q, k, v, segment_ids, layout: Layout, tensor: tuple[str, ...]) -> Array:
+def _over_mesh(
+    kernel: kernels.SplashAttentionKernel,
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B T G hd"],
+    v: Float[Array, "B T G vd"],
+    segment_ids: Int[Array, "B T"],
+    layout: Layout,
+    tensor: tuple[str, ...],
+) -> Float[Array, "B T H vd"]:
     """Runs the kernel on each device's own rows, columns and heads."""
 
-    def local(kernel, q, k, v, segments):
+    def local(
+        kernel: kernels.SplashAttentionKernel,
+        q: Float[Array, "b t h hd"],
+        k: Float[Array, "b t g hd"],
+        v: Float[Array, "b t g vd"],
+        segments: Int[Array, "b t"],
+    ) -> Float[Array, "b t h vd"]:  # sizes on one device
         ours = segments
         if layout.columns:
             k, v, segments = (gather_axis(x, layout.columns, 1) for x in (k, v, segments))
@@ -124,7 +138,7 @@ def chunks(c: int) -> list[tuple[int, int]]:
 class _ZigZagMask(masks._ComputableMask):
     """Causal mask with rows in the order of `chunks`."""
 
-    def __init__(self, columns: int, context: int):
+    def __init__(self, columns: int, context: int) -> None:
         super().__init__((columns, columns), lambda rows, cols: rows >= cols)
         if context > 1:
             order = np.array(chunks(context)).ravel()
@@ -140,7 +154,9 @@ class _ZigZagMask(masks._ComputableMask):
         return hash((type(self), self.shape, self.context))
 
 
-def _kernel(columns: int, heads: int, context: int, tensor: int, interpret: bool):
+def _kernel(
+    columns: int, heads: int, context: int, tensor: int, interpret: bool
+) -> kernels.SplashAttentionKernel:
     rows = _block(columns // context)
     keys = _block(columns)
     # One backward kernel is faster, but stores a query gradient per block of keys.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_stable.model.attention import Attention, Frame, Norm, make_frame
 from jaxrl_stable.model.cache import Cache
@@ -21,6 +22,7 @@ from jaxrl_stable.routing import Routing, check_layout, expert_dtype
 from jaxrl_stable.sharding.layout import layout
 
 PRODUCTS = ("query", "key", "value", "attended", "gate", "up")  # kept by remat "dots"
+Body = Callable[[Any, Any], tuple[Any, Any]]  # of a scan
 
 
 class ModelOutput(NamedTuple):
@@ -40,7 +42,7 @@ class ModelOutput(NamedTuple):
 class Block(nnx.Module):
     """Pre-norm transformer block with experts (`moe`) or a dense feed-forward layer."""
 
-    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs, stack: int | None) -> None:
         self.moe = moe
         norm = dict(eps=config.rms_norm_eps, dtype=config.param_dtype, stack=stack)
         self.attention_norm = Norm({"embed": config.hidden_size}, **norm)
@@ -79,7 +81,7 @@ class Transformer(nnx.Module):
     each parameter with a leading `layers` axis, and is applied with one `jax.lax.scan`.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.config = config
         # fan_in = `embed` gives rows of norm one, hence unit logits if embeddings are tied.
@@ -141,7 +143,9 @@ class Transformer(nnx.Module):
                 slices = slices.reshape(repeats, sum(pattern), *slices.shape[1:])
             first = layer + jnp.arange(repeats) * len(pattern)
 
-            def body(carry, xs):
+            def body(
+                carry: tuple[Array, Cache | None], xs: tuple[Any, ...]
+            ) -> tuple[tuple[Array, Cache | None], RouterOutput | None]:
                 x, cache = carry
                 blocks, experts, first = xs
                 routers = []
@@ -182,7 +186,7 @@ class Transformer(nnx.Module):
         return self.head.get_metadata()["axes"]
 
 
-def init_model(config: ModelConfig, seed: int) -> Transformer:
+def init_model(config: ModelConfig, seed: int | Key[Array, ""]) -> Transformer:
     """Initialises a policy; `jax.eval_shape` of this gives its template."""
     return Transformer(config, nnx.Rngs(seed))
 
@@ -193,7 +197,7 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _repeat(body, carry, xs, repeats: int, *, scan: bool):
+def _repeat(body: Body, carry: Any, xs: Any, repeats: int, *, scan: bool) -> tuple[Any, Any]:
     """Runs `jax.lax.scan`, or the same loop unrolled."""
     if scan:
         return jax.lax.scan(body, carry, xs, length=repeats)
@@ -204,7 +208,7 @@ def _repeat(body, carry, xs, repeats: int, *, scan: bool):
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
-def _rematerialised(body, config: ModelConfig):
+def _rematerialised(body: Body, config: ModelConfig) -> Body:
     """Wraps the scan body in `jax.checkpoint`; policies refer to names of `checkpoint_name`."""
     if config.remat == "none":
         return body

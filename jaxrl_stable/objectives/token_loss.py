@@ -87,10 +87,19 @@ def traits_of(function: Callable) -> Traits:
     """Returns the traits of a function as booleans, given the options that `partial`s bind.
 
     Options that are not bound have their defaults. A function without `traits` has none of them.
+
+    Raises:
+      ValueError: if a trait is set as an attribute of the function, as in older versions.
     """
     bound = {}
     while isinstance(function, functools.partial):
         bound, function = function.keywords | bound, function.func
+    old_style = [name for name in Traits.__dataclass_fields__ if hasattr(function, name)]
+    if old_style:
+        raise ValueError(
+            f"{function.__name__}.{old_style[0]} is set as an attribute; decorate the function with "
+            f"@objectives.traits({old_style[0]}=True) instead"
+        )
     declared = getattr(function, "traits", Traits())
     if not any(map(callable, vars(declared).values())):
         return declared
@@ -104,7 +113,7 @@ def check_same_shape(function: str, axes: str, **arrays: Array | None) -> None:
 
     Args:
       function: name of the caller, for the error message.
-      axes: expected axes, such as "B T".
+      axes: expected axes, such as "B T"; with a "*", any number of axes passes.
       **arrays: arrays by argument name; None passes.
 
     Raises:
@@ -112,7 +121,8 @@ def check_same_shape(function: str, axes: str, **arrays: Array | None) -> None:
     """
     shapes = {name: np.shape(x) for name, x in arrays.items() if x is not None}
     first = next(iter(shapes.values()))
-    if len(first) != len(axes.split()) or any(shape != first for shape in shapes.values()):
+    rank_differs = "*" not in axes and len(first) != len(axes.split())
+    if rank_differs or any(shape != first for shape in shapes.values()):
         shown = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         expected = ", ".join(axes.split())
         raise ValueError(f"{function}: arrays must have one shape [{expected}] but are {shown}")

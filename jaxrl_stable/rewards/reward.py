@@ -23,7 +23,7 @@ class Scorer(Protocol):
 
 
 @runtime_checkable
-class Problems(Protocol):
+class References(Protocol):
     """Problems with reference answers, such as a `data.Source` or a list."""
 
     def __len__(self) -> int: ...
@@ -93,7 +93,7 @@ def load_reward(name: str, *, timeout_s: int | float = 5.0, workers: int = 1) ->
     return Reward(name, pool, pool.close)
 
 
-def check_references(source: Problems, reward_name: str) -> None:
+def check_references(source: References, reward_name: str) -> None:
     """Checks before a run that a reward can read every reference answer.
 
     `"math"` takes milliseconds per record. A user's function is not checked.
@@ -125,7 +125,7 @@ def check_references(source: Problems, reward_name: str) -> None:
         )
 
 
-def _unreadable(source: Problems, readable: Callable[[str], bool]) -> list[int]:
+def _unreadable(source: References, readable: Callable[[str], bool]) -> list[int]:
     return [i for i in range(len(source)) if not readable(source[i]["answer"])]
 
 

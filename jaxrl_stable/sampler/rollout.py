@@ -48,7 +48,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"Sampling.max_tokens is {self.max_tokens}; it must be at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:

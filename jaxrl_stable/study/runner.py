@@ -1,4 +1,4 @@
-"""Runs a study: cells that share a program run together, and what is done is never done again."""
+"""Runs a study: cells that share a program run together, and finished runs are never repeated."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ class Wave:
     """Runs that one program makes together.
 
     Attributes:
-      members: the runs; the last is repeated up to `size`.
-      size: a multiple of the number of devices, the same for all waves of a program.
+      members: the runs.
       cells: names of all cells that the program can run.
+      size: number of runs after padding: a multiple of the number of devices, equal for all waves
+        of a program.
     """
 
     members: tuple[Member, ...]
@@ -59,13 +60,14 @@ class Wave:
 
     @property
     def padded(self) -> tuple[Member, ...]:
+        """The runs, with the last one repeated up to `size`."""
         return self.members + self.members[-1:] * (self.size - len(self.members))
 
 
 def plan(
     study: Study, cells: dict[str, Cell], done: Iterable[Member], devices: int
 ) -> list[list[Wave]]:
-    """The waves of what is not done: for each program those that it makes, of one size."""
+    """Returns the waves of unfinished runs, one list per program; its waves have one size."""
     done = set(done)
     programs: dict[tuple, list[str]] = {}
     for name, cell in cells.items():
@@ -86,18 +88,20 @@ def plan(
 
 
 def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = True) -> None:
-    """Runs what `directory` does not hold yet; appends records as waves of runs finish.
+    """Runs what is missing in `directory`, and appends records as each wave finishes.
 
-    Runs are spread over all devices of JAX. On a CPU that is one, unless
-    `jax.config.update("jax_num_cpu_devices", os.cpu_count())` comes before anything else.
+    Runs are spread over all JAX devices. A CPU counts as one device, unless
+    `jax.config.update("jax_num_cpu_devices", os.cpu_count())` is called before
+    anything else.
 
     Args:
-      study: what to run.
-      directory: where results.jsonl, samples.jsonl and study.json are kept.
-      show_progress: print what runs and how long it will take.
+      study: the study to run.
+      directory: where results.jsonl, samples.jsonl and study.json are stored.
+      show_progress: whether to print what runs and how long it will take.
 
     Raises:
-      ValueError: the directory holds another study.
+      ValueError: if the directory holds another study, or if new cold starts differ from the
+        recorded ones.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -154,11 +158,11 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
 
 
 class Start(NamedTuple):
-    """A cold start of every seed.
+    """The same cold start with every seed.
 
     Attributes:
-      models: stacked.
-      scores: held-out, one a seed.
+      models: the policies, stacked over seeds.
+      scores: held-out score of each seed.
     """
 
     models: Transformer
@@ -168,7 +172,7 @@ class Start(NamedTuple):
 def make_starts(
     study: Study, devices: list[jax.Device], names: Collection[str], score: Callable
 ) -> dict[str, Start]:
-    """The cold starts of these names; `score` is that of `scoring`."""
+    """Returns the cold starts with these names, scored by `score` (see `scoring`)."""
     keys = [jax.random.fold_in(key, 0) for key in seed_keys(study)]
     padded = jnp.stack(keys + keys[-1:] * (-len(keys) % len(devices)))
     starts = {}
@@ -186,7 +190,7 @@ def make_starts(
 
 
 def seed_keys(study: Study) -> list[Key[Array, ""]]:
-    """The key of every seed: 0 is folded in for the cold start, 1 for what follows."""
+    """Returns one key per seed; 0 is folded in for the cold start, 1 for reinforcement learning."""
     return [jax.random.key(study.first_seed + i) for i in range(study.seeds)]
 
 
@@ -197,7 +201,7 @@ def begin_runs(
     starts: dict[str, Start],
     devices: list[jax.Device],
 ) -> RunState:
-    """The runs of a wave before their first step, stacked."""
+    """Returns the runs of a wave before their first step, stacked."""
     members = wave.padded
     names = list(starts)
     of = np.array([names.index(cells[m.cell].cold_start) for m in members])
@@ -227,10 +231,10 @@ def run_wave(
     starts: dict[str, Start],
     tick: Callable[[], None],
 ) -> tuple[RunState, list[dict[str, Any]]]:
-    """All steps of a wave, by its programs for `advance` and `scoring`.
+    """Makes all steps of a wave with its two programs, `advance` and `scoring`.
 
     Returns:
-      The runs at their end, and their records.
+      The runs after their last step, and their records.
     """
     step, score = programs
     scores, curves, first = [], [], {}
@@ -273,7 +277,7 @@ def run_wave(
 
 
 def shown(study: Study, cells: dict[str, Cell], wave: Wave, runs: RunState) -> list[dict[str, Any]]:
-    """Samples of the first seed of the cells that `Study.show` names."""
+    """Returns samples of the cells that `Study.show` names, from their first seed."""
     rows = []
     for i, member in enumerate(wave.members):
         if member.cell in study.show and member.seed == study.first_seed:

@@ -1,5 +1,7 @@
-"""A whole run as a pure function: cold start, then steps of reinforcement learning, as they are in
-`sft` and `train` but for problems and rewards, which are arrays. Mapped over runs, it is a study.
+"""A whole run as a pure function: a cold start, then steps of reinforcement learning.
+
+The steps are the ones of `sft` and `train`, except that problems and rewards are arrays. Mapped
+over runs, this function is a study.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from jaxrl_stable.trainer.supervised import supervised_update
 from jaxrl_stable.trainer.update import update
 from jaxrl_stable.trajectory import Trajectory
 
-# What is recorded of a run: name in a record -> metric.
+# The recorded curves of a run: name in the record -> metric.
 CURVES = {
     "reward": "reward/mean",
     "length": "response/length",
@@ -48,13 +50,13 @@ CURVES = {
 
 
 class Prepared(NamedTuple):
-    """What the updates of a step are made on.
+    """A rollout, ready for the updates of a step.
 
     Attributes:
-      batch: with π_old, where the objective wants it.
-      scored: of that pass; None without one.
-      rewards: of the responses.
-      sampled: the sampler's routing, whatever is replayed.
+      batch: the training batch, with π_old if the objective needs it.
+      scored: result of the score pass; None without one.
+      rewards: one reward per response.
+      sampled: the sampler's routing, even if the updates replay another one.
     """
 
     batch: TrainBatch
@@ -64,13 +66,13 @@ class Prepared(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """What a run carries from step to step, and what is its own in the program it shares.
+    """State of one run, and what distinguishes it from the other runs of the same program.
 
     Attributes:
-      state: the policy and its moments.
-      key: of problems and samples.
+      state: the policy and the optimizer's moments.
+      key: random key for problems and samples.
       objective: index into the objectives of the program.
-      learning_rate: of the updates.
+      learning_rate: learning rate of the updates.
     """
 
     state: TrainState
@@ -82,7 +84,7 @@ class RunState(NamedTuple):
 def demonstrations(
     task: ArrayTask, key: Key[Array, ""], count: int, slips: float
 ) -> dict[str, Array]:
-    """A batch for `sft.supervised_update`: problems, and the teacher's solutions."""
+    """Returns a batch for `supervised_update`: problems with the teacher's solutions."""
     of_problems, of_teacher = jax.random.split(key)
     problems = task.problems(of_problems, count)
     solutions, mask = task.solutions(of_teacher, problems, slips)
@@ -96,8 +98,10 @@ def demonstrations(
 
 
 def policy(study: Study, key: Key[Array, ""]) -> Transformer:
-    """Random weights. Left to choose, experts are multiplied in blocks on every device: the
-    kernels that "auto" takes on GPUs and TPUs are not made to be mapped over runs.
+    """Returns a policy with random weights.
+
+    `experts="auto"` becomes "blocked" on every device: the kernels that "auto" selects on GPUs and
+    TPUs cannot be mapped over runs.
     """
     config = study.model
     if config.experts == "auto":
@@ -106,7 +110,7 @@ def policy(study: Study, key: Key[Array, ""]) -> Transformer:
 
 
 def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transformer:
-    """A policy from random weights that imitates the teacher."""
+    """Returns a policy trained from random weights to imitate the teacher."""
     of_weights, of_data = jax.random.split(key)
     optimizer = make_optimizer(start.optimizer)
     task = start.task or study.task
@@ -128,7 +132,7 @@ def begin(
     objective: Int[Array, ""],
     learning_rate: Float[Array, ""],
 ) -> RunState:
-    """A run before its first step."""
+    """Returns a run before its first step."""
     state = init_state(model, make_optimizer(study.optimizer))
     return RunState(state, key, objective, learning_rate)
 
@@ -141,17 +145,17 @@ def advance(
     objectives: tuple[Objective, ...],
     rollout_format: str,
 ) -> tuple[RunState, dict[str, Float[Array, "rollouts"]]]:
-    """Runs to the next evaluation (which is a program of its own, shared by all cells).
+    """Advances a run to its next evaluation (a separate program, shared by all cells).
 
     Args:
-      run: so far.
-      first: rollouts so far.
-      study: static.
-      objectives: of the runs that share the program.
-      rollout_format: of the sampler.
+      run: the run so far.
+      first: number of rollouts so far.
+      study: the study; static.
+      objectives: the objectives of all runs that share the program.
+      rollout_format: number format of the sampler's weights.
 
     Returns:
-      The run and its `CURVES`.
+      The run and its `CURVES`, one value per rollout.
     """
     choice = Choice(objectives, run.objective)
     rate = dataclasses.replace(study.optimizer, learning_rate=run.learning_rate)
@@ -177,7 +181,7 @@ def reinforce(
     rollout_format: str,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One rollout and its N updates."""
+    """Makes one rollout and its N updates; returns the new state and the `CURVES` of the step."""
     made = prepare(state.model, key, study, objective, rollout_format)
     step = partial(update_on, study=study, objective=objective, optimizer=optimizer)
     state, metrics = jax.lax.scan(step, state, split(made.batch, objective.mini_batches))
@@ -195,7 +199,7 @@ def prepare(
     objective: Objective | Choice,
     rollout_format: str,
 ) -> Prepared:
-    """Rollout, reward, advantage and score."""
+    """Samples, rewards and scores a rollout, up to the first update."""
     of_problems, of_samples = jax.random.split(key)
     count = study.prompts * objective.mini_batches
     problems = repeated(study.task.problems(of_problems, count), study.group_size)
@@ -223,7 +227,7 @@ def update_on(
     objective: Objective | Choice,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, diagnostics.Metrics]:
-    """`update`, with the settings of a study."""
+    """Calls `update` with the settings of a study."""
     return update(
         state,
         batch,
@@ -237,7 +241,7 @@ def update_on(
 def sample(
     model: Transformer, problems: Problems, key: Key[Array, ""], study: Study
 ) -> tuple[Trajectory, Float[Array, "B"]]:
-    """One graded response to each problem."""
+    """Samples one response per problem; returns the rollout and its rewards."""
     task = study.task
     sampling = Sampling(
         max_tokens=task.max_tokens,
@@ -253,7 +257,7 @@ def sample(
 
 
 def heldout_score(model: Transformer, study: Study) -> Float[Array, ""]:
-    """Mean reward on held-out problems, the same ones with the same random numbers each time."""
+    """Returns the mean reward on held-out problems, with the same random numbers every time."""
     of_problems, of_samples = jax.random.split(jax.random.key(0))
     problems = study.task.problems(of_problems, study.heldout_problems, heldout=True)
     _, rewards = sample(model, repeated(problems, study.heldout_samples), of_samples, study)
@@ -261,7 +265,7 @@ def heldout_score(model: Transformer, study: Study) -> Float[Array, ""]:
 
 
 def repeated(problems: Problems, times: int) -> Problems:
-    """Each problem several times in a row."""
+    """Repeats each problem `times` times in a row."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), problems)
 
 

@@ -1,4 +1,4 @@
-"""Samples of a run for the report: what the last update of a step decided on each token."""
+"""Samples of a run for the report: what the last update of a step decides about each token."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from jaxrl_stable.trainer.batch import split
 from jaxrl_stable.trainer.forward import hidden_states, policy_log_probs
 from jaxrl_stable.trainer.optimizer import TrainState, make_optimizer
 
-PROBLEMS, RESPONSES = 2, 2  # shown of a cell
+PROBLEMS, RESPONSES = 2, 2  # shown per cell
 
 
 def sample_rows(
     study: Study, cell: Cell, state: TrainState, key: Key[Array, ""], about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Responses to a few problems, as the last mini-batch of a step sees them.
+    """Returns responses to a few problems, as the last mini-batch of a step sees them.
 
-    The rows are those of `samples.sample_rows`, with the layers in which the routers differ, and
-    with `clipped`: the tokens that the objective silences when N − 1 updates have been made.
+    Rows have the format of `run.samples.sample_rows`, plus the layers in which the routers differ
+    and `clipped`: the tokens that the objective silences after N − 1 updates.
 
     Args:
-      study: of the run.
-      cell: of the run.
-      state: of the run.
-      key: of the step.
-      about: what else stands in every row.
+      study: the study.
+      cell: the cell of the run.
+      state: state of the run.
+      key: random key of the step.
+      about: further entries of every row.
     """
     found = jax.jit(
         partial(inspect, study=study, objective=cell.objective, rollout_format=cell.rollout_format)
@@ -74,7 +74,7 @@ def inspect(
     objective: Objective,
     rollout_format: str,
 ) -> dict[str, Array]:
-    """A step up to its last update; arrays of the rows of the last mini-batch."""
+    """Makes a step up to its last update; returns arrays for the rows of the last mini-batch."""
     made = prepare(state.model, key, study, objective, rollout_format)
     differs = differing_layers(state.model, made)
     parts = split(made.batch, objective.mini_batches)
@@ -102,7 +102,7 @@ def inspect(
 
 
 def differing_layers(model: Transformer, made: Prepared) -> Array:
-    """[L, B, T]: where the training router would have chosen other experts than the sampler."""
+    """Marks, as `[L, B, T]`, where the training router and the sampler choose different experts."""
     _, router = hidden_states(model, made.batch, None)
     differs = overlap(made.sampled.experts, router.live) < 1.0
     return differs & jnp.asarray(made.sampled.valid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +15,7 @@ from jaxrl_stable.sharding.rows import cut_rows
 from jaxrl_stable.trajectory import Trajectory
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:

@@ -7,6 +7,7 @@ learning rate of 1e-6 is smaller than the spacing of bfloat16 and would be lost.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.sharding import constrain_state
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -95,7 +97,9 @@ def in_float32(
         narrow = any(w.dtype != jnp.float32 for w in jax.tree.leaves(params))
         return Float32State(inner.init(exact), exact if narrow and master_weights else None)
 
-    def update(gradients, state, params):
+    def update(
+        gradients: optax.Updates, state: Float32State, params: optax.Params
+    ) -> tuple[optax.Updates, Float32State]:
         exact = state.master
         if exact is None:
             exact = jax.tree.map(lambda w: w.astype(jnp.float32), params)

@@ -17,6 +17,7 @@ so `score` and `update` pack the same rows in the same way.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from jaxrl_stable.sharding.rows import cut_rows, join_rows
 from jaxrl_stable.trainer.batch import TrainBatch, micro_batches
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packing:
@@ -51,6 +53,7 @@ class Packing:
     used: Int[Array, ""]
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
@@ -150,7 +153,9 @@ def first_fit_decreasing(
     """
     order = jnp.argsort(-lengths)
 
-    def place(free: Int[Array, "b"], length: Int[Array, ""]):
+    def place(
+        free: Int[Array, "b"], length: Int[Array, ""]
+    ) -> tuple[Int[Array, "b"], tuple[Int[Array, ""], Int[Array, ""]]]:
         row = jnp.argmax(free >= length)
         return free.at[row].add(-length), (row, width - free[row])
 
@@ -185,7 +190,7 @@ def scan_micro_batches(
         xs = micro_batches(batch, parts), jax.tree.map(cut, extra)
         return jax.lax.scan(lambda carry, x: step(carry, Micro(x[0], *x)), carry, xs)
 
-    def packed(carry: Any, x: tuple[Array, Array]):
+    def packed(carry: Any, x: tuple[Int[Array, ""], Int[Array, "b T"]]) -> tuple[Any, Any]:
         i, source = x
         columns = _columns_here(source)
         target = packing.target - i * columns
@@ -218,17 +223,19 @@ def joined(stacked: Array, packing: Packing | None, axis: int = 0) -> Array:
     return x if packing is None else _take(x, packing.target, axis)
 
 
-def _scan_first(step, carry, xs, count: Int[Array, ""]):
+def _scan_first(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, count: Int[Array, ""]
+) -> tuple[Any, Any]:
     """Like `jax.lax.scan`, but steps from `count` on do nothing and output 0.
 
     Its length is static, unlike the length of a loop that ends at `count`. Ahead-of-time analysis
     of a program then has an upper bound.
     """
 
-    def step_or_skip(carry, x):
+    def step_or_skip(carry: Any, x: tuple[Int[Array, ""], Any]) -> tuple[Any, Any]:
         i, x = x
 
-        def skip(carry):
+        def skip(carry: Any) -> tuple[Any, Any]:
             shapes = jax.eval_shape(lambda carry: step(carry, x)[1], carry)
             return carry, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
 
@@ -266,11 +273,15 @@ def _moved(
     return _take(x, there)
 
 
-def _moved_fwd(x, there, back):
+def _moved_fwd(
+    x: Float[Array, "b T"], there: Int[Array, "B T"], back: Int[Array, "b T"]
+) -> tuple[Float[Array, "B T"], tuple[Int[Array, "B T"], Int[Array, "b T"]]]:
     return _take(x, there), (there, back)
 
 
-def _moved_bwd(residuals, g):
+def _moved_bwd(
+    residuals: tuple[Int[Array, "B T"], Int[Array, "b T"]], g: Float[Array, "B T"]
+) -> tuple[Float[Array, "b T"], np.ndarray, np.ndarray]:
     there, back = residuals
     return _take(g, back), *(np.zeros(x.shape, jax.dtypes.float0) for x in residuals)
 

@@ -52,7 +52,7 @@ def test_the_table_has_a_line_for_each_program_and_loop():
         "update", "12.5 s", "4.0 GiB", "8.0 GiB", "9.0 GiB", "13.0 GiB", "81%", "400", "300",
         "5.0 GiB", "3.0 GiB", "compute", "2 s", "33%",
     ]  # fmt: skip
-    assert first.startswith("rollout ") and loop.startswith("  decode, a token ")
+    assert first.startswith("rollout ") and loop.startswith("  decode, per token ")
     strange = dataclasses.replace(part(), unknown=("kernel",))
     assert details([figures(parts=(strange,))]).splitlines() == [
         "update: all-gather 3.0 GiB",
@@ -61,7 +61,7 @@ def test_the_table_has_a_line_for_each_program_and_loop():
 
 
 def test_a_step_decodes_every_token_and_updates_every_mini_batch():
-    """One decode step takes a second of HBM; rows are sampled in two lots."""
+    """One decode step takes a second of HBM; rows are sampled in two groups."""
     rollout = figures("rollout", parts=(part("rollout"), part("decode", seconds=0.25)))
     rl = configs.Reinforcement(
         prompts=8,

@@ -25,7 +25,7 @@ def segments(batch):
 def test_every_segment_is_one_example(source, tokenizer):
     examples = {}
     for index, problem in enumerate(source):
-        # The prompt's tokens are those of a rollout, the answer's its own tokenisation.
+        # The prompt has the tokens of a rollout; the answer is tokenised separately.
         tokens, mask = data.encode_prompts([problem], tokenizer, 100, TEMPLATE)
         answer = tokenizer.encode(problem["answer"])
         prompt = tokens[mask].tolist()
@@ -52,7 +52,7 @@ def test_every_segment_is_one_example(source, tokenizer):
         assert not batch["loss_mask"][padding].any()
         assert not batch["positions"][padding].any()
         assert batch["segment_ids"].max() >= 2, "nothing was packed"
-    # Nothing is lost or doubled: what was packed is a prefix of the epochs.
+    # Nothing is lost or duplicated: the packed examples are a prefix of the epochs.
     assert len(seen) >= 40
     assert len(set(seen[:60])) == min(len(seen), 60)
 

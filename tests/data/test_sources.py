@@ -16,7 +16,7 @@ def write(tmp_path, *lines):
 
 @pytest.mark.fast
 def test_reads_problems_and_leaves_out_other_fields(tmp_path):
-    # U+2028 ends a line for str.splitlines, but not in JSON lines.
+    # U+2028 ends a line in str.splitlines, but not in JSON lines.
     odd = json.dumps({"prompt": "a\u2028b", "answer": "é"}, ensure_ascii=False)
     source = data.JsonlSource(write(tmp_path, GOOD, "", "  ", odd, ""))
     assert len(source) == 2

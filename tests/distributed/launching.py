@@ -35,8 +35,7 @@ def environment(cache):
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}",
+        "PYTHONPATH": str(ROOT),
     }
 
 

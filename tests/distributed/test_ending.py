@@ -6,7 +6,8 @@ import sys
 import time
 
 import pytest
-from launching import HERE, LOCAL, command, environment, finish, run, start
+
+from tests.distributed.launching import HERE, LOCAL, command, environment, finish, run, start
 
 AGAIN = "run the same command to continue from the last checkpoint"
 

@@ -9,7 +9,10 @@ import time
 
 import numpy as np
 import pytest
-from launching import (
+
+from jaxrl_stable.checkpoint import Checkpointer
+from jaxrl_stable.files import read_jsonl
+from tests.distributed.launching import (
     DEVICES,
     HERE,
     ROOT,
@@ -23,17 +26,15 @@ from launching import (
     wait_until,
 )
 
-from jaxrl_stable.checkpoint import Checkpointer
-from jaxrl_stable.files import read_jsonl
-
 LAST = 4  # steps of a run; a checkpoint every second one
 # Counted on the host, so equal; the rest is sums in another order.
 COUNTED = re.compile(r"step|reward/|response/|sampling/|gradient_steps|gradient/skipped|eval/")
 
 
 @pytest.fixture(scope="session")
-def env(tmp_path_factory):
-    return environment(tmp_path_factory.mktemp("cache"))
+def env():
+    """The session's, with a compilation cache that no other test writes at the same time."""
+    return environment(os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "processes"))
 
 
 def launch(processes, workdir, *flags, program="train"):

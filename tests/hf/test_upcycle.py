@@ -27,7 +27,7 @@ DENSE = tiny(
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A dense checkpoint with weights large enough for its feed-forward layers to matter."""
+    """Writes a dense checkpoint with weights large enough for its MLPs to matter."""
     directory = tmp_path_factory.mktemp("dense")
     model = init_model(DENSE, 0)
     model = jax.tree.map(lambda w: 2 * w, model)
@@ -63,7 +63,7 @@ def test_upcycled_model_computes_the_dense_one(dense, tmp_path, copies, chosen, 
     expected, _ = log_probs(dense)
     found, router = log_probs(tmp_path / "moe")
     assert np.abs(kl(expected, found)).max() < 1e-6
-    # One copy of each segment, `chosen` times; and not the same copies for every token.
+    # One copy of each segment, `chosen` times, and different copies for different tokens.
     experts = np.asarray(router.experts).reshape(-1, chosen * segments)
     assert (np.bincount((experts % segments).ravel()) == len(experts) * chosen).all()
     assert len(np.unique(experts // segments)) == copies

@@ -3,11 +3,11 @@ import dataclasses
 import gin
 import jax
 import pytest
-from common import small
 
 from jaxrl_stable import model as m
 from jaxrl_stable.model import config as config_module
 from jaxrl_stable.model.config import EXECUTION_FIELDS, layer_plan
+from tests.model.common import small
 
 
 @pytest.mark.fast

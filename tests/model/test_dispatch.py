@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import small
 
 from jaxrl_stable.model import dispatch
 from jaxrl_stable.model.dispatch import (
@@ -16,6 +15,7 @@ from jaxrl_stable.model.dispatch import (
     stable_argsort,
     take_rows,
 )
+from tests.model.common import small
 
 # Four tokens, two choices each; token 2 is padding; expert 1 is unused.
 EXPERTS = jnp.array([[2, 0], [3, 2], [0, 1], [0, 3]])

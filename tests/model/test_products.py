@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from common import random_model, small
 from flax import nnx
 
 from jaxrl_stable.model.attention import make_frame
@@ -24,6 +23,7 @@ from jaxrl_stable.model.products import (
     to_grid,
 )
 from jaxrl_stable.sampler.quantize import quantize
+from tests.model.common import random_model, small
 
 LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 

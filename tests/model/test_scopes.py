@@ -5,10 +5,10 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from common import small
 
 from jaxrl_stable import model as m
 from jaxrl_stable.model.config import LatentSizes
+from tests.model.common import small
 
 ATTENTION = {f"attention/{stage}" for stage in ("qkv", "rope", "cache", "attended", "out")}
 EXPERTS = {f"mlp/{stage}" for stage in ("route", "dispatch", "experts", "combine", "load")}

@@ -21,7 +21,7 @@ modules.append('objectives')
 assert all(name.split('.')[1] in modules for name in inside), inside
 """
 
-# Whatever is installed here, imports of anything else fail from now on, also late ones inside
+# From here on, imports of anything else fail even if it is installed, including late ones inside
 # functions: the environment of somebody who has jax alone.
 WALL = """
 import runpy, sys

@@ -1,6 +1,6 @@
 """Measures how far this package differs from transformers, and prints a table in Markdown.
 
-Run `python tests/parity/table.py [ARCHITECTURE ...]`, with the extra "parity" installed.
+Run `python -m tests.parity.table [ARCHITECTURE ...]`, with the extra "parity" installed.
 
 Results with transformers 5.23 (eager attention and experts) on small random models, float32 on a
 CPU, jax 0.10.2. They vary between machines, and in the last digit between runs. Differences are
@@ -64,9 +64,10 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import measure
 import torch
 import transformers
+
+from tests.parity import measure
 
 
 def cell(error: float) -> str:

@@ -3,11 +3,11 @@ import subprocess
 import sys
 
 import pytest
-from html_page import Page
 
 from jaxrl_stable import report
 from jaxrl_stable.report.__main__ import main
 from jaxrl_stable.run import writer as metrics
+from tests.html_page import Page
 
 
 def test_the_page_is_one_file_that_loads_nothing(written):

@@ -211,7 +211,7 @@ def test_evidence(small, finished):
     "change, message",
     [
         (dict(gradient_steps=9), "must be a multiple of evaluations"),
-        (dict(evaluations=8), "no multiple of N = 2"),
+        (dict(evaluations=8), "not a multiple of N = 2"),
         (dict(seeds=0), "Study.seeds is 0"),
         (dict(task=None), "Study.task is missing"),
         (dict(rollout_format="int3"), "Study.rollout_format is 'int3'"),

@@ -185,7 +185,7 @@ def test_objectives_agree_to_first_order():
             remainder = np.prod(1 + delta, -1) - 1 - delta.sum(-1)
             by_sequence.append(np.abs(remainder).max())
             by_value.append(exact - (surrogate - (length - 1) * mu @ problem.rewards))
-            # Both values by their definitions: the remainder is all that stands between them.
+            # Both values by their definitions: only the remainder separates them.
             np.testing.assert_allclose(exact, mu * np.prod(1 + delta, -1) @ problem.rewards)
             np.testing.assert_allclose(by_value[-1], mu * remainder @ problem.rewards, atol=1e-14)
         for remainders in np.array([by_sequence, by_value]):
@@ -332,9 +332,9 @@ INDEPENDENT = {
 
 
 def agrees(interval, theirs, seeds):
-    """Whether a mean over 8 problems is a plausible draw, given ours over `seeds` others.
+    """Returns True if a mean over 8 problems is a plausible draw, given ours over `seeds` others.
 
-    Half-widths grow with 1/√n: the difference of the two means has that of 1/√(1/n + 1/8).
+    Half-widths shrink as 1/√n: the difference of the two means has the variance 1/n + 1/8.
     """
     half = (interval.high - interval.low) / 2 * np.sqrt(1 + seeds / 8)
     rounding = 0.5 * 10.0 ** -len(theirs.partition(".")[2])

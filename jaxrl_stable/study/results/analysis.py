@@ -1,12 +1,12 @@
-"""What the runs of a study came to: cells, curves over seeds, collapse, one outcome a run.
+"""The results of the runs of a study: curves over seeds, collapse, one outcome per run.
 
-A record is what the runner wrote of one finished run (a line of results.jsonl):
+A record describes one finished run (a line of results.jsonl):
 
     {"cell": name, "figure": [ids], "seed": 0, "settings": {...},
      "curves": {"gradient_steps": [...], name: [...]},
      "evaluations": {"gradient_steps": [...], "score": [...]}, "seconds": 12.3}
 
-A value that was not finite is null there, and NaN here. Numpy only.
+Values that are not finite are null in the file and NaN here. Everything is computed with NumPy.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from jaxrl_stable.study.config import Collapse
 Points = Float[np.ndarray, "points"]
 Record = Mapping[str, Any]
 
-# A share of the recorded points, counted from the end: what a run "ends at".
+# The share of the recorded points, counted from the end, that defines what a run "ends at".
 LAST = 0.25
-# Points. Evaluations are few and each is a mean over many problems: narrow is enough.
+# In points. Evaluations are few, and each is a mean over many problems: a narrow mean suffices.
 EVALUATION_WIDTH = 3
-# Below this a KL is rounding of float32 log-probabilities, and its logarithm says nothing.
+# A smaller KL is rounding error of float32 log-probabilities, and its logarithm is meaningless.
 KL_FLOOR = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
 class CellRuns:
-    """Runs of the same settings, one a seed, in the order of the seeds."""
+    """Runs with the same settings, one per seed, in the order of the seeds."""
 
     name: str
     settings: Mapping[str, Any]
@@ -46,21 +46,21 @@ class CellRuns:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one run came to.
+    """The outcome of one run.
 
     Attributes:
-      seed: of the run.
+      seed: seed of the run.
       final: mean of the last quarter of its evaluations.
       peak: highest held-out score under a running mean of three evaluations.
       area: mean held-out score over the run's gradient steps (area under the curve / steps).
       reward: mean training reward of the last quarter of the run.
-      kl: log10 of the geometric mean of the mismatch KL over the run (nats a token).
-      entropy: mean of the last quarter of the run, nats.
+      kl: log10 of the geometric mean of the mismatch KL over the run (nats per token).
+      entropy: mean entropy of the last quarter of the run, nats.
       end: last recorded gradient step.
-      time: gradient step of the collapse, or `end` where there was none (censored).
+      time: gradient step of the collapse, or `end` without one (censored).
       cause: "score", "reward" or "KL", whichever came first; "" without a collapse.
-      learned: the score rose by the rule's gain above its start.
-      seconds: the run took; of runs that shared a program, its share.
+      learned: whether the score rose by the rule's gain above its start.
+      seconds: wall time; runs that share a program divide it equally.
     """
 
     seed: int
@@ -86,11 +86,11 @@ class Outcome:
 
 
 def cells_of(records: Iterable[Record]) -> list[CellRuns]:
-    """Runs grouped by cell, in the order in which the cells first appear.
+    """Groups runs by cell, in the order in which the cells first appear.
 
     Raises:
-      ValueError: one line; a record lacks a field, a seed stands twice in a cell, or two records of
-        one cell have different settings.
+      ValueError: if a record lacks a field, a cell has a seed twice, or two records of one cell
+        have different settings.
     """
     groups: dict[str, list[Record]] = {}
     for number, record in enumerate(records, 1):
@@ -118,10 +118,12 @@ def cells_of(records: Iterable[Record]) -> list[CellRuns]:
 
 
 def curve(run: Record, name: str) -> tuple[Points, Points]:
-    """(gradient steps, values) of a curve; "score" is the held-out one. Empty where not recorded.
+    """Returns gradient steps and values of a curve; both are empty if it was not recorded.
+
+    The curve "score" is the held-out score.
 
     Raises:
-      ValueError: one line; steps and values are not equally many.
+      ValueError: if there are not as many values as steps.
     """
     table = run["evaluations" if name == "score" else "curves"]
     if table.get(name) is None:
@@ -141,7 +143,7 @@ def curve(run: Record, name: str) -> tuple[Points, Points]:
 def aligned(
     runs: Sequence[Record], name: str, smoothed: bool = False
 ) -> tuple[Points, Float[np.ndarray, "runs points"]]:
-    """Curves of several runs on the gradient steps that any of them has; NaN where one has none."""
+    """Aligns curves of several runs on the union of their gradient steps; gaps are NaN."""
     curves = [curve(run, name) for run in runs]
     steps = np.unique(np.concatenate([x for x, _ in curves] or [np.empty(0)]))
     values = np.full((len(curves), len(steps)), np.nan)
@@ -151,10 +153,10 @@ def aligned(
 
 
 def band(cell: CellRuns, name: str) -> tuple[Points, Points, Points, Points]:
-    """(gradient steps, mean over seeds, low, high) of a curve of a cell.
+    """Returns gradient steps, mean over seeds, and the ends of its band, for a curve of a cell.
 
-    The held-out score is taken as it is; other curves under a running mean. Of the KL, which spans
-    decades, mean and interval are geometric.
+    Curves other than the held-out score are smoothed by a running mean. For the KL, which spans
+    decades, mean and band are geometric.
     """
     x, values = aligned(cell.runs, name, smoothed=name != "score")
     if name == "kl":
@@ -163,7 +165,7 @@ def band(cell: CellRuns, name: str) -> tuple[Points, Points, Points, Points]:
 
 
 def outcome(run: Record, rule: Collapse) -> Outcome:
-    """What a run came to. Evaluations that were not finite count as a score of 0."""
+    """Returns the outcome of a run; an evaluation that is not finite counts as a score of 0."""
     steps, score = curve(run, "score")
     score = np.nan_to_num(score, nan=0.0)
     peak = smooth(score, EVALUATION_WIDTH)
@@ -172,7 +174,7 @@ def outcome(run: Record, rule: Collapse) -> Outcome:
     time, cause = collapse(run, rule)
     ends = [x[-1] for x in (steps, curve(run, "reward")[0], curve(run, "kl")[0]) if len(x)]
     end = float(max(ends, default=0.0))
-    # A wide mean: the highest of many noisy evaluations lies above the start without learning.
+    # A wide mean: without any learning, the highest of many noisy evaluations is above the start.
     level = score if len(score) else np.nan_to_num(reward, nan=0.0)
     wide = smooth(level, math.ceil(LAST * len(level)) | 1)
     start = smooth(level, EVALUATION_WIDTH)[:1]
@@ -193,12 +195,12 @@ def outcome(run: Record, rule: Collapse) -> Outcome:
 
 
 def outcomes_of(cells: Iterable[CellRuns], rule: Collapse) -> dict[str, list[Outcome]]:
-    """Outcomes of the runs of each cell, by the cell's name."""
+    """Returns the outcomes of each cell's runs, by the cell's name."""
     return {cell.name: [outcome(run, rule) for run in cell.runs] for cell in cells}
 
 
 def collapse(run: Record, rule: Collapse) -> tuple[float, str]:
-    """(gradient step, cause) of the first collapse of a run; (∞, "") where there is none."""
+    """Returns gradient step and cause of a run's first collapse; (∞, "") without one."""
     (score_steps, score), (reward_steps, reward), (kl_steps, kl) = (
         curve(run, name) for name in ("score", "reward", "kl")
     )
@@ -215,7 +217,7 @@ def collapse(run: Record, rule: Collapse) -> tuple[float, str]:
 def first_lasting(
     x: Points, bad: Bool[np.ndarray, "points"] | Shaped[np.ndarray, "0"], for_steps: int | float
 ) -> float:
-    """First x from which on `bad` holds for `for_steps`, or to the end with two points; else ∞."""
+    """First x from which `bad` lasts `for_steps` or, with two points, to the end; else ∞."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], bad, [False])).astype(int)))
     for start, end in edges.reshape(-1, 2):
         if end - start >= 2 and (x[end - 1] - x[start] >= for_steps or end == len(x)):
@@ -224,14 +226,14 @@ def first_lasting(
 
 
 def last_mean(y: Points) -> float:
-    """Mean of the finite values among the last quarter of the points; NaN where there are none."""
+    """Returns the mean of the finite values in the last quarter of the points; NaN without any."""
     tail = y[len(y) - math.ceil(LAST * len(y)) :]
     tail = tail[np.isfinite(tail)]
     return float(tail.mean()) if len(tail) else math.nan
 
 
 def _fallen(y: Points, rule: Collapse) -> Bool[np.ndarray, "points"]:
-    """Where a score lies far below its running peak."""
+    """Marks where a score is far below its running peak."""
     peak = np.fmax.accumulate(y)
     return (y < rule.score_share * peak) & (peak - y > rule.margin)
 

@@ -1,9 +1,9 @@
-"""What the paper claims, and what others dispute, as data: which cells to compare, and in what.
+"""The paper's claims, and what others dispute, as data: which cells to compare, and in what.
 
-Cells are chosen by their settings, never by name. A selector is laid over `PAPER`, the settings of
-MiniRL, so it names only what the claim is about. Settings that neither names (sampler format, task,
-cold start, learning rate, ...) must be equal in the cells compared: each combination is a setting
-of its own, in which the claim is evaluated once (`verdicts`).
+Cells are chosen by their settings, never by name. A selector overrides `PAPER`, the settings of
+MiniRL, so it names only what the claim is about. Settings in neither (sampler format, task, cold
+start, learning rate, ...) must be equal in the cells compared. Each combination of them is a
+setting of its own, in which the claim is evaluated once (`verdicts`).
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ Selector = Mapping[str, Any]
 NORM = {"aggregation": "seq-mean-token-mean"}
 NO_IS = {"weight": "none"}
 R2, R3 = {"replay": "R2"}, {"replay": "R3"}
-# Score units: smaller differences are called comparable. A third of the score axis of the paper's
-# Fig. 1, which runs from 0.60 to 0.75.
+# In score units: smaller differences are called comparable. It is a third of the score axis of the
+# paper's Fig. 1, which runs from 0.60 to 0.75.
 MARGIN = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence, and the comparisons that bear it out: all of them have to, or all together.
+    """A sentence, and the comparisons that must support it, each by itself or all together.
 
     Attributes:
       id: short name.
       sentence: the claim as it is tested.
       source: who makes it, and where.
       comparisons: (first, second) selectors; (first,) alone for "stable".
-      outcome: "final", "peak", "area", "kl", "entropy" or "survival" (share of the run before its
-        collapse, 1 without one).
-      expect: of the first against the second: "higher", "lower", "equal" (within `margin`), "not
-        higher" (no gain), "stable" (of the first alone: most runs learn and do not collapse)
-        or "open" (a question: nobody claims anything).
-      same: keys of `PAPER` to leave open, but equal in the cells compared.
-      free: keys that do not matter.
-      margin: of "equal" and "not higher", in units of the outcome.
-      together: the comparisons make one, of their means for each seed: the main effect of a setting
-        in a factorial design, which fewer seeds can show than its effect in any one cell.
+      outcome: what is compared: "final", "peak", "area", "kl", "entropy" or "survival" (share of
+        the run before its collapse, 1 without one).
+      expect: how the first compares with the second: "higher", "lower", "equal" (within `margin`),
+        "not higher" (no gain), "stable" (the first alone: most runs learn and do not collapse) or
+        "open" (a question: nobody claims anything).
+      same: keys of `PAPER` that may have any value, but the same in the cells compared.
+      free: keys that are ignored.
+      margin: margin of "equal" and "not higher", in units of the outcome.
+      together: whether the comparisons are averaged per seed and tested as one. That is the main
+        effect of a setting in a factorial design, which needs fewer seeds than its effect in any
+        one cell.
     """
 
     id: str
@@ -130,7 +131,7 @@ ON_POLICY = (
 
 
 def _off_policy(n: int, figure: str) -> tuple[Claim, ...]:
-    """Figs 2–4: what N mini-batches a rollout need, and which replay is better."""
+    """Returns the claims of Figs 2–4: what N mini-batches need, and which replay is better."""
     at = {"mini_batches": n}
     bare, unclipped = {**at, "clip": False}, {**at, **R2, "clip": False}
     r2, r3 = {**at, **R2}, {**at, **R3}
@@ -158,7 +159,7 @@ def _off_policy(n: int, figure: str) -> tuple[Claim, ...]:
 
 
 def _each(key: str, first: Selector, second: Selector) -> tuple[tuple[Selector, Selector], ...]:
-    """The comparison at every N off-policy, and with every value of another setting."""
+    """Returns the comparison at every off-policy N and with every value of another setting."""
     values = {"replay": ("none", "R2", "R3"), "clip": (True, False)}[key]
     return tuple(
         tuple({"mini_batches": n, key: value, **side} for side in (first, second))
@@ -219,7 +220,7 @@ OFF_POLICY = (
 )
 
 OFF = {"mini_batches": (2, 4, 8)}
-# Losses other than MiniRL come with their own reduction, clip and weight.
+# Losses other than MiniRL have their own reduction, clip and weight.
 OWN = ("aggregation", "clip", "clip_anchor", "weight", "truncation", "policies")
 DISPUTES = (
     *(
@@ -294,7 +295,7 @@ CLAIMS = (*ON_POLICY, *OFF_POLICY, *DISPUTES)
 
 
 def cold_starts(claim: Claim, names: tuple[str, ...]) -> Claim:
-    """The claim on cold starts with all pairs of those that a study has; it needs three."""
+    """Returns the claim on cold starts with all pairs that a study has; it needs three of them."""
     at = {"mini_batches": 2, **R2}
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     comparisons = tuple(({**at, "cold_start": a}, {**at, "cold_start": b}) for a, b in pairs)

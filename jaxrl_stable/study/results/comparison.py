@@ -1,4 +1,4 @@
-"""Two cells over the same seeds: paired difference, tests, and Holm's correction over many."""
+"""Comparison of two cells over the same seeds: paired difference, tests, Holm's correction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from jaxrl_stable.statistics import Estimate, mean_over_seeds
 
-# All 2^13 sign flips are fewer than this: up to 13 pairs the permutation test is exact.
+# More than the 2^13 sign flips of 13 pairs: up to there the permutation test is exact.
 PERMUTATIONS = 9_999
 
 
@@ -21,12 +21,13 @@ class Paired:
 
     Attributes:
       pairs: number of seeds.
-      difference: mean with Student's 95 % interval.
-      p: of the claim's test; see `paired`.
-      p_sign_flip: two-sided permutation test that flips the sign of each pair's difference.
+      difference: mean difference with Student's 95 % interval.
+      p: p value of the claim's test; see `paired`.
+      p_sign_flip: p value of the two-sided permutation test that flips the sign of each pair's
+        difference.
       attainable: the smallest value that `p_sign_flip` can take with so many pairs, 2^(1−n).
-      effect: Cohen's d_z, mean over standard deviation of the differences; NaN without spread.
-      superiority: share of pairs in which the first is higher, ties one half.
+      effect: Cohen's d_z, mean over standard deviation of the differences; NaN if they are equal.
+      superiority: share of pairs in which the first is higher; a tie counts one half.
     """
 
     pairs: int
@@ -46,8 +47,8 @@ def paired(
 ) -> Paired:
     """Compares two cells over the same seeds, with the test that fits what is expected.
 
-    p is twice the smaller of two p values, of the t test for the expectation and of the one against
-    it, so that it says as much as the two-sided 95 % interval does, in either direction:
+    p is twice the smaller of two p values: that of the t test for the expectation and that of the
+    t test against it. So it agrees with the two-sided 95 % interval, in either direction:
 
     expect         for it                          against it
     "higher"       difference > 0                  difference < 0
@@ -57,12 +58,13 @@ def paired(
                    of two: TOST, Schuirmann 1987)  doubled)
     "not higher"   difference < margin             difference > 0
 
-    Student's t is the main evidence because with few pairs the permutation test, which assumes
-    nothing, cannot speak: its p is at least 2^(1−n), 1/16 with 5 pairs. It stands beside, and
-    stands in where all differences are the same and t is not defined.
+    Student's t is the main evidence. The permutation test assumes nothing, but cannot reach a small
+    p with few pairs: its p is at least 2^(1−n), 1/16 with 5 pairs. It is reported as a check. If
+      all
+    differences are equal, t is undefined and p comes from the sign test.
 
     Raises:
-      ValueError: fewer than two pairs, or a value that is not finite.
+      ValueError: if there are fewer than two pairs, or a value is not finite.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     d = first - second
@@ -84,7 +86,7 @@ def paired(
 
 
 def sign_flip(first: Float[np.ndarray, "seeds"], second: Float[np.ndarray, "seeds"]) -> float:
-    """Two-sided p of the mean paired difference under exchange within pairs; exact up to 13."""
+    """Returns the two-sided p of the mean difference under sign flips; exact up to 13 pairs."""
     found = scipy.stats.permutation_test(
         (first, second),
         lambda x, y, axis: (x - y).mean(axis=axis),
@@ -97,7 +99,7 @@ def sign_flip(first: Float[np.ndarray, "seeds"], second: Float[np.ndarray, "seed
 
 
 def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
-    """Adjusted p values of Holm 1979: p_(i) → max over j ≤ i of min(1, (m − j + 1) p_(j))."""
+    """Adjusts p values (Holm 1979): p_(i) → max over j ≤ i of min(1, (m − j + 1) p_(j))."""
     p = np.asarray(p, np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
@@ -109,7 +111,7 @@ def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
 
 def _p(d: Float[np.ndarray, "seeds"], expect: str, margin: float, flat: bool) -> float:
     def above(center: float) -> float:
-        """p of "the mean is not above the center"; without spread, of the sign test."""
+        """Returns the p value of "the mean is not above the center"."""
         if flat:
             return 0.5 ** len(d) if d[0] > center else 1.0
         return float(scipy.stats.ttest_1samp(d, center, alternative="greater").pvalue)

@@ -1,4 +1,4 @@
-"""What replay does to the mismatch in the first two rollouts of the runs, and what it carries."""
+"""The effect of replay on the mismatch in the first two rollouts, and the bytes it needs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from jaxrl_stable.study.config import PAPER, Study
 from jaxrl_stable.study.results.analysis import Record, cells_of
 from jaxrl_stable.study.results.verdicts import canonical
 
-FREE = ("mini_batches", "replay")  # everything else is as in the paper
+FREE = ("mini_batches", "replay")  # all other settings are the paper's
 
 
 def replay_rows(records: Iterable[Record], study: Study) -> list[dict[str, Any]]:
-    """One row for every N, replay and sampler of MiniRL: means over the seeds.
+    """Returns one row per N, replay and sampler of MiniRL, with means over seeds.
 
-    `kl_step0` and `kl_step1` are the k3 KL (nats a token) between sampler and trainer in the first
-    rollout and in the second, N updates later. `bytes_per_token` is L · K · the bytes of an
-    expert's id, which is what routing adds to a rollout, replayed or not.
+    `kl_step0` and `kl_step1` are the k3 KL (nats per token) between sampler and trainer in the
+    first rollout and in the second, N updates later. `bytes_per_token` is L · K · bytes per expert
+    id: the size of the routing in a rollout, whether or not it is replayed.
     """
     config = study.model
     width = expert_dtype(config.num_experts).itemsize
@@ -51,7 +51,7 @@ def replay_rows(records: Iterable[Record], study: Study) -> list[dict[str, Any]]
 
 
 def write_evidence(directory: pathlib.Path, records: Iterable[Record], study: Study) -> None:
-    """Writes evidence.json; what else stands there stays (the measured cost of replay)."""
+    """Writes the rows to evidence.json; keeps its other entries (the measured cost of replay)."""
     path = directory / "evidence.json"
     found = read_json(path) | {"rows": replay_rows(records, study)}
     write_atomic(path, json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The table of claims as Markdown, for documentation that is read without a browser."""
+"""The table of claims as Markdown, to read without a browser."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD = (
 
 
 def write_claims(directory: pathlib.Path, records: Iterable[Record], rule: Collapse) -> None:
-    """Writes claims.md: every claim with its figures and its verdict."""
+    """Writes claims.md: every claim with its figures and verdict."""
     rows = evaluate(cells_of(records), rule)
     counts = Counter(row.verdict for row in rows)
     lines = [
@@ -35,7 +35,7 @@ def write_claims(directory: pathlib.Path, records: Iterable[Record], rule: Colla
 
 
 def claim_lines(rows: Sequence[Row]) -> list[str]:
-    """The table; claims that were not run stand in it, too."""
+    """Returns the lines of the table, including claims that were not run."""
     lines = list(HEAD)
     for row in rows:
         sentence = f"{row.claim.sentence} ({row.claim.source})"
@@ -48,7 +48,7 @@ def claim_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def evidence(row: Row, entry: Evidence) -> str:
-    """One comparison: cells, difference with its interval, tests, collapsed runs."""
+    """Formats one comparison: cells, difference with its interval, tests, collapsed runs."""
     names = " against ".join(f"`{name}`" for name in entry.names)
     said = words(row, entry)
     if entry.paired is None:

@@ -1,4 +1,4 @@
-"""The page of a study: one HTML file that needs nothing else."""
+"""The page of a study: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -72,18 +72,18 @@ grid-template-columns:9em 1fr}
 
 
 def write_page(directory: str | os.PathLike) -> pathlib.Path:
-    """Writes `directory/report.html` from what a study left there; returns its path.
+    """Writes `directory/report.html` from the files of a study; returns its path.
 
-    Reads results.jsonl (see `analysis`) and, where they are there:
+    Reads results.jsonl (see `analysis`) and, if they exist:
 
       evidence.json  {"rows": [{"setting", "kl_step0", "kl_step1", "routing_agreement",
                      "bytes_per_token"}], "replay_cost": {text: value}}
-      samples.jsonl  rows as of a training run (`jaxrl_stable.run.samples`), and "cell"
+      samples.jsonl  rows as in a training run (`jaxrl_stable.run.samples`), plus "cell"
       study.json     {"title": text, "figures": {id: title}, "about": [lines],
                      "collapse": fields of `Collapse`, "cells": {name: [ids]}}
 
     Raises:
-      ValueError: one line, when a file is missing, empty or damaged.
+      ValueError: if a file is missing, empty or damaged.
     """
     directory = pathlib.Path(directory)
     records = read_records(directory)
@@ -106,7 +106,7 @@ def write_figure(
     """Writes the paper's four panels of one figure as a PNG file; returns its path.
 
     Raises:
-      ValueError: no record belongs to the figure.
+      ValueError: if no record belongs to the figure.
     """
     cells = cells_in(figure, cells_of(records))
     if not cells:
@@ -116,20 +116,20 @@ def write_figure(
 
 
 def cells_in(figure: str, cells: Iterable[CellRuns]) -> list[CellRuns]:
-    """The cells that a figure shows; those that belong to none are in `NO_FIGURE`."""
+    """Returns the cells of a figure; cells without a figure belong to `NO_FIGURE`."""
     return [cell for cell in cells if figure in (cell.figures or (NO_FIGURE,))]
 
 
 def read_records(directory: pathlib.Path) -> list[dict]:
-    """The records of a study, with the cells and the figures that study.json has now.
+    """Reads the records of a study, with the cells and figures of the present study.json.
 
     Raises:
-      ValueError: one line, when there are none.
+      ValueError: if there are no records.
     """
     path = directory / "results.jsonl"
     records = read_jsonl(path) if path.exists() else []
     cells = read_json(directory / "study.json").get("cells")
-    if cells is not None:  # records of cells that the study no longer has stay in the file
+    if cells is not None:  # results.jsonl keeps records of cells that were removed from the study
         records = [r | {"figure": cells[r["cell"]]} for r in records if r["cell"] in cells]
     if not records:
         raise ValueError(f"{path}: missing or empty; run the study first")
@@ -143,7 +143,7 @@ def page(
     samples: Sequence[Mapping[str, Any]],
     name: str = "Study",
 ) -> str:
-    """The HTML of the page."""
+    """Returns the HTML of the page."""
     try:
         rule = Collapse(**study.get("collapse", {}))
     except TypeError as error:
@@ -192,7 +192,7 @@ def header(
     outcomes: Mapping[str, Sequence[Outcome]],
     rows: Sequence[verdicts.Row],
 ) -> str:
-    """Title, what the study is about, and its key figures."""
+    """Returns title, description and key figures of the study."""
     runs = [run for group in outcomes.values() for run in group]
     seeds = len({run.seed for run in runs})
     found = Counter(row.verdict for row in rows)
@@ -224,7 +224,7 @@ def figure_section(
     cells: Sequence[CellRuns],
     outcomes: Mapping[str, Sequence[Outcome]],
 ) -> str:
-    """Legend, panels and table of the cells of one figure."""
+    """Returns legend, panels and table of one figure."""
     cells = cells_in(figure, cells)
     note = f'<p class="soft note">{CURVES}</p>' if key == "figure-0" else ""
     shown = "".join(f"<figure>{svg}</figure>" for svg in panels.panels(figure, cells, outcomes))
@@ -236,7 +236,7 @@ def figure_section(
 
 
 def sample_viewer(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Responses of each cell, token by token; the first cell open, the others folded."""
+    """Shows responses of each cell token by token; all cells but the first are folded."""
     if not rows:
         return ""
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -253,7 +253,7 @@ def sample_viewer(rows: Sequence[Mapping[str, Any]]) -> str:
 def collapse_section(
     cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]], rule: Collapse
 ) -> str:
-    """The definition, and how many runs would have collapsed under a stricter or a laxer one."""
+    """States the rule, and how many runs would have collapsed under stricter or laxer limits."""
     text = (
         "A run has collapsed if, from some gradient step on, for "
         f"{rule.for_steps:g} gradient steps or until the end of the record, one of these holds: "

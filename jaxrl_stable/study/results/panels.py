@@ -1,6 +1,6 @@
-"""The plots of a study: the paper's four panels, survival, and the final score seed by seed.
+"""The plots of a study: the paper's four panels, survival, and the final score of each seed.
 
-A line is told by its number as well as by its colour, and from the seventh on by its dashes.
+Every line has a number and a colour; from the seventh on, lines differ in their dashes too.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jaxrl_stable.statistics import mean_over_seeds
 from jaxrl_stable.study.results.analysis import CellRuns, Outcome, band
 from jaxrl_stable.study.results.survival import survival
 
-# Okabe and Ito's hues, shifted until every two stay apart for normal, red-, green- and blue-blind
-# eyes (CIE76 difference at least 19 under Machado's simulation) and each stands out from the white
-# and from the dark page (contrast 2.9). INK is the colour of the page's text.
+# Okabe and Ito's hues, shifted until every pair stays apart for normal, red-, green- and blue-blind
+# eyes (CIE76 difference at least 19 under Machado's simulation) and each contrasts with both the
+# white and the dark page (ratio 2.9). INK is the colour of the page's text.
 COLORS = ("#3668cc", "#f47106", "#1a9569", "#d761a6", "#cf2f15", INK)
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)))
 DRAWN_POINTS = 200
@@ -35,7 +35,7 @@ SURVIVAL, FINAL = "Survival", "Final score"
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A curve of a record as a panel."""
+    """A panel that shows one curve of the records."""
 
     curve: str
     title: str
@@ -55,7 +55,7 @@ VIEWS = (
 def panels(
     figure: str, cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]]
 ) -> list[str]:
-    """All panels of a figure as inline SVG; those without a curve are left out."""
+    """Returns all panels of a figure as inline SVG, except curves that were not recorded."""
     drawings: list[tuple[str, Callable[[matplotlib.axes.Axes], None]]] = [
         (view.title, lambda axes, view=view: draw_view(axes, cells, view))
         for view in VIEWS
@@ -77,7 +77,7 @@ def panels(
 
 
 def write_figure(cells: Sequence[CellRuns], path: pathlib.Path, title: str = "") -> None:
-    """The paper's four panels of some cells as one PNG, with a legend below."""
+    """Writes the paper's four panels for some cells as one PNG, with a legend below."""
     with matplotlib.rc_context(STYLE):
         rows = math.ceil(len(cells) / 3)
         canvas = matplotlib.figure.Figure(figsize=(9, 6 + 0.25 * rows), layout="constrained")
@@ -96,17 +96,17 @@ def write_figure(cells: Sequence[CellRuns], path: pathlib.Path, title: str = "")
 
 
 def legend(cells: Sequence[CellRuns]) -> str:
-    """Number, line and name of each cell."""
+    """Returns the legend: number, line and name of each cell."""
     items = "".join(f"<li>{swatch(i)} {escape(cell.name)}</li>" for i, cell in enumerate(cells))
     return f'<ol class="legend">{items}</ol>'
 
 
 def swatch(index: int) -> str:
-    """Number and line of a cell in its figure."""
+    """Returns number and line sample of a cell in its figure."""
     style = look(index)
     color = "currentColor" if style["color"] == INK else style["color"]
     dashes = style["linestyle"]
-    # Matplotlib's dashes are in line widths, SVG's in user units; the line is 2 wide.
+    # Matplotlib gives dashes in line widths, SVG in user units; the line is 2 wide.
     gaps = "" if dashes == "solid" else " ".join(f"{2 * gap:g}" for gap in dashes[1])
     return (
         f'<b>{index + 1}</b> <svg class="swatch" viewBox="0 0 26 6" aria-hidden="true">'
@@ -115,7 +115,7 @@ def swatch(index: int) -> str:
 
 
 def look(index: int) -> dict:
-    """Colour and dashes of the line of a cell."""
+    """Returns colour and dashes of the line of a cell."""
     return {
         "color": COLORS[index % len(COLORS)],
         "linestyle": DASHES[index // len(COLORS) % len(DASHES)],
@@ -123,7 +123,7 @@ def look(index: int) -> dict:
 
 
 def draw_view(axes: matplotlib.axes.Axes, cells: Sequence[CellRuns], view: View) -> None:
-    """Mean over seeds of each cell in its band."""
+    """Draws the mean over seeds of each cell, with its band."""
     if view.log:
         axes.set_yscale("log")
     ends = {}
@@ -144,7 +144,7 @@ def draw_view(axes: matplotlib.axes.Axes, cells: Sequence[CellRuns], view: View)
 
 
 def draw_survival(axes: matplotlib.axes.Axes, groups: Sequence[Sequence[Outcome]]) -> None:
-    """Kaplan–Meier curves; set apart a little, so that equal ones do not hide each other."""
+    """Draws Kaplan–Meier curves, offset slightly so that equal ones do not hide each other."""
     ends = {}
     for index, group in enumerate(groups):
         curve = survival(group)
@@ -170,7 +170,7 @@ def draw_survival(axes: matplotlib.axes.Axes, groups: Sequence[Sequence[Outcome]
 
 
 def draw_final(axes: matplotlib.axes.Axes, groups: Sequence[Sequence[Outcome]]) -> None:
-    """Every seed as a dot, in its state; the mean with Student's interval."""
+    """Draws every seed, marked by its state, and the mean with Student's interval."""
     marks = {"stable": "o", "not learned": "s", "collapsed": "x"}
     for index, group in enumerate(groups):
         color = look(index)["color"]
@@ -192,7 +192,7 @@ def draw_final(axes: matplotlib.axes.Axes, groups: Sequence[Sequence[Outcome]]) 
 
 
 def number_lines(axes: matplotlib.axes.Axes, ends: Mapping[int, float]) -> None:
-    """Writes the number of each line beside its right end, one below the other where they meet."""
+    """Writes the number of each line next to its right end, without overlaps."""
     low, high = axes.get_ylim()
     forward = axes.transData.transform
     bottom, top = (forward((0, value))[1] for value in (low, high))
@@ -210,7 +210,7 @@ def number_lines(axes: matplotlib.axes.Axes, ends: Mapping[int, float]) -> None:
 
 
 def spread_out(heights: Mapping[int, float], gap: float) -> dict[int, float]:
-    """Heights in [0, 1] moved as little as needed to lie `gap` apart, in the same order."""
+    """Moves heights in [0, 1] as little as needed to be `gap` apart, in the same order."""
     order = sorted(heights, key=heights.__getitem__)
     if not order:
         return {}
@@ -224,7 +224,7 @@ def spread_out(heights: Mapping[int, float], gap: float) -> dict[int, float]:
 def thinned(
     columns: Sequence[Float[np.ndarray, "points"]],
 ) -> list[Float[np.ndarray, "points"]]:
-    """Columns at no more than `DRAWN_POINTS` of their points; they are smooth already."""
+    """Keeps at most `DRAWN_POINTS` points of each column; the columns are smooth already."""
     count = len(columns[0])
     keep = np.unique(np.linspace(0, count - 1, min(count, DRAWN_POINTS)).astype(int))
     return [column[keep] for column in columns]

@@ -1,4 +1,4 @@
-"""How long the runs of a cell stay stable: Kaplan–Meier curves with Greenwood's bands."""
+"""Time to collapse of the runs of a cell: Kaplan–Meier curves with Greenwood's bands."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def kaplan_meier(
     times: Sequence[int | float] | Float[np.ndarray, "runs"],
     collapsed: Sequence[bool] | Bool[np.ndarray, "runs"],
 ) -> Survival:
-    """Product-limit estimate of Kaplan and Meier 1958, from step 0 on.
+    """Returns the product-limit estimate of Kaplan and Meier 1958, from step 0 on.
 
-    The 95 % band is Greenwood's on the scale log(−log S), which stays inside [0, 1]. It is not
-    defined at a share of 1 and of 0: there it is closed at 1 from the start, and keeps the last
-    upper end after the last run has collapsed. A band without width, of a cell in which no run
-    collapsed, is *no* certainty: read `share`.
+    The 95 % band is Greenwood's on the scale log(−log S), which stays inside [0, 1]. It is
+    undefined at shares of 1 and 0. Here both ends are 1 while the share is 1; when the share is 0,
+    the lower end is 0 and the upper end keeps its last value. The band of a cell without collapses
+    has no width, which does *not* mean certainty: read `share`.
     """
     times, collapsed = np.asarray(times, float), np.asarray(collapsed, bool)
     estimate = scipy.stats.ecdf(scipy.stats.CensoredData.right_censored(times, ~collapsed)).sf
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of the ends that are not defined
+        warnings.simplefilter("ignore", RuntimeWarning)  # about ends of the band that are undefined
         interval = estimate.confidence_interval(LEVEL, method="log-log")
     share = np.concatenate(([1.0], estimate.probabilities))
     low, high = (
@@ -52,14 +52,15 @@ def kaplan_meier(
 
 
 def survival(outcomes: Sequence[Outcome]) -> Survival:
-    """Survival of a cell; the censored runs end where their record ends."""
+    """Returns the survival of a cell; runs without collapse are censored at their end."""
     return kaplan_meier([o.time for o in outcomes], [o.collapsed for o in outcomes])
 
 
 def share(outcomes: Sequence[Outcome], state: str) -> Estimate:
-    """Share of runs in a state ("collapsed", "stable", "not learned").
+    """Returns the share of runs in a state ("collapsed", "stable", "not learned").
 
-    With the exact interval of Clopper and Pearson 1934, which has width where all runs agree.
+    The interval is the exact one of Clopper and Pearson 1934, which has width even if all runs
+    agree.
     """
     found = scipy.stats.binomtest(sum(o.state == state for o in outcomes), len(outcomes))
     interval = found.proportion_ci(LEVEL, method="exact")

@@ -1,4 +1,4 @@
-"""The tables of a study: cells, claims, and the evidence on replay."""
+"""The tables of a study: cells, claims, and evidence on replay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxrl_stable.study.results.verdicts import (
 )
 from jaxrl_stable.study.results.wording import words
 
-# Mark and class of each verdict: not by colour alone.
+# Mark and CSS class of each verdict; colour alone would not do.
 MARKS = {
     REPRODUCED: ("✓", "good"),
     CONTRADICTED: ("✗", "bad"),
@@ -35,7 +35,7 @@ MARKS = {
 
 
 def cell_table(cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcome]]) -> str:
-    """One row a cell: what its runs came to, with 95 % intervals over seeds."""
+    """Returns a table with one row per cell: outcomes with 95 % intervals over seeds."""
     rows = []
     for index, cell in enumerate(cells):
         runs = outcomes[cell.name]
@@ -60,7 +60,7 @@ def cell_table(cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcom
 
 
 def over_seeds(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """Mean over seeds with Student's interval below."""
+    """Formats the mean over seeds, with Student's interval below it."""
     values = [value for value in values if math.isfinite(value)]
     if len(values) < 2:
         return form(values[0]) if values else "–"
@@ -74,7 +74,7 @@ def mean_seconds(runs: Sequence[Outcome]) -> str:
 
 
 def claim_table(rows: Sequence[Row]) -> str:
-    """Claims that were tested, with their evidence; those that were not, behind a fold."""
+    """Returns the tested claims with their evidence; the others are folded away."""
     widest: dict[str, float] = {}
     for row in rows:
         for entry in row.evidence:
@@ -115,7 +115,7 @@ def claim_table(rows: Sequence[Row]) -> str:
 
 
 def evidence(row: Row, entry: Evidence, widest: Mapping[str, float]) -> str:
-    """One comparison: cells, difference with its interval, collapsed runs, tests."""
+    """Formats one comparison: cells, difference with its interval, collapsed runs, tests."""
     names = " against ".join(f"<i>{escape(name)}</i>" for name in entry.names)
     said = words(row, entry)
     if entry.paired is None:
@@ -128,7 +128,7 @@ def evidence(row: Row, entry: Evidence, widest: Mapping[str, float]) -> str:
 
 
 def interval_bar(d: Estimate, widest: float) -> str:
-    """The interval beside a line at 0, to the scale of all rows of the same outcome."""
+    """Draws an interval next to a line at 0, on one scale for all rows with the same outcome."""
     x = [60 + 54 * max(-1.0, min(1.0, end / widest)) for end in (d.low, d.value, d.high)]
     return (
         '<svg class="bar" viewBox="0 0 120 14" aria-hidden="true">'
@@ -139,7 +139,7 @@ def interval_bar(d: Estimate, widest: float) -> str:
 
 
 def replay_evidence(found: Mapping[str, Any]) -> str:
-    """What replay does to the mismatch, and what it costs, as measured apart from the runs."""
+    """Shows the effect of replay on the mismatch, and its cost, which is measured separately."""
     heads = {
         "kl_step0": "KL, step 0",
         "kl_step1": "KL, step 1",
@@ -159,7 +159,7 @@ def replay_evidence(found: Mapping[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
-    """A number to three digits; a count in full; anything else as text."""
+    """Formats a number with three digits, a count in full, and anything else as text."""
     return figure(value) if is_number(value) else escape(plain(value))
 
 
@@ -170,7 +170,7 @@ def total_time(cells: Sequence[CellRuns], outcomes: Mapping[str, Sequence[Outcom
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
-    """A table of HTML cells; on a narrow screen each row stands as a list under its first cell."""
+    """Returns a table of HTML cells; on narrow screens each row is a list under its first cell."""
     align = [' class="n"' if numbers and i else "" for i in range(len(heads))]
     top = "".join(f"<th{a}>{head}</th>" for a, head in zip(align, heads))
     body = "".join(

@@ -1,4 +1,4 @@
-"""Whether the paper's claims are borne out by the runs of a study, and by how much."""
+"""Verdicts on the paper's claims: what the runs of a study support, and by how much."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jaxrl_stable.study.results.claims import CLAIMS, Claim, Selector, cold_star
 from jaxrl_stable.study.results.comparison import Paired, holm, paired
 from jaxrl_stable.study.results.survival import share
 
-Comparisons = tuple[tuple[CellRuns, ...], ...]  # the cells of each
+Comparisons = tuple[tuple[CellRuns, ...], ...]  # the cells of each comparison
 
 REPRODUCED, UNSEEN = "reproduced", "not visible at this scale"
 CONTRADICTED, NOT_RUN, OPEN = "contradicted", "not run", "no claim"
 ALPHA = 0.05
-# Cells that differ in one of these are never compared, whatever else goes along with it.
+# Cells that differ in one of these are never compared.
 CONTEXT = ("rollout_format", "task", "cold_start", "learning_rate")
 RULE = (
     "Reproduced: the 95 % Student interval of the difference over shared seeds excludes 0 in the "
@@ -42,14 +42,15 @@ RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """One comparison, or several together: names of the cells, and their figures.
+    """Figures of one comparison, or of several that are tested as one.
 
     Attributes:
-      names: of the cells; of several the first.
-      states: of the runs of each side.
-      stable, collapsed: shares of such runs on the first side, with their exact intervals.
-      paired: the two sides over the seeds they share; None of one cell, or without two seeds.
-      p_holm: `paired.p` corrected over all comparisons of the table.
+      names: the cell of each side; with several comparisons the first one, and how many more.
+      states: states of the runs on each side.
+      stable, collapsed: shares of such runs on the first side, with exact intervals.
+      paired: the two sides over the seeds they share; None for a single cell, or with fewer than
+        two shared seeds.
+      p_holm: `paired.p` after correction over all comparisons in the table.
     """
 
     names: tuple[str, ...]
@@ -66,10 +67,10 @@ class Row:
 
     Attributes:
       claim: what was tested.
-      setting: the settings that vary over the study, of these cells; "" where none does.
-      evidence: one entry a comparison.
-      verdict: by `RULE`.
-      note: why it was not run; of a question, what is seen; else "".
+      setting: values of the settings that vary over the study; "" if none does.
+      evidence: one entry per comparison.
+      verdict: verdict by `RULE`.
+      note: why it was not run or, for a question, what is seen; else "".
     """
 
     claim: Claim
@@ -82,7 +83,7 @@ class Row:
 def evaluate(
     cells: Sequence[CellRuns], rule: Collapse | None = None, claims: Sequence[Claim] = CLAIMS
 ) -> list[Row]:
-    """All claims in all settings of the study, in the order of the claims."""
+    """Evaluates all claims in all settings of the study, in the order of the claims."""
     rule = rule or Collapse()
     outcomes = outcomes_of(cells, rule)
     starts = dict.fromkeys(
@@ -116,7 +117,7 @@ def evaluate(
 
 
 def verdict(expect: str, interval: Estimate, p_holm: float, margin: float) -> str:
-    """The rule (`RULE`) for one comparison; `interval` is of the difference."""
+    """Applies `RULE` to one comparison; `interval` is that of the difference."""
     low, high = interval.low, interval.high
     if expect == "open":
         return OPEN
@@ -128,12 +129,12 @@ def verdict(expect: str, interval: Estimate, p_holm: float, margin: float) -> st
     }[expect]
     if p_holm >= ALPHA:
         return UNSEEN
-    # A small but certain gain is both below the margin and above 0: it speaks against "no gain".
+    # A small but certain gain is below the margin and above 0: it contradicts "no gain".
     return CONTRADICTED if against else REPRODUCED if for_it else UNSEEN
 
 
 def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the paper's in place of those that are not given, or that change nothing."""
+    """Fills in the paper's settings where none is given or where it makes no difference."""
     full = {**PAPER, **settings}
     if full["mini_batches"] == 1:  # π_θ is π_old ...
         if full["clip_anchor"] == "old":
@@ -144,7 +145,7 @@ def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def matches(cell: CellRuns, selector: Selector, claim: Claim) -> bool:
-    """Whether a cell has the settings that a selector asks for; a tuple lists alternatives."""
+    """Returns whether a cell has the settings of a selector; a tuple lists alternatives."""
     full = canonical(cell.settings)
     for key, wanted in {**PAPER, **selector}.items():
         if key not in selector and key in (*claim.same, *claim.free):
@@ -156,10 +157,10 @@ def matches(cell: CellRuns, selector: Selector, claim: Claim) -> bool:
 
 
 def settings(claim: Claim, cells: Sequence[CellRuns]) -> Iterable[tuple[str, Comparisons]]:
-    """(what is particular to them, cells of each comparison) for every setting of the study.
+    """Yields a label and the cells of each comparison, for every setting of the study.
 
-    Cells belong together when all settings agree that the claim leaves open, but for those that
-    follow the number of mini-batches (`following`).
+    Cells belong together if they agree in all settings that the claim leaves open, except those
+    that follow the number of mini-batches (`following`).
     """
     sides = [selector for comparison in claim.comparisons for selector in comparison]
     if not sides:
@@ -185,7 +186,7 @@ def settings(claim: Claim, cells: Sequence[CellRuns]) -> Iterable[tuple[str, Com
             continue
         shown = json.loads(rest)
         if shown.get("rollout_format") == "none" and any("weight" in side for side in sides):
-            continue  # sampler and trainer agree: the weight is 1 in both
+            continue  # sampler and trainer agree, so the weight is 1 either way
         label = ", ".join(f"{key} {shown[key]}" for key in varying if key in shown)
         for chosen in itertools.product(*(by_rest[rest] for by_rest in candidates)):
             left = iter(chosen)
@@ -196,10 +197,10 @@ def settings(claim: Claim, cells: Sequence[CellRuns]) -> Iterable[tuple[str, Com
 
 
 def following(cells: Sequence[CellRuns]) -> set[str]:
-    """Settings that differ with the number of mini-batches and with nothing else.
+    """Returns the settings that are determined by the number of mini-batches.
 
-    As in the paper, whose mini-batch stays the same: the batch grows with N, and a run of as many
-    gradient steps has fewer rollouts.
+    In the paper the mini-batch stays the same: the batch grows with N, and a run with the same
+    number of gradient steps has fewer rollouts.
     """
     keys = {key for cell in cells for key in cell.settings} - set(PAPER) - set(CONTEXT)
     found = set()
@@ -215,14 +216,14 @@ def following(cells: Sequence[CellRuns]) -> set[str]:
 
 
 def _parts(claim: Claim, comparisons: Comparisons) -> tuple[Comparisons, ...]:
-    """The comparisons that are tested as one."""
+    """Groups the comparisons that are tested as one."""
     return (comparisons,) if claim.together else tuple((one,) for one in comparisons)
 
 
 def _evidence(
     claim: Claim, comparisons: Comparisons, outcomes: Mapping[str, Sequence[Outcome]]
 ) -> Evidence:
-    """Of comparisons that are tested as one; seeds that not all of them have are left out."""
+    """Gathers evidence on comparisons tested as one; uses only seeds that all of them have."""
     sides = tuple(zip(*comparisons))
     groups = [[outcomes[cell.name] for cell in side] for side in sides]
     found = None
@@ -248,10 +249,10 @@ def _evidence(
 def _shared(
     name: str, first: Sequence[Outcome], second: Sequence[Outcome]
 ) -> Iterable[tuple[int, tuple[float, float]]]:
-    """Each seed that two cells have, and their values; pairs that are not finite are left out."""
+    """Yields each seed that two cells share, with both values, if these are finite."""
     other = {o.seed: o for o in second}
     runs = (*first, *second)
-    # Nothing is known of a censored run beyond its end.
+    # Nothing is known about a censored run beyond its end.
     horizon = min((o.end for o in runs if not o.collapsed), default=max(o.end for o in runs))
     for one in first:
         if one.seed not in other:
@@ -272,7 +273,7 @@ def _judged(row: Row) -> Row:
         return row
     if row.claim.expect == "stable":
         (entry,) = row.evidence
-        # Runs that did not learn speak for neither side.
+        # Runs that did not learn support neither verdict.
         lost = CONTRADICTED if entry.collapsed.low > 0.5 else UNSEEN
         return dataclasses.replace(row, verdict=REPRODUCED if entry.stable.low > 0.5 else lost)
     if not all(e.paired for e in row.evidence):
@@ -286,7 +287,7 @@ def _judged(row: Row) -> Row:
 
 
 def _seen(row: Row) -> str:
-    """Which side of a question is higher, by the same rule as for a claim."""
+    """Says which side of a question is higher, by the same rule as for a claim."""
     (entry,) = row.evidence
     for side in ("higher", "lower"):
         if verdict(side, entry.paired.difference, entry.p_holm, 0.0) == REPRODUCED:
@@ -295,7 +296,7 @@ def _seen(row: Row) -> str:
 
 
 def _missing(claim: Claim, cells: Sequence[CellRuns]) -> str:
-    """Which cell the study lacks."""
+    """Says which cell the study lacks."""
     if not claim.comparisons:
         return "needs three cold starts"
     for side in (s for comparison in claim.comparisons for s in comparison):

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from study_records import cell, record
 
 from jaxrl_stable.statistics import bootstrap_band
 from jaxrl_stable.study.config import Collapse
 from jaxrl_stable.study.results import analysis, comparison, survival
 from jaxrl_stable.study.results.analysis import collapse, outcome
+from tests.study.results.study_records import cell, record
 
 RULE = Collapse(score_share=0.5, margin=0.1, gain=0.05, kl_limit=0.5, for_steps=30)
 

@@ -3,7 +3,6 @@ import itertools
 
 import numpy as np
 import pytest
-from study_records import cell, study
 
 from jaxrl_stable.statistics import Estimate
 from jaxrl_stable.study.config import PAPER, Collapse
@@ -21,6 +20,7 @@ from jaxrl_stable.study.results.verdicts import (
     following,
     settings,
 )
+from tests.study.results.study_records import cell, study
 
 CLAIM = {claim.id: claim for claim in CLAIMS}
 NORM = {"aggregation": "seq-mean-token-mean"}

@@ -3,10 +3,10 @@ import re
 
 import numpy as np
 import pytest
-from html_page import Page
-from study_records import cell, record, study
 
 from jaxrl_stable.study.results import page, panels
+from tests.html_page import Page
+from tests.study.results.study_records import cell, record, study
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 

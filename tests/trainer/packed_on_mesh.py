@@ -1,6 +1,8 @@
-"""Run by test_update_packing.py: packed rows on four devices, against what padded rows gave on one.
+"""Run by test_packing.py: packed rows on four devices, against what padded rows gave on one.
 
-python packed.py expected.pickle '[[2, 1, 2, 1, 1]]'  # data, fsdp, expert, tensor, context
+python -m tests.trainer.packed_on_mesh expected.pickle '[[2, 1, 2, 1, 1]]'
+
+The sizes are those of the axes data, fsdp, expert, tensor and context.
 """
 
 import dataclasses
@@ -14,7 +16,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_update_packing import KEEP, OBJECTIVES, PASSES, SIZE, make_model, make_rows
 
 from jaxrl_stable.configs import MeshShape
 from jaxrl_stable.diagnostics import finalize
@@ -25,6 +26,7 @@ from jaxrl_stable.trainer.optimizer import init_state
 from jaxrl_stable.trainer.packing import joined, pack, plan
 from jaxrl_stable.trainer.score import score, with_old_policy
 from jaxrl_stable.trainer.update import update
+from tests.trainer.test_packing import KEEP, OBJECTIVES, PASSES, SIZE, make_model, make_rows
 
 
 def placed_rows(mesh) -> TrainBatch:

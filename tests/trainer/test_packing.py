@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from negative_controls import shift
 
 from jaxrl_stable import configs, corrections, objectives
 from jaxrl_stable.diagnostics import finalize
@@ -34,8 +33,9 @@ from jaxrl_stable.trainer.packing import (
 )
 from jaxrl_stable.trainer.score import score, with_old_policy
 from jaxrl_stable.trainer.update import update
+from tests.negative_controls import shift
 
-SCRIPT = pathlib.Path(__file__).parent / "meshes" / "packed.py"
+ROOT = pathlib.Path(__file__).parents[2]
 P, T, SIZE = 7, 16, 4
 # (prompt, response) tokens: a full row, rows of one token each, a row without any.
 FIRST = (1, 1), (2, 3), (7, 9), (0, 0), (3, 2), (7, 1), (4, 1), (2, 2)  # neighbours fit in a row
@@ -327,9 +327,9 @@ def on_meshes(run, tmp_path):
     expected.write_bytes(pickle.dumps(jax.device_get(arrays)))
 
     def compare(*meshes):
-        command = [sys.executable, str(SCRIPT), str(expected), str(list(meshes))]
-        path = os.pathsep.join(map(str, (SCRIPT.parents[1], SCRIPT.parents[2])))
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+        module = "tests.trainer.packed_on_mesh"
+        command = [sys.executable, "-m", module, str(expected), str(list(meshes))]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stdout.count("agrees") == len(meshes)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Sizes of data, fsdp, expert, tensor, context.
 ALL = [
@@ -29,15 +29,15 @@ FEW = [
 
 
 def run_script(name: str, *arguments: str) -> str:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(FOLDER.parents[1])}
-    command = [sys.executable, str(FOLDER / name), *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", f"tests.sharding.{name}", *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 def run(cases: list[dict]) -> str:
-    return run_script("agreement.py", json.dumps(cases))
+    return run_script("agreement", json.dumps(cases))
 
 
 def test_meshes_agree_with_one_device():
@@ -53,4 +53,4 @@ def test_every_kind_of_mesh_agrees_with_one_device():
 
 def test_the_kernel_agrees_with_plain_attention():
     """Splash, interpreted: segments, padding, columns by zig-zag, heads over other devices."""
-    assert run_script("splash_agreement.py").count("agrees") == 3
+    assert run_script("splash_agreement").count("agrees") == 3

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from negative_controls import shift
 
 from jaxrl_stable import configs
 from jaxrl_stable.diagnostics import finalize
@@ -24,6 +23,7 @@ from jaxrl_stable.run.evaluation import evaluate
 from jaxrl_stable.sampler.rollout import rollout
 from jaxrl_stable.trainer.batch import TrainBatch, make_batch, split
 from jaxrl_stable.trainer.score import with_old_policy
+from tests.negative_controls import shift
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from jaxrl_stable.run.evaluation import Result
 from jaxrl_stable.sampler.rollout import Sampling
 from jaxrl_stable.sampler.uncached import uncached_rollout
 
-TINY = str(pathlib.Path(__file__).with_name("experiment.gin"))
-EXACT = str(pathlib.Path(__file__).parents[1] / "experiments" / "exact.gin")
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = str(ROOT / "tests" / "experiment.gin")
+EXACT = str(ROOT / "experiments" / "exact.gin")
 EQUAL_WEIGHTS = {f"weight/{x}" for x in ("raw_mean", "raw_min", "raw_max", "used_max", "ess")}
 ZERO = ("kl_", "abs_", "js_", "chi2_", "extreme_", "log_ppl_", "prob_abs_", "prob_diff_")
 

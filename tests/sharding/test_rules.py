@@ -1,4 +1,4 @@
-"""Rules: which part of what lies where. Whole passes on meshes are in tests/meshes."""
+"""Rules: which part of what lies where. Whole passes on meshes are in test_meshes.py."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from negative_controls import shift
 
 from jaxrl_stable import configs
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.routing import Routing
 from jaxrl_stable.trainer.batch import make_batch, split
 from jaxrl_stable.trainer.forward import policy_log_probs
+from tests.negative_controls import shift
 
 LOSS = ("loss", "gradient/norm")
 

@@ -1,6 +1,7 @@
 """Run by test_meshes.py: one rollout, score and update on one device and on meshes of eight.
 
-python agreement.py '[{"mesh": [2, 2, 2, 1, 1]}, {"mesh": [1, 1, 8, 1, 1], "replay": "R2"}]'
+python -m tests.sharding.agreement \\
+    '[{"mesh": [2, 2, 2, 1, 1]}, {"mesh": [1, 1, 8, 1, 1], "replay": "R2"}]'
 """
 
 import json
