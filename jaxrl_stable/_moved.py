@@ -124,7 +124,8 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = f"{PACKAGE}.{MODULES[old]}"
         _warn(module.__name__, new)
         stand_in = _OldModule(module.__name__)
-        stand_in.__dict__.update(importlib.import_module(new).__dict__)
+        contents = importlib.import_module(new).__dict__.items()
+        stand_in.__dict__.update((name, x) for name, x in contents if (old, name) not in NAMES)
         stand_in.__dict__["__getattr__"] = moved_names(module.__name__)
         sys.modules[module.__name__] = stand_in  # what the import statement then returns
 

@@ -85,7 +85,7 @@ class WandbLog:
             yield
         except Exception as error:  # training matters more than a copy of its metrics
             self._run = None
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             logging.warning("wandb: %s; the run continues without it", message)
 
 
