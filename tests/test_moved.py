@@ -84,7 +84,9 @@ def test_a_function_that_was_a_module_stays_callable(name):
 
 
 def test_an_old_module_passes_all_arguments_on(monkeypatch):
-    found = user("import jaxrl_stable.sampler.rollout\nfrom jaxrl_stable import rollout")[0]["rollout"]
+    found = user("import jaxrl_stable.sampler.rollout\nfrom jaxrl_stable import rollout")[0][
+        "rollout"
+    ]
     monkeypatch.setattr(found, "rollout", lambda *args, **kwargs: (args, kwargs))
     assert found(1, sampling=2) == ((1,), {"sampling": 2})
 
