@@ -52,7 +52,8 @@ def refusal(each: Figures) -> str:
     others = [str(tensor) for tensor in each.tensors[1:3]]
     return (
         f"{each.name} needs {byte_size(memory.total)} on each chip, which has "
-        f"{byte_size(each.hbm)} ({byte_size(memory.arguments)} arguments, {byte_size(memory.temporaries)} temporaries, "
+        f"{byte_size(each.hbm)} ({byte_size(memory.arguments)} arguments, "
+        f"{byte_size(memory.temporaries)} temporaries, "
         f"{byte_size(memory.beside)} held outside the program); the largest is the "
         f"{largest.kind} {largest}, then {', '.join(others)}; {advice(largest)}"
     )
