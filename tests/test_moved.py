@@ -84,7 +84,7 @@ def test_a_function_that_was_a_module_stays_callable(name):
 
 
 def test_an_old_module_passes_all_arguments_on(monkeypatch):
-    found = user("import jaxrl_stable.rollout\nfrom jaxrl_stable import rollout")[0]["rollout"]
+    found = user("import jaxrl_stable.sampler.rollout\nfrom jaxrl_stable import rollout")[0]["rollout"]
     monkeypatch.setattr(found, "rollout", lambda *args, **kwargs: (args, kwargs))
     assert found(1, sampling=2) == ((1,), {"sampling": 2})
 
@@ -97,7 +97,7 @@ def test_other_paths_do_not_exist(code):
 
 def test_other_names_do_not_exist():
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
-        user("from jaxrl_stable.rollout import nothing")
+        user("from jaxrl_stable.sampler.rollout import nothing")
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         user("from jaxrl_stable.train import nothing")
 

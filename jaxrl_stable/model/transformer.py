@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
@@ -98,9 +99,9 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"],
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"],
+        segment_ids: Int[Array | np.ndarray, "B T"],
         *,
         replay: Routing | None = None,
         cache: Cache | None = None,
@@ -121,6 +122,7 @@ class Transformer(nnx.Module):
           ValueError: if shape or type of `replay` do not fit the tokens and routers.
         """
         config = self.config
+        tokens, positions, segment_ids = map(jnp.asarray, (tokens, positions, segment_ids))
         if replay is not None:
             check_layout(replay, config.num_moe_layers, config.num_experts)
             shape = (*tokens.shape, config.num_experts_per_token)
