@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -124,9 +123,11 @@ def settled(function: Callable) -> Callable:
     Raises:
       ValueError: if the function has a gin scope.
     """
-    original = inspect.unwrap(function)
-    if original is function:
+    # Not `inspect.unwrap`: what gin knows may itself be a wrapper, such as a shape checker.
+    known = gin.config._inverse_lookup(function, allow_decorators=True)
+    if known is None or known.wrapped is function:
         return function
+    original = known.wrapped
     if function is not gin.get_configurable(original):
         raise ValueError(
             f"@…/{original.__name__} has a scope, which the functions of an Objective do not "

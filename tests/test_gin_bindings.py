@@ -1,11 +1,13 @@
 """What gin builds, and which bindings without effect are refused."""
 
+import functools
 from typing import ClassVar
 
 import pytest
 
 from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.model import ModelConfig, tiny
+from jaxrl_stable.objectives import reinforce
 
 HEAD = f"""\
 from __gin__ import dynamic_registration
@@ -31,6 +33,11 @@ def small(layers: int = 1) -> ModelConfig:
 
 def smaller(layers: int = 1) -> ModelConfig:
     return tiny(num_layers=layers, hidden_size=16)
+
+
+@functools.wraps(reinforce)
+def decorated(*arrays):
+    return reinforce(*arrays)
 
 
 WIRED = """
@@ -91,6 +98,13 @@ big/own.Source.size = 1_000_000
 """
     load(data, "configs.Data.train = @own.Source()\nown.Source.size = 2")
     assert Source.made == [2]
+
+
+def test_a_decorated_loss_is_the_one_that_is_used(load):
+    loss = "configs.Objective.loss = @own.decorated"
+    objective = "configs.Reinforcement.objective = @configs.Objective()"
+    found = load(WIRED, f"{objective}\n{loss}").reinforcement.objective.loss
+    assert found is decorated and found.__wrapped__ is reinforce
 
 
 UNREAD = {
