@@ -58,7 +58,16 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = sorted(_HOME)
+# All modules except the programs, which define flags. pdoc documents only what `__all__` lists.
+_SUBMODULES = (
+    *("advantages", "aot", "array_tasks", "array_types", "checkpoint", "checks", "configs"),
+    *("corrections", "data", "diagnostics", "distributed", "files", "gin_files", "hf"),
+    *("importance", "model", "objective", "objectives", "program", "published", "report"),
+    *("rewards", "routing", "run", "sampler", "sharding", "statistics", "study", "text"),
+    *("trainer", "trajectory"),
+)
+
+__all__ = [*sorted(_HOME), *_SUBMODULES]
 
 _moved.install()
 
@@ -66,8 +75,10 @@ _moved.install()
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # the next access does not come here, and pdoc finds it
+    return value
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ import importlib.machinery
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 PACKAGE = __name__.rpartition(".")[0]
 
@@ -70,6 +70,9 @@ NAMES = {
     ("rollout", "Trajectory"): ("trajectory", "Trajectory"),
     ("rollout", "join_trajectories"): ("trajectory", "join_trajectories"),
     ("sharding", "spread"): ("sharding", "for_sampling"),
+    ("study.analysis", "Cell"): ("study.results.analysis", "CellRuns"),
+    ("study.analysis", "Collapse"): ("study.config", "Collapse"),
+    ("study.claims", "PAPER"): ("study.config", "PAPER"),
     ("train", "Programs"): ("run.programs", "Programs"),
     ("train", "make_programs"): ("run.programs", "make_programs"),
     ("update", "Scored"): ("trainer.score", "Scored"),
@@ -109,7 +112,7 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None = None,
+        path: Iterable[str] | None = None,
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname.removeprefix(f"{PACKAGE}.") not in MODULES or "." not in fullname:
@@ -121,7 +124,8 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = f"{PACKAGE}.{MODULES[old]}"
         _warn(module.__name__, new)
         stand_in = _OldModule(module.__name__)
-        stand_in.__dict__.update(importlib.import_module(new).__dict__)
+        contents = importlib.import_module(new).__dict__.items()
+        stand_in.__dict__.update((name, x) for name, x in contents if (old, name) not in NAMES)
         stand_in.__dict__["__getattr__"] = moved_names(module.__name__)
         sys.modules[module.__name__] = stand_in  # what the import statement then returns
 

@@ -1,12 +1,12 @@
 """Checkpoints with Orbax: weights, optimiser, key, data position and step, written atomically.
 
-All processes save and restore together, each the shards of its own devices. How many there are, and
-the mesh, may change in between: what is restored takes the shardings of its template.
+All processes save and restore together, each the shards of its own devices. The number of processes
+and the mesh may change in between: restored arrays take the shardings of their templates.
 
-A checkpoint has named parts ("model", "optimizer", …) that can be restored alone. Each is stored
-flat, one entry for every array under the path that leads to it, so it can be read without the
-classes that wrote it. Orbax writes into a temporary directory and renames it: a
-process that dies while saving leaves the previous checkpoint as the newest.
+A checkpoint has named parts ("model", "optimizer", …) that can be restored separately. Each part is
+stored flat, with one entry per array under its tree path, so it can be read without the classes
+that wrote it. Orbax writes into a temporary directory and renames it, so a process that dies while
+saving leaves the previous checkpoint as the newest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxrl_stable.model.config import ModelConfig
 
 SCORE = "score"
-ABOUT = "about"  # what a checkpoint is of: architecture, arrays of each part, data and position
+ABOUT = "about"  # metadata: architecture, array names of each part, data and position
 DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
@@ -34,11 +34,11 @@ class Checkpointer:
     """Saves and restores the state of one run.
 
     Args:
-      directory: where the checkpoints of this run live.
+      directory: directory of the checkpoints of this run.
       architecture: `ModelConfig.architecture()`; stored, and compared before anything is restored.
-      keep: newest checkpoints that are kept, besides the one with the best score.
-      data: what the stored data position refers to; compared when a position is restored.
-      reading: only read; else what a killed process began is cleared away (a living one's too).
+      keep: number of newest checkpoints to keep, in addition to the one with the best score.
+      data: description of the data that positions refer to; compared before one is restored.
+      reading: only read. If False, unfinished saves are deleted, even those of a running process.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Checkpointer:
         keep: int = 2,
         data: str = "",
         reading: bool = False,
-    ):
+    ) -> None:
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[SCORE],
@@ -70,12 +70,12 @@ class Checkpointer:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in order."""
+        """Steps that have a checkpoint, in ascending order."""
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best score, the newest of equals; the newest of all if none has one."""
+        """Step with the best score (ties: the newest); without any scores, the newest step."""
         scored = [c for c in self._orbax.checkpoints if c.metrics and SCORE in c.metrics]
         if scored:
             return max(scored, key=lambda c: (c.metrics[SCORE], c.step)).step
@@ -84,14 +84,16 @@ class Checkpointer:
     def save(
         self, step: int, parts: dict[str, Any], dataset: Any = None, score: float | None = None
     ) -> None:
-        """Writes a checkpoint and waits for it: later updates donate the arrays.
+        """Writes a checkpoint and waits for completion, since later updates donate the arrays.
+
+        Does nothing if the step already has a checkpoint.
 
         Args:
           step: number of finished steps.
           parts: trees of arrays, by name.
-          dataset: the grain iterator, whose position is stored; None where there is none. The
-            position must be the same in every process.
-          score: ranks checkpoints; the best one is kept.
+          dataset: grain iterator whose position is stored, or None. The position must be the same
+            in every process.
+          score: score that ranks checkpoints, or None; the best checkpoint is kept.
         """
         if step in self.steps:
             return
@@ -110,15 +112,15 @@ class Checkpointer:
         """Reads parts of a checkpoint into the structure and shardings of their templates.
 
         Args:
-          templates: the trees that were saved, with `jax.ShapeDtypeStruct` leaves; all or some.
+          templates: trees of `jax.ShapeDtypeStruct` for all or some of the saved parts.
           dataset: iterator to set to the stored position, or None.
-          step: which checkpoint; the newest by default.
+          step: step of the checkpoint; the newest by default.
 
         Returns:
-          The trees, or None when there is no checkpoint.
+          The restored trees, or None if no checkpoint exists.
 
         Raises:
-          ValueError: the checkpoint belongs to another architecture, data set or program.
+          ValueError: if the checkpoint belongs to another architecture, data set or program.
         """
         if not self.steps:
             return None
@@ -136,7 +138,7 @@ class Checkpointer:
         }
 
     def architecture(self, step: int) -> dict[str, Any]:
-        """The stored `ModelConfig.architecture()`."""
+        """Returns the stored `ModelConfig.architecture()`."""
         return self._about(step)["architecture"]
 
     def _position(self, step: int) -> dict[str, Any]:
@@ -144,7 +146,7 @@ class Checkpointer:
         if "position" not in about:
             raise ValueError(
                 f"checkpoint {self._orbax.directory}/{step} holds no position in the data; start "
-                "anew from its weights, with --gin.configs.Experiment.init_from and another "
+                "a new run from its weights with --gin.configs.Experiment.init_from and another "
                 "--workdir"
             )
         return json.loads(about["position"])
@@ -155,7 +157,7 @@ class Checkpointer:
     def _check(self, step: int, flat: dict[str, dict[str, Any]], compare_data: bool) -> None:
         about = self._about(step)
         where = f"checkpoint {self._orbax.directory}/{step}"
-        # What an older version did not know of was as it is by default.
+        # Fields that an older version lacked had their present default values.
         stored = DEFAULTS | about["architecture"]
         differing = [
             f"{name} is {stored.get(name)!r} there and {self._architecture.get(name)!r} here"
@@ -164,21 +166,21 @@ class Checkpointer:
         ]
         if differing:
             raise ValueError(
-                f"{where} is of another model: {'; '.join(differing)}. Use its configuration, or "
+                f"{where} is of another model: {'; '.join(differing)}. Use its configuration or "
                 "another --workdir"
             )
         if compare_data and about["data"] != self._data:
             raise ValueError(
-                f"{where} was trained on {about['data']} but the data is now {self._data}; give it "
-                "back its data, or start anew with --gin.configs.Experiment.init_from and another "
-                "--workdir"
+                f"{where} was trained on {about['data']} but the data is now {self._data}; use the "
+                "original data, or start a new run with --gin.configs.Experiment.init_from and "
+                "another --workdir"
             )
         for name, leaves in flat.items():
             differing = sorted(leaves.keys() ^ set(about["parts"].get(name, ())))
             if differing:
                 raise ValueError(
-                    f"{where} does not hold what this program keeps: {name}{differing[0]} is on "
-                    "one side only. Another program or version wrote it; use another --workdir"
+                    f"{where} does not match this program: {name}{differing[0]} exists on one side "
+                    "only. Another program or version wrote it; use another --workdir"
                 )
 
 
@@ -189,10 +191,16 @@ def load_model(
     *,
     best: bool = False,
 ) -> Any:
-    """Reads the model of another run, from its newest or best checkpoint.
+    """Reads the model of another run from its newest checkpoint, or its best one (`best`).
+
+    Args:
+      directory: directory of the checkpoints.
+      architecture: `ModelConfig.architecture()` of the expected model.
+      template: model with `jax.ShapeDtypeStruct` leaves.
+      best: read the checkpoint with the best score.
 
     Raises:
-      ValueError: there is no checkpoint, or it is of another model.
+      ValueError: if no checkpoint exists, or if it holds another model.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
@@ -206,10 +214,12 @@ def load_model(
 
 
 def stored_architecture(directory: str | pathlib.Path) -> dict[str, Any]:
-    """What the newest checkpoint of a run is of (`ModelConfig.from_architecture` reads it).
+    """Returns the architecture in a run's newest checkpoint.
+
+    `ModelConfig.from_architecture` turns it into a config.
 
     Raises:
-      ValueError: there is no checkpoint.
+      ValueError: if no checkpoint exists.
     """
     directory = pathlib.Path(directory)
     if directory.is_dir():

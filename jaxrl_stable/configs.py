@@ -1,7 +1,7 @@
-"""What an experiment is: frozen dataclasses that gin binds. One gin file is one experiment.
+"""An experiment as frozen dataclasses that gin binds. One gin file is one experiment.
 
-The library itself has no gin decorators; gin files import this module (dynamic registration) and
-bind fields, for example `configs.Objective.replay = "R3"`.
+The library has no gin decorators; gin files import this module (dynamic registration) and bind
+fields, for example `configs.Objective.replay = "R3"`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_stable.checks import one_of, positive
 from jaxrl_stable.model.config import ModelConfig, tiny
@@ -19,7 +19,7 @@ from jaxrl_stable.objective import Objective
 from jaxrl_stable.sharding import BATCH, ROWS, MeshShape
 
 MOMENT_DTYPES = ("float32", "bfloat16")
-FORMATS = ("none", "int8", "int4", "fp8", "int8_w8a8", "fp8_w8a8")  # of the sampler: `quantize`
+FORMATS = ("none", "int8", "int4", "fp8", "int8_w8a8", "fp8_w8a8")  # see `quantize`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +29,18 @@ class Data:
     Attributes:
       train: source of training problems (`data.JsonlSource`, `data.ReasoningGymSource`, …).
       heldout: source of held-out problems.
-      tokenizer: path of a SentencePiece model or of a Hugging Face `tokenizer.json`. Empty: that of
-        `Experiment.init_from`, or a SentencePiece model that is trained on the problems and kept in
-        the working directory.
-      vocab_size: size of the tokenizer trained here.
-      template: text around a problem; "{prompt}" stands for it.
-      chat: whether that text becomes a message of the user, in the tokenizer's own chat template.
-      system: system message of a chat; empty for none.
-      chat_variables: what the chat template is told besides, such as `{"enable_thinking": False}`.
+      tokenizer: path of a SentencePiece model or of a Hugging Face `tokenizer.json`. If empty, the
+        tokenizer of `Experiment.init_from`, or else a SentencePiece model that is trained on the
+        problems and kept in the working directory.
+      vocab_size: size of the tokenizer that is trained on the problems.
+      template: text around a problem; "{prompt}" is replaced by the problem.
+      chat: whether that text becomes a user message in the tokenizer's own chat template.
+      system: system message of the chat, if any.
+      chat_variables: further variables of the chat template, such as `{"enable_thinking": False}`.
       prompt_width: P, longest prompt in tokens.
       reward: "numeric", "exact", "math", or "package.module:function".
-      reward_timeout: seconds that a reward in a worker process may take for one response.
-      reward_workers: such processes.
+      reward_timeout: time limit per response, in seconds, for a reward in a worker process.
+      reward_workers: number of worker processes.
     """
 
     train: Any = None
@@ -67,16 +67,17 @@ class Optimizer:
     """AdamW with linear warm-up and clipping by global norm.
 
     Attributes:
-      learning_rate: after the warm-up.
+      learning_rate: rate after the warm-up.
       warmup_steps: gradient steps from 0 to the full rate.
-      decay_steps: gradient steps over which a cosine takes the rate down to a tenth; 0 keeps it
+      decay_steps: gradient steps over which a cosine decays the rate to a tenth; 0 keeps it
         constant.
       b1, b2, eps: Adam's constants.
-      weight_decay: decoupled decay of matrices; norms are left out.
+      weight_decay: decoupled weight decay of matrices; vectors such as norm scales have none.
       clip_norm: largest global norm of a gradient.
-      master_weights: keep float32 weights where the parameters are stored in less
-        (`ModelConfig.param_dtype`); False saves them, and loses updates below their spacing.
-      first_moment_dtype: type of Adam's first moment; the second is float32.
+      master_weights: whether to keep float32 weights if the parameters are stored in less
+        (`ModelConfig.param_dtype`). False saves that memory and loses updates below the spacing of
+        the stored dtype.
+      first_moment_dtype: dtype of Adam's first moment; the second is float32.
     """
 
     learning_rate: float = 1e-6
@@ -99,11 +100,11 @@ class Supervised:
     """Cold start: supervised training on prompt-answer pairs, packed.
 
     Attributes:
-      demonstrations: source of prompt-answer pairs; None takes the training problems.
+      demonstrations: source of prompt-answer pairs; the training problems by default.
       steps: gradient steps.
       batch_size: packed rows per step.
-      length: tokens of a row.
-      optimizer: learning rate and the rest.
+      length: tokens per row.
+      optimizer: learning rate and other settings of AdamW.
       checkpoint_every: steps between checkpoints.
     """
 
@@ -123,39 +124,40 @@ class Reinforcement:
     """Rollouts and updates.
 
     Attributes:
-      steps: rollouts ("global steps"); each makes `objective.mini_batches` gradient steps.
-      prompts: prompts of one rollout batch.
-      group_size: responses to each prompt.
+      steps: number of rollouts ("global steps"); each makes `objective.mini_batches` gradient
+        steps.
+      prompts: prompts per rollout batch.
+      group_size: responses per prompt.
       max_tokens: longest response, EOS included.
-      overlong_buffer: share of that limit over whose last tokens the reward falls linearly by 1
-        (DAPO's soft punishment, see `rewards.overlong_penalty`); 0 leaves the reward alone.
-      overlong_filter: responses cut at the limit get advantage 0 (they stay in the baseline and in
-        the denominators).
-      max_rounds: rollouts drawn for a step until all of its groups have rewards that differ
-        (DAPO's dynamic sampling); 1 takes the first as it is.
-      temperature: of the sampler, and hence of the policy that is trained.
-      top_k, top_p: see `rollout.Sampling`; anything but 0 and 1 biases the gradient.
-      rollout_format: of the sampler: "none" (the policy itself); weights in "int8", "int4" or
-        "fp8"; or activations as well, "int8_w8a8" or "fp8_w8a8". See `quantize`.
-      rollout_rows: responses sampled at a time, which share the memory for keys and values; None
-        takes all of a step.
-      rollout_cache: the sampler keeps keys and values of past tokens. False runs the training
-        program over all of them again for every token, for a mismatch of exactly 0: slow, for
-        science and debugging; see `uncached`.
-      objective: the loss and its replay.
-      optimizer: learning rate and the rest.
+      overlong_buffer: share of `max_tokens`, at its end, over which the reward falls linearly by 1
+        (DAPO's soft punishment, see `rewards.overlong_penalty`); 0 leaves the reward unchanged.
+      overlong_filter: whether responses cut at the limit get advantage 0. They still count in the
+        baseline and in the denominators.
+      max_rounds: largest number of rollouts per step, drawn until the rewards of each group differ
+        (DAPO's dynamic sampling); 1 takes the first rollout as it is.
+      temperature: temperature of the sampler, and hence of the policy that is trained.
+      top_k, top_p: see `rollout.Sampling`; values other than 0 and 1 bias the gradient.
+      rollout_format: number format of the sampler: "none" (the policy itself); weights in "int8",
+        "int4" or "fp8"; or activations too, "int8_w8a8" or "fp8_w8a8". See `quantize`.
+      rollout_rows: responses sampled at a time, which bounds the memory for keys and values; all
+        responses of a step by default.
+      rollout_cache: whether the sampler keeps keys and values of past tokens. False reruns the
+        training program over the whole row for each token, for a mismatch of exactly 0. It is slow
+        and meant for science and debugging; see `uncached`.
+      objective: loss, corrections and replay.
+      optimizer: learning rate and other settings of AdamW.
       micro_batch_size: rows of one forward and backward pass.
-      packed: `score` and `update` put several responses, with their prompts, into one row of
-        prompt_width + max_tokens columns: nothing changes but the time, which falls to about their
-        share of tokens in all columns (`packing/columns_share`); see `packing`.
-      ratio_tolerance: bound of max |π_θ/π_old − 1| in the first mini-batch after a start; None is
-        1e-5 in float32 and 0.1 in half precision.
-      max_skipped: non-finite gradients in a row after which the run stops.
-      max_failed_rewards: share of a rollout's responses whose reward may time out or break before
+      packed: whether `score` and `update` put several responses, with their prompts, into one row
+        of prompt_width + max_tokens columns. Results are the same; the time falls roughly to the
+        share of columns that hold tokens (`packing/columns_share`). See `packing`.
+      ratio_tolerance: bound of max |π_θ/π_old − 1| in the first mini-batch after a start; by
+        default 1e-5 in float32 and 0.1 in half precision.
+      max_skipped: consecutive non-finite gradients after which the run stops.
+      max_failed_rewards: share of a rollout's responses whose reward may time out or fail before
         the run stops.
-      checkpoint_every: steps between checkpoints; every evaluated state gets one besides.
-      keep_checkpoints: newest checkpoints that are kept, besides the best.
-      show_every: steps between samples shown and stored.
+      checkpoint_every: steps between checkpoints; every evaluated state is saved too.
+      keep_checkpoints: number of newest checkpoints to keep, in addition to the best one.
+      show_every: steps between samples that are shown and stored.
     """
 
     steps: int = 100
@@ -209,24 +211,24 @@ class Reinforcement:
             )
         if self.packed and not self.rollout_cache:
             raise ValueError(
-                "Reinforcement.rollout_cache = False samples in padded rows, and packed ones round "
-                "in another way; set packed = False, or rollout_cache = True"
+                "Reinforcement.rollout_cache = False samples in padded rows, and packed rows round "
+                "differently; set packed = False, or rollout_cache = True"
             )
         if self.temperature <= 0:
             raise ValueError(
-                f"Reinforcement.temperature is {self.temperature}; training needs a positive one"
+                f"Reinforcement.temperature is {self.temperature}; training needs a positive value"
             )
 
     @property
     def resolved_objective(self) -> Objective:
-        """The objective with a horizon: that of its own, or the longest response."""
+        """The objective with `horizon` resolved: its own value if set, else `max_tokens`."""
         horizon = self.objective.horizon
         return dataclasses.replace(
             self.objective, horizon=float(self.max_tokens) if horizon is None else horizon
         )
 
     def gate(self, dtype: str) -> float:
-        """Bound of max |π_θ/π_old − 1| right after `score`."""
+        """Returns the bound of max |π_θ/π_old − 1| right after `score`."""
         if self.ratio_tolerance is not None:
             return self.ratio_tolerance
         return 1e-5 if dtype == "float32" else 0.1
@@ -237,10 +239,10 @@ class Evaluation:
     """Held-out accuracy: avg@k and pass@k.
 
     Attributes:
-      every: training steps between evaluations; the first and the last state always get one.
-      problems: held-out problems, from the start of the source.
-      samples: k, responses to each problem.
-      temperature, top_p: of these samples.
+      every: training steps between evaluations; the first and the last state are always evaluated.
+      problems: number of held-out problems, from the start of the source.
+      samples: k, responses per problem.
+      temperature, top_p: sampling of these responses.
       batch_size: responses sampled at a time.
     """
 
@@ -260,15 +262,18 @@ class Experiment:
     """Everything that a run depends on.
 
     Attributes:
-      seed: of initialisation, data order and sampling.
-      model: the policy.
-      data: problems, tokenizer, reward.
-      cold_start: supervised training before, or None.
+      seed: seed of initialisation, data order and sampling.
+      model: sizes of the policy.
+      data: problems, tokenizer and reward.
+      cold_start: supervised training before reinforcement, if any.
       init_from: weights to start from instead of a cold start: the working directory of an earlier
         run, or a Hugging Face checkpoint (then `model` is usually `@hf.read_config()`).
       reinforcement: rollouts and updates.
       evaluation: held-out accuracy.
-      mesh: devices.
+      mesh: shape of the device mesh.
+      wandb_project: Weights & Biases project that gets a copy of all scalars, in one wandb run per
+        working directory; "" = off. Needs the extra `wandb`. Has no effect on what a run computes,
+        so a resumed run may change it.
     """
 
     seed: int = 0
@@ -279,6 +284,7 @@ class Experiment:
     reinforcement: Reinforcement = Reinforcement()
     evaluation: Evaluation = Evaluation()
     mesh: MeshShape = MeshShape()
+    wandb_project: str = ""
 
     def __post_init__(self):
         if self.reinforcement.packed and self.mesh.context > 1:
@@ -287,11 +293,11 @@ class Experiment:
                 f"MeshShape.context is {self.mesh.context}; set it to 1, or packed = False"
             )
 
-    def check_mesh(self, mesh: Mesh) -> None:
-        """Whether every device gets equally many rows and columns, of what is computed together.
+    def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
+        """Checks that rows and columns of every batch divide evenly over the mesh.
 
         Raises:
-          ValueError: names the field, and the number that it must be a multiple of.
+          ValueError: if not; names the field and the number that it must be a multiple of.
         """
         rl = self.reinforcement
         batch, rows = (math.prod(mesh.shape[a] for a in axes) for axes in (BATCH, ROWS))

@@ -1,8 +1,8 @@
 """Importance weights between the three policies, and the clip mask. Arrays in, arrays out.
 
-Names: `logp` is π_θ (current weights, carries the gradient), `logp_old` is π_old (training program,
+`logp` is π_θ (current weights, carries the gradient), `logp_old` is π_old (training program,
 weights of the rollout), `logp_rollout` is μ_old (what the sampler computed). The weight decomposes
-(arXiv:2512.01374, eq. 5):
+(https://arxiv.org/abs/2512.01374, eq. 5):
 
     π_θ / μ_old  =  π_old / μ_old  ×  π_θ / π_old
     log_weight   =  mismatch       +  staleness
@@ -11,30 +11,28 @@ weights of the rollout), `logp_rollout` is μ_old (what the sampler computed). T
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:  # annotations only: this module needs jax and numpy and nothing else
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.array_types import Array, Bool, Float, Shaped
 
-# exp(20) = 4.9e8: far outside anything meaningful, far inside float32.
+# exp(20) = 4.9e8 exceeds any meaningful ratio and is far from overflowing float32.
 LOG_RATIO_BOUND = 20.0
 
 
-def at_least_float32(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Casts to float32 whatever the model's dtype; float64 stays (jax makes none unless asked)."""
+def at_least_float32(x: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
+    """Casts to float32 whatever the model's dtype; float64 stays (JAX creates none by default)."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def bounded(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """A log-ratio within ±20: what is exponentiated next cannot overflow."""
+    """Clips a log-ratio to ±20, so that its exponential cannot overflow."""
     return jnp.clip(x, min=-LOG_RATIO_BOUND, max=LOG_RATIO_BOUND)
 
 
-def response_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-    """Mean over the tokens of each response; 0 for a row without any."""
+def response_mean(x: Shaped[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+    """Returns the mean over the tokens of each response; 0 for a row without tokens."""
     x = jnp.where(mask, at_least_float32(x), 0.0)
     return x.sum(-1) / jnp.maximum(mask.sum(-1, dtype=x.dtype), 1.0)
 
@@ -42,9 +40,9 @@ def response_mean(x: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Arr
 def log_ratio(
     numerator: Float[Array, "B T"], denominator: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Log-ratio of two policies in float32 or better; exactly 0 where `mask` is False.
+    """Returns the log-ratio of two policies in float32 or better; exactly 0 where `mask` is False.
 
-    Masked before any `exp`: a value of ±1e4 or NaN in padding reaches neither loss nor gradient
+    Masks before any `exp`: a value of ±1e4 or NaN in padding then reaches neither loss nor gradient
     (masking afterwards leaves 0 · inf in the backward pass).
     """
     numerator = jnp.where(mask, at_least_float32(numerator), 0.0)
@@ -55,12 +53,12 @@ def log_ratio(
 def importance_weight(
     log_weight: Float[Array, "B T"], cap: float | None = None
 ) -> Float[Array, "B T"]:
-    """sg[min(exp(log_weight), cap)]: a constant of the optimisation (truncated IS, one-sided).
+    """Returns sg[min(exp(log_weight), cap)], a constant (truncated importance sampling, one-sided).
 
     Args:
       log_weight: log of the weight.
-      cap: upper bound of the weight; None leaves it untruncated, bounded at exp(±20) against
-        overflow only.
+      cap: upper bound of the weight. None does not truncate, except for a bound of exp(±20) against
+        overflow.
     """
     upper = LOG_RATIO_BOUND if cap is None else math.log(cap)
     weight = jnp.exp(jnp.clip(log_weight, min=-LOG_RATIO_BOUND, max=upper))
@@ -69,23 +67,27 @@ def importance_weight(
 
 def clip_masks(
     log_ratio: Float[Array, "B T"],
-    advantages: Float[Array, "B 1"],
+    advantages: Float[Array, "B 1"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     low: float,
     high: float,
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
-    """Tokens that PPO's clip silences, above and below (arXiv:2512.01374, eq. 7, M_t = 0).
+    """Returns the tokens that PPO's clip silences, above and below (M_t = 0).
 
         above:  A > 0 and r > 1 + high        below:  A < 0 and r < 1 − low
 
-    Decided in log space, where nothing can overflow.
+    Source: https://arxiv.org/abs/2512.01374, eq. 7. Decided in log space, where nothing can
+    overflow.
 
     Args:
-      log_ratio: log r, the ratio the trust region looks at.
-      advantages: one per sequence, broadcast over its tokens.
+      log_ratio: log r, the ratio of the trust region.
+      advantages: one per response, [B, 1], or one per token.
       mask: response tokens.
       low: ε_low, in (0, 1).
       high: ε_high, positive.
+
+    Returns:
+      (above, below).
     """
     above = mask & (advantages > 0) & (log_ratio > math.log1p(high))
     below = mask & (advantages < 0) & (log_ratio < math.log1p(-low))

@@ -5,7 +5,7 @@ Functions are bound by reference and configured where they are defined:
     configs.Objective.loss = @objectives.gspo
     objectives.gspo.clip_high = 4e-4
 
-so that a function of one's own, with the same signature, needs no registration.
+so your own function with the same signature needs no registration.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
 
 from jaxrl_stable import _moved
 from jaxrl_stable.advantages import centered
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.checks import one_of
 from jaxrl_stable.corrections import correct
 from jaxrl_stable.objectives import (
@@ -31,63 +31,71 @@ from jaxrl_stable.objectives import (
     aggregate,
     kl_penalty,
     minirl,
+    traits_of,
 )
 
 REPLAYS = ("none", "R2", "R3")
 POLICIES = ("all", "recomputed", "bypass")
 
 
-def has_trait(function: Callable, trait: str) -> bool:
-    """Whether a function is marked by a trait, with the options that a `partial` binds.
-
-    `whole_batch`: it decides on all tokens of a mini-batch together. `weighs_mismatch`: it weighs
-    by π_old/μ_old. `needs_mismatch`: it says nothing where that is made 1. A trait that hangs on
-    options is a function of them.
-    """
-    options = {}
-    while isinstance(function, functools.partial):
-        options, function = function.keywords | options, function.func
-    marked = getattr(function, trait, False)
-    return marked(**options) if callable(marked) else marked
-
-
 def name_of(function: Callable) -> str:
-    """The name of a function, or of the one that it is a `functools.partial` of."""
+    """Returns the name of a function, or of the function inside a `functools.partial`."""
     while isinstance(function, functools.partial):
         function = function.func
     return function.__name__
 
 
+@runtime_checkable
+class ObjectiveLike(Protocol):
+    """What `update` needs of an objective: an `Objective`, or a choice between several of them."""
+
+    @property
+    def replay(self) -> str: ...
+
+    @property
+    def kl_coefficient(self) -> float: ...
+
+    @property
+    def whole_batch(self) -> bool: ...
+
+    @property
+    def needs_old_policy(self) -> bool: ...
+
+    def total(
+        self, logp: Float[Array, "B T"], entropy: Float[Array, "B T"], batch: Any
+    ) -> tuple[Float[Array, ""], Decided]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the updates minimise; the defaults are MiniRL (arXiv:2512.01374, eq. 7).
+    """What the updates minimize; the defaults are MiniRL (https://arxiv.org/abs/2512.01374, eq. 7).
 
     Attributes:
       mini_batches: N, gradient steps per rollout batch.
       replay: routing replayed in training: "none", "R2" (the training router's old choice) or "R3"
         (the sampler's choice).
-      loss: one of `objectives`, or any function of that signature.
+      loss: one of `objectives`, or any function with the same signature.
       corrections: functions of `corrections`; their factors multiply.
       advantages: one of `advantages`.
-      aggregation: one of `objectives.MODES`: "seq-mean-token-sum" is the paper,
-        "seq-mean-token-mean" its length-normalised ablation.
-      horizon: constant length of "seq-mean-token-sum-norm"; None is `Reinforcement.max_tokens`.
-      policies: which of the three the loss sees: "all" (decoupled: π_θ, π_old, μ_old), "recomputed"
-        (log π_old stands for log μ_old too: staleness is corrected, the mismatch is not) or
-        "bypass" (log μ_old stands for log π_old too: ratio and trust region are to the sampler).
+      aggregation: one of `objectives.MODES`: "seq-mean-token-sum" is the paper's,
+        "seq-mean-token-mean" its length-normalized ablation.
+      horizon: constant length of "seq-mean-token-sum-norm"; None means `Reinforcement.max_tokens`.
+      policies: which of the three policies the loss sees: "all" (decoupled: π_θ, π_old, μ_old),
+        "recomputed" (π_old in place of μ_old: staleness is corrected, the mismatch is not) or
+        "bypass" (μ_old in place of π_old: ratio and trust region are relative to the sampler).
         Metrics always see all three.
-      kl_coefficient: β of the distance to the policy that the run started from; 0 keeps no such
-        policy in memory. It is scored on its own routes, as in verl and ROLL: under replay the
-        distance is not quite 0 even where the weights are equal.
+      kl_coefficient: β of the distance to the initial policy; 0 keeps no copy of that policy in
+        memory. The copy is scored on its own routes, as in verl and ROLL: under replay the distance
+        is not quite 0 even if the weights are equal.
       kl_estimator: one of `objectives.KL_ESTIMATORS`; see `kl_penalty`.
-      kl_weighted: multiply that distance by π_θ/π_old, gradient and all ("k1" and "k3" alone).
-      entropy_coefficient: weight of the entropy (nats a token) that is rewarded.
+      kl_weighted: multiply that distance by π_θ/π_old, including its gradient ("k1" and "k3" only).
+      entropy_coefficient: weight of the entropy bonus (nats per token).
     """
 
     mini_batches: int = 4
     replay: str = "R3"
     loss: Callable[..., TokenLoss] = minirl
-    corrections: tuple[Callable[..., Array], ...] = ()
+    corrections: Sequence[Callable[..., Array]] = ()
     advantages: Callable[..., Array] = centered
     aggregation: str = "seq-mean-token-sum"
     horizon: float | None = None
@@ -114,53 +122,54 @@ class Objective:
 
     @property
     def needs_score(self) -> bool:
-        """Whether π_old gets a pass of its own: not with one update and nothing to replay."""
+        """True if π_old needs its own pass: unless there is one update and nothing to replay."""
         return self.needs_old_policy or self.replay != "none" or self.policies != "all"
 
     @property
     def needs_old_policy(self) -> bool:
-        """Whether an update without that pass would be wrong; with one update π_θ is π_old."""
+        """True if an update without that pass would be wrong; with a single update π_θ is π_old."""
         recomputed = self.policies == "recomputed"
         return self.mini_batches > 1 or self.replay == "R2" or recomputed
 
     @property
     def whole_batch(self) -> bool:
-        """Whether a function decides on all tokens of a mini-batch together."""
-        return any(has_trait(f, "whole_batch") for f in (self.loss, *self.corrections))
+        """True if the loss or a correction decides on all tokens of a mini-batch together."""
+        return any(traits_of(f).whole_batch for f in (self.loss, *self.corrections))
 
     def check(self) -> None:
-        """Whether the functions go together, and what `try_functions` finds.
+        """Checks that loss and corrections are compatible, then traces each (`try_functions`).
 
         Raises:
-          ValueError: the mismatch would count twice, or is 1 where a function looks at it.
+          ValueError: if the mismatch would count twice, if it is replaced by 1 where a function
+            needs it, or if `try_functions` fails.
         """
         functions = (self.loss, *self.corrections)
-        weights = [name_of(f) for f in functions if has_trait(f, "weighs_mismatch")]
+        weights = [name_of(f) for f in functions if traits_of(f).weighs_mismatch]
         if len(weights) > 1:
             raise ValueError(
                 f"Objective: {' and '.join(weights)} both weigh the mismatch of sampler and "
-                "trainer; it would count twice. Keep one, and correct by masks"
+                "trainer, which would count it twice; keep one of them and use masks for the rest"
             )
-        needing = [name_of(f) for f in functions if has_trait(f, "needs_mismatch")]
+        needing = [name_of(f) for f in functions if traits_of(f).needs_mismatch]
         if needing and self.policies != "all":
             raise ValueError(
-                f"Objective.policies={self.policies!r} makes the mismatch 1 that "
-                f"{', '.join(needing)} looks at; use 'all', or another function"
+                f"Objective.policies={self.policies!r} removes the mismatch that "
+                f"{', '.join(needing)} needs; set it to 'all' or choose another function"
             )
         self.try_functions()
 
     def try_functions(self) -> None:
-        """Traces the functions on one response, so that what is wrong fails before anything runs.
+        """Traces the functions on one response, so that errors appear before anything runs.
 
         Raises:
-          ValueError: an option that a function refuses, another signature, another result.
+          ValueError: if a function refuses an option, or has another signature or result.
         """
         one, row = jax.ShapeDtypeStruct((1,), jnp.float32), (1, 2)
         mask, ids = jax.ShapeDtypeStruct(row, bool), jax.ShapeDtypeStruct((1,), jnp.int32)
         row, valid = jax.ShapeDtypeStruct(row, jnp.float32), jax.ShapeDtypeStruct((1,), bool)
 
         def tried(function: Callable, *arrays) -> object:
-            try:  # by a fresh function: jax remembers traces, and gin's settings are no part of it
+            try:  # in a new function: jax caches traces and does not see changes of gin settings
                 return jax.eval_shape(lambda *x: function(*x), *arrays)
             except Exception as error:
                 if isinstance(error, ValueError):
@@ -170,18 +179,18 @@ class Objective:
                     f"Objective: {name_of(function)} raised {kind}: {error}"
                 ) from error
 
-        def check_shapes(function: Callable, got: object, expected: object) -> None:
+        def check_result(function: Callable, got: object, expected: object) -> None:
             shapes = (jax.tree.map(lambda x: x.shape, tree) for tree in (got, expected))
             if jax.tree.structure(got) != jax.tree.structure(expected) or len(set(shapes)) > 1:
                 raise ValueError(
-                    f"Objective: {name_of(function)} gives {got}, where {expected} is expected"
+                    f"Objective: {name_of(function)} returns {got} instead of {expected}"
                 )
 
         arrays = row, row, row, one, mask
         for correction in self.corrections:
-            check_shapes(correction, tried(correction, *arrays), row)
-        check_shapes(self.loss, tried(self.loss, *arrays), TokenLoss(row, row, row, *[mask] * 3))
-        check_shapes(self.advantages, tried(self.advantages, one, ids, valid, ids), one)
+            check_result(correction, tried(correction, *arrays), row)
+        check_result(self.loss, tried(self.loss, *arrays), TokenLoss(row, row, row, *[mask] * 3))
+        check_result(self.advantages, tried(self.advantages, one, ids, valid, ids), one)
         jax.eval_shape(lambda *x: aggregate(*x, self.aggregation, self.horizon), row, mask)
 
     def token_loss(
@@ -189,10 +198,15 @@ class Objective:
         logp: Float[Array, "B T"],
         logp_old: Float[Array, "B T"] | None,
         logp_rollout: Float[Array, "B T"],
-        advantages: Float[Array, "B"],
+        advantages: Float[Array, "B"] | Float[Array, "B T"],
         mask: Bool[Array, "B T"],
     ) -> tuple[TokenLoss, Float[Array, "B T"] | None]:
-        """The loss as corrected, and the factors of the corrections together, if there are any."""
+        """Computes the corrected loss per token.
+
+        Returns:
+          The loss after all corrections, and the product of their factors, or None without
+          corrections.
+        """
         if self.policies == "recomputed":
             logp_rollout = logp_old
         elif self.policies == "bypass":
@@ -210,12 +224,15 @@ class Objective:
         entropy: Float[Array, "B T"],
         batch: Any,
     ) -> tuple[Float[Array, ""], Decided]:
-        """What is minimised, before its division by a count, and what was decided on the way.
+        """Computes the loss that is minimized, before its division by a count.
 
         Args:
           logp: log π_θ; carries a gradient.
-          entropy: of the policy at each response token; carries a gradient.
+          entropy: entropy of the policy at each response token; carries a gradient.
           batch: a `batch.TrainBatch`.
+
+        Returns:
+          The total of the loss, and the decisions behind it for the metrics.
         """
         mask = batch.response_mask
         out, factor = self.token_loss(
@@ -236,13 +253,13 @@ class Objective:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """What the metrics want to know of a mini-batch.
+    """Values of one mini-batch that the metrics are computed from.
 
     Attributes:
-      total, count: of the loss.
-      token_loss: with the corrections.
-      factor: of the corrections, if there are any.
-      kl: penalty of each token before its coefficient, if there is one.
+      total, count: sums of the loss and of its denominator.
+      token_loss: loss per token, after corrections.
+      factor: product of the corrections' factors, or None without corrections.
+      kl: penalty per token before its coefficient, or None without a penalty.
     """
 
     total: Float[Array, ""]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ def run(main: Callable[[Any, str], None], kind: Kind | None = None) -> None:
     bindings = [arg.removeprefix(GIN_PREFIX) for arg in sys.argv[1:] if arg.startswith(GIN_PREFIX)]
     argv = [arg for arg in sys.argv if not arg.startswith(GIN_PREFIX)]
     if {"--help", "-h", "--helpshort"} & set(argv[1:]):
-        print(help_text(sys.modules["__main__"].__doc__ or "", options))
+        print(help_text(sys.modules[main.__module__], options))
         return
 
     def start(_: Sequence[str]) -> None:
@@ -96,15 +97,16 @@ def run(main: Callable[[Any, str], None], kind: Kind | None = None) -> None:
     app.run(start, argv)
 
 
-def help_text(doc: str, options: flags.FlagValues) -> str:
+def help_text(module: types.ModuleType, options: flags.FlagValues) -> str:
     """Returns the help of a program: its docstring, its flags, and how to bind gin values.
 
     absl's own `--help` looks for flags in the module that was run, where most are not defined, and
     exits with status 1.
     """
-    lines = [doc.strip(), "", "flags:"]
-    for flag in [f for m in (sys.argv[0], __name__) for f in options.get_flags_for_module(m)]:
-        default = f" (default: {flag.default_as_str})" if flag.default_as_str else ""
+    lines = [(module.__doc__ or "").strip(), "", "flags:"]
+    modules = module, sys.modules[__name__]
+    for flag in [flag for each in modules for flag in options.get_flags_for_module(each)]:
+        default = f" (default: {flag.default_as_str})" if flag.default else ""
         value = "" if flag.boolean else "=…"
         lines.append(f"  --{flag.name}{value}\n      {flag.help}{default}")
     lines.append(f"  {GIN_PREFIX}NAME=VALUE\n      binds a gin value after all gin files")

@@ -1,22 +1,20 @@
-"""What each paper published: its token loss with its constants, advantages, reduction, corrections.
+"""What each paper published: token loss and constants, advantages, reduction and corrections.
 
-`PUBLISHED["gspo"](logp, logp_old, logp_rollout, advantages, mask)` is the whole loss; the same as
-experiments, with what a run adds (a KL term, dynamic sampling, the number of updates), are
-`experiments/recipes/*.gin`. Constants are those of the source; where it has none, `note` says whose
-they are.
+`PUBLISHED["gspo"](logp, logp_old, logp_rollout, advantages, mask)` is the whole loss.
+`experiments/recipes/*.gin` has the same recipes as experiments, with what a run adds (a KL term,
+dynamic sampling, the number of updates). Constants are the source's; if it gives none, `note` names
+their origin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxrl_stable import advantages, corrections, objectives
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.objectives import TokenLoss
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 class Published(NamedTuple):
@@ -24,11 +22,11 @@ class Published(NamedTuple):
 
     Attributes:
       source: paper, or the code that the form is from.
-      token_loss: a function of `objectives` with the published constants.
-      advantages: a function of `jaxrl_stable.advantages` with them.
-      aggregation: one of `objectives.MODES`; "seq-mean-token-sum-norm" wants a horizon.
-      corrections: functions of `jaxrl_stable.corrections` with them.
-      note: what is not from the source.
+      token_loss: function of `objectives` with the published constants.
+      advantages: function of `jaxrl_stable.advantages` with the published constants.
+      aggregation: one of `objectives.MODES`; "seq-mean-token-sum-norm" needs a horizon.
+      corrections: functions of `jaxrl_stable.corrections` with the published constants.
+      note: parts that are not from the source.
     """
 
     source: str
@@ -47,7 +45,7 @@ class Published(NamedTuple):
         mask: Bool[Array, "B T"],
         horizon: float | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """(total, count) of the loss; see `objectives.aggregate`."""
+        """Returns the (total, count) of the loss; see `objectives.aggregate`."""
         arrays = logp, logp_old, logp_rollout, advantages, mask
         out = self.token_loss(*arrays)
         for correction in self.corrections:

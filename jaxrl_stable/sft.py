@@ -7,6 +7,7 @@ from jaxrl_stable import _moved, program
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.run.cold_start import run_cold_start
 from jaxrl_stable.run.task import load_task
+from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.sharding import make_mesh
 
 
@@ -14,6 +15,7 @@ def main(experiment: Experiment, workdir: str) -> None:
     """Trains the model of an experiment on its cold start."""
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
+    check_installed(experiment.wandb_project)
     with load_task(experiment, workdir) as task:
         run_cold_start(experiment, task, mesh, workdir)
 

@@ -1,17 +1,17 @@
-"""Means with intervals: avg@k, pass@k and the gain of a run over problems; anything over seeds.
+"""Means with intervals: avg@k, pass@k and gains over problems, other figures over seeds.
 
-Also running means, which curves are read by.
+Also running means for smoothing curves.
 
 For accuracy the unit of resampling is the *problem*: the k samples of one problem share its
-difficulty, so they are not independent, and an interval that counted them as such would be too
-narrow. Accuracies are fractions in [0, 1]. Numpy and scipy only.
+difficulty, so they are not independent, and an interval that treated them as independent would be
+too narrow. Accuracies are fractions in [0, 1]. Needs numpy and scipy only.
 """
 
 import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Num, Shaped
 from scipy.special import ndtr, stdtrit
 
 DRAWS = 10_000
@@ -27,8 +27,10 @@ class Estimate:
     high: float
 
 
-def avg_at_k(correct: Num[np.ndarray, "problems k"], *, seed: int = 0) -> Estimate:
-    """Mean over problems of the mean score over the k samples of each (avg@k).
+def avg_at_k(
+    correct: Num[np.ndarray, "problems k"] | Bool[np.ndarray, "problems k"], *, seed: int = 0
+) -> Estimate:
+    """Returns the mean over problems of the mean score over the k samples of each (avg@k).
 
     avg@k = (1/P) Σ_p (1/k) Σ_j correct[p, j]. Fractional scores are allowed.
     """
@@ -36,25 +38,30 @@ def avg_at_k(correct: Num[np.ndarray, "problems k"], *, seed: int = 0) -> Estima
     return bootstrap_mean(scores.mean(axis=1), seed=seed)
 
 
-def pass_at_k(correct: Bool[np.ndarray, "problems n"], k: int, *, seed: int = 0) -> Estimate:
-    """Probability that at least one of k samples is correct, estimated from n ≥ k samples.
+def pass_at_k(
+    correct: Num[np.ndarray, "problems n"] | Bool[np.ndarray, "problems n"],
+    k: int,
+    *,
+    seed: int = 0,
+) -> Estimate:
+    """Returns the probability that at least one of k samples is correct, from n ≥ k samples.
 
-    Unbiased estimator of Chen et al. 2021 (arXiv:2107.03374, eq. 1), with c correct of n:
-    pass@k = mean_p [1 − C(n−c, k) / C(n, k)] = mean_p [1 − Π_{i=n−c+1}^{n} (1 − k/i)].
-    The product form never forms the binomials, which overflow from n ≈ 60 on.
+    Unbiased estimator of Chen et al. 2021 (https://arxiv.org/abs/2107.03374, eq. 1), with c correct
+    of n: pass@k = mean_p [1 − C(n−c, k) / C(n, k)] = mean_p [1 − Π_{i=n−c+1}^{n} (1 − k/i)].
+    The product form avoids the binomials, which overflow from n ≈ 60 on.
 
     Raises:
-      ValueError: when k is not in 1..n, or an entry is neither 0 nor 1.
+      ValueError: if k is not in 1..n, or an entry is neither 0 nor 1.
     """
     scores = _scores(correct)
     n = scores.shape[1]
     if not 1 <= k <= n:
-        raise ValueError(f"pass_at_k: k={k} with {n} samples a problem; choose 1 <= k <= {n}")
+        raise ValueError(f"pass_at_k: k={k} with {n} samples per problem; choose 1 <= k <= {n}")
     if not np.isin(scores, (0.0, 1.0)).all():
         raise ValueError("pass_at_k: entries must be 0 or 1; threshold fractional scores first")
     i = np.arange(1, n + 1)
-    # Factor i is in the product where i > n − c. With fewer than k wrong samples that includes
-    # i = k, whose factor is 0: every choice of k then holds a correct one, and pass@k is exactly 1.
+    # Factor i is in the product if i > n − c. With fewer than k wrong samples this includes i = k,
+    # whose factor is 0: every choice of k then has a correct sample, and pass@k is exactly 1.
     wrong = n - scores.sum(axis=1)
     factors = np.where(i > wrong[:, None], 1.0 - k / i, 1.0)
     return bootstrap_mean(1.0 - factors.prod(axis=1), seed=seed)
@@ -66,10 +73,13 @@ def gain(
     *,
     seed: int = 0,
 ) -> Estimate:
-    """avg@k after minus avg@k before on the same problems in the same order (paired by problem).
+    """Returns avg@k after minus avg@k before on the same problems in the same order (paired).
 
-    Pairing removes the spread of difficulty between problems, which the intervals of both separate
-    scores contain; so this interval is the one to read for "did it improve?".
+    Pairing removes the spread of difficulty between problems, which both separate scores' intervals
+    contain; so this interval is the one to read for "did it improve?".
+
+    Raises:
+      ValueError: if the numbers of problems differ.
     """
     first, second = _scores(before), _scores(after)
     if len(first) != len(second):
@@ -80,13 +90,14 @@ def gain(
 
 
 def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> Estimate:
-    """Mean and percentile bootstrap interval (Efron 1979) from `DRAWS` resamples of the problems.
+    """Returns the mean and its percentile bootstrap interval (Efron 1979).
 
-    Known limit: equal values give an interval of zero width, so 0 of 30 says less than it seems to.
+    It takes `DRAWS` resamples of the problems. Known limit: equal values give an interval of zero
+    width, so 0 of 30 says less than it seems to.
     """
     values = np.asarray(values, np.float64)
-    # Problems with equal values are interchangeable: drawing how often each *distinct* value comes
-    # up has the same distribution as drawing problems, and needs (draws × distinct) memory only.
+    # Problems with equal values are interchangeable: drawing how often each *distinct* value occurs
+    # has the same distribution as drawing problems, and needs only (draws × distinct) memory.
     distinct, counts = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=DRAWS)
     means = drawn @ distinct / len(values)
@@ -95,10 +106,10 @@ def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> E
 
 
 def mean_over_seeds(values: Iterable[float]) -> Estimate:
-    """Mean of one figure per seed, with Student's t interval: seeds are few, problems many.
+    """Returns the mean of one figure per seed, with Student's t interval: seeds are few.
 
     Raises:
-      ValueError: fewer than two seeds, which have no interval.
+      ValueError: if there are fewer than two seeds.
     """
     values = np.array(tuple(values), np.float64)
     if len(values) < 2:
@@ -111,13 +122,16 @@ def mean_over_seeds(values: Iterable[float]) -> Estimate:
 def bootstrap_band(
     values: Float[np.ndarray, "runs points"], *, draws: int = 2_000, seed: int = 0
 ) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
-    """Mean over runs with a pointwise 95 % bootstrap interval: (mean, low, high), NaN where none.
+    """Returns the mean over runs with a pointwise 95 % bootstrap interval.
 
-    Whole runs are resampled, so a curve stays a curve. The plain percentile interval is too narrow
-    for few runs (of 5 normal ones it covers the mean in 84 % of cases), so the percentiles are
-    Hesterberg's "expanded" ones (arXiv:1411.5279): the tail that Student's t leaves over,
-    Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). Up to 4 runs that is from the lowest to the highest run.
-    A NaN is left out of its point; a point needs two runs for an interval.
+    Whole runs are resampled, so a curve remains a curve. The plain percentile interval is too
+    narrow for few runs (for 5 normal ones it covers the mean in 84 % of cases), so the percentiles
+    are Hesterberg's "expanded" ones (https://arxiv.org/abs/1411.5279): the tail that Student's t
+    leaves over, Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). Up to 4 runs the interval spans the lowest to the
+    highest run. A NaN is excluded from its point; a point needs two runs for an interval.
+
+    Returns:
+      (mean, low, high), NaN where undefined.
     """
     values = np.asarray(values, np.float64)
     runs = len(values)
@@ -139,7 +153,12 @@ def bootstrap_band(
 
 
 def smooth(y: Float[np.ndarray, "points"], width: int | None = None) -> Float[np.ndarray, "points"]:
-    """Centred running mean; NaNs are left out. Its width is odd: 1/20 of the points, at least 5."""
+    """Returns a centered running mean; NaNs are left out.
+
+    Args:
+      y: the curve.
+      width: odd number of points; by default 1/20 of the curve, at least 5.
+    """
     if not len(y):
         return y
     width = max(5, len(y) // 20) | 1 if width is None else width
@@ -151,10 +170,12 @@ def smooth(y: Float[np.ndarray, "points"], width: int | None = None) -> Float[np
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _scores(correct) -> Float[np.ndarray, "problems k"]:
+def _scores(correct: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "problems k"]:
     scores = np.asarray(correct, np.float64)
     if scores.ndim != 2 or scores.size == 0:
-        raise ValueError(f"statistics: shape {scores.shape}; pass [problems, samples], not empty")
+        raise ValueError(
+            f"statistics: scores have shape {scores.shape}; pass [problems, samples], not empty"
+        )
     if not np.isfinite(scores).all():
         raise ValueError("statistics: a score is not finite; count failed samples as 0")
     return scores

@@ -45,6 +45,7 @@ from jaxrl_stable.run.programs import make_programs
 from jaxrl_stable.run.samples import sample_rows
 from jaxrl_stable.run.start import first_policy, restore_or_start
 from jaxrl_stable.run.task import load_task
+from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.run.writer import Clock, open_writer
 from jaxrl_stable.sharding import make_mesh, row_sharding, shard_rows
 from jaxrl_stable.trainer.batch import make_batch
@@ -79,6 +80,7 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
+    check_installed(experiment.wandb_project)
 
     with contextlib.ExitStack() as stack:
         # --- Data, checkpoints, and agreement between processes -----------------------------------
@@ -117,7 +119,13 @@ def train(
         sampler = make_sampler(task, experiment.evaluation, rl.max_tokens)
         stop = stack.enter_context(StopRequest())
         writer = stack.enter_context(
-            open_writer(workdir, start_step=start if start else -1, total_steps=rl.steps)
+            open_writer(
+                workdir,
+                start_step=start if start else -1,
+                total_steps=rl.steps,
+                wandb_project=experiment.wandb_project,
+                config=experiment,
+            )
         )
         profiler = stack.enter_context(Profiler(workdir, profile_steps))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from functools import partial
 
 import jax
@@ -13,18 +14,19 @@ from jaxrl_stable.routing import Routing
 from jaxrl_stable.sharding import ROWS, constrain, join_rows
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """Sampled responses behind their prompts. Responses start at column `prompt_width`.
+    """Prompts and sampled responses. Responses start at column `prompt_width`.
 
     Attributes:
       tokens: prompt (left-padded) and response (right-padded).
       real: True on prompt and response tokens, False on padding.
       response_mask: True exactly on sampled tokens, EOS included.
       logp_rollout: log μ_old of each sampled token, 0 elsewhere.
-      routing: the experts of every token that was fed: prompts, and responses but their last token.
-      finished: the response ended with a stop token; False means that it was cut off.
+      routing: experts of every token that was an input: all except the last token of a response.
+      finished: whether the response ended with a stop token; False if it was cut off.
       prompt_width: P, static.
     """
 
@@ -38,7 +40,7 @@ class Trajectory:
 
 
 def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
-    """One trajectory of those that `cut_rows` made, stacked."""
+    """Joins stacked trajectories whose rows `cut_rows` separated."""
     rows = partial(join_rows, over=over)
     routing = Routing(rows(parts.routing.experts, axis=1), rows(parts.routing.valid))
     others = jax.tree.map(rows, dataclasses.replace(parts, routing=None))
@@ -46,9 +48,9 @@ def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
 
 
 def fill_rows(old: Trajectory, new: Trajectory, rows: Int[Array, "B"]) -> Trajectory:
-    """Row `rows[i]` of `new` in the place of row i of `old`; −1 keeps the old one.
+    """Replaces row i of `old` by row `rows[i]` of `new`; −1 keeps the old row.
 
-    On a mesh every device sees all of `new` for it, which for long responses is much memory.
+    On a mesh, every device gathers all of `new`, which takes much memory for long responses.
     """
 
     def pick(axis: int):

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import pathlib
+from collections.abc import Callable
 from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,15 +14,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
-# What was compiled once, by any process of any run, is read from here afterwards.
+# Compiled programs, shared by all processes, runs and clones of this user.
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla")
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "jaxrl_stable", "xla"
+    ),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrl_stable import configs
@@ -108,46 +113,44 @@ def advantages():
     return jnp.asarray(rewards - rewards.mean())
 
 
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """Jitted `score` and `update`, compiled once per setting."""
+
+    optimizer: optax.GradientTransformation
+    score: Callable
+    update: Callable
+
+    def init(self, model):
+        return init_state(model, self.optimizer)
+
+    def scored(self, model, trajectory, advantages, replay="R3", micro_batch_size=4):
+        batch = make_batch(trajectory, advantages)
+        return self.score(
+            model, batch, replay=replay, micro_batch_size=micro_batch_size, temperature=1.0
+        )
+
+    def scored_batch(self, model, trajectory, advantages, replay="R3", micro_batch_size=4):
+        scored = self.scored(model, trajectory, advantages, replay, micro_batch_size)
+        return with_old_policy(make_batch(trajectory, advantages), scored)
+
+    def step(self, state, batch, objective=OBJECTIVE, micro_batch_size=4):
+        return self.update(
+            state, batch, objective=objective, micro_batch_size=micro_batch_size, temperature=1.0
+        )
+
+
 @pytest.fixture(scope="session")
 def passes():
-    """Jitted `score` and `update` by their settings, compiled once each.
-
-    `scored_batch(model, trajectory, advantages, replay)` and
-    `step(state, batch, objective, micro_batch_size)`.
-    """
     optimizer = make_optimizer(configs.Optimizer(learning_rate=1e-2, clip_norm=1e9))
-    jitted_score = jax.jit(score, static_argnames=("replay", "micro_batch_size", "temperature"))
-    jitted_update = jax.jit(
-        partial(update, optimizer=optimizer),
-        static_argnames=("objective", "micro_batch_size", "temperature"),
+    return Passes(
+        optimizer,
+        jax.jit(score, static_argnames=("replay", "micro_batch_size", "temperature")),
+        jax.jit(
+            partial(update, optimizer=optimizer),
+            static_argnames=("objective", "micro_batch_size", "temperature"),
+        ),
     )
-
-    class Passes:
-        init = staticmethod(lambda model: init_state(model, optimizer))
-
-        @staticmethod
-        def scored(model, trajectory, advantages, replay="R3", micro_batch_size=4):
-            batch = make_batch(trajectory, advantages)
-            return jitted_score(
-                model, batch, replay=replay, micro_batch_size=micro_batch_size, temperature=1.0
-            )
-
-        @staticmethod
-        def scored_batch(model, trajectory, advantages, replay="R3", micro_batch_size=4):
-            scored = Passes.scored(model, trajectory, advantages, replay, micro_batch_size)
-            return with_old_policy(make_batch(trajectory, advantages), scored)
-
-        @staticmethod
-        def step(state, batch, objective=OBJECTIVE, micro_batch_size=4):
-            return jitted_update(
-                state,
-                batch,
-                objective=objective,
-                micro_batch_size=micro_batch_size,
-                temperature=1.0,
-            )
-
-    return Passes
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +160,3 @@ def perturbed(model):
     keys = jax.random.split(jax.random.key(5), len(leaves))
     moved = [w * (1 + 0.05 * jax.random.normal(k, w.shape)) for w, k in zip(leaves, keys)]
     return jax.tree.unflatten(treedef, moved)
-
-
-def replace(tree, **fields):
-    return dataclasses.replace(tree, **fields)

@@ -42,7 +42,7 @@ def test_singleton_and_empty_groups():
 
 
 # First response of groups 1 and 4, a wrong one of each: what verl, SkyRL and TRL give for REWARDS.
-# verl's whitening counts tokens: six a response there.
+# verl's whitening counts tokens: six per response there.
 SIX = np.full(16, 6)
 GOLDEN = {
     "centred": ("centered", {}, (0.5, -0.5, 0.75, -0.25)),

@@ -1,6 +1,9 @@
 """What gin binds as the objective: its switches, its errors, and what the update makes of them."""
 
 import dataclasses
+import functools
+import inspect
+import re
 import types
 from functools import partial
 
@@ -12,9 +15,8 @@ import pytest
 from jaxrl_stable import advantages as estimators
 from jaxrl_stable import corrections, objectives
 from jaxrl_stable.diagnostics import finalize
-from jaxrl_stable.objective import Objective
+from jaxrl_stable.objective import Objective, ObjectiveLike
 from jaxrl_stable.trainer.batch import make_batch
-from jaxrl_stable.trainer.forward import policy_log_probs
 
 
 @pytest.mark.fast
@@ -61,13 +63,13 @@ TIS, ICEPOP = corrections.token_tis, corrections.icepop
         ),
         (
             {"corrections": [corrections.geometric_mask], "policies": "bypass"},
-            "policies='bypass' makes the mismatch 1 that geometric_mask looks at",
+            "policies='bypass' removes the mismatch that geometric_mask needs",
         ),
-        ({"loss": objectives.m2po, "policies": "recomputed"}, "1 that m2po looks at"),
+        ({"loss": objectives.m2po, "policies": "recomputed"}, "mismatch that m2po needs"),
         ({"loss": partial(objectives.m2po, moment="full"), "policies": "recomputed"}, None),
         (
             {"loss": partial(objectives.minirl, weight="mismatch"), "policies": "recomputed"},
-            "1 that minirl looks at",
+            "mismatch that minirl needs",
         ),
         ({"corrections": [corrections.off_policy_sequence_mask], "policies": "bypass"}, None),
     ],
@@ -78,6 +80,35 @@ def test_functions_that_go_together_and_those_that_do_not(together, message):
         return objective.check()
     with pytest.raises(ValueError, match=message):
         objective.check()
+
+
+@pytest.mark.fast
+def test_traits_depend_on_the_options_that_are_bound():
+    """The innermost default counts, then the binding that is outermost; wrappers keep them."""
+    plain = objectives.traits_of(objectives.minirl)
+    assert plain.weighs_mismatch and not plain.needs_mismatch and not plain.whole_batch
+    inner = partial(objectives.minirl, weight="none", clip=False)
+    assert not objectives.traits_of(inner).weighs_mismatch
+    outer = objectives.traits_of(partial(inner, weight="mismatch"))
+    assert outer.weighs_mismatch and outer.needs_mismatch
+    assert objectives.traits_of(partial(objectives.bapo, form="code")).whole_batch
+
+    @functools.wraps(objectives.minirl)
+    def wrapped(*arrays, **options):
+        return objectives.minirl(*arrays, **options)
+
+    assert objectives.traits_of(wrapped) == plain
+    for function in (objectives.ppo, corrections.off_policy_sequence_mask, wrong_result):
+        assert not any(vars(objectives.traits_of(function)).values())
+
+
+@pytest.mark.fast
+def test_a_loss_of_ones_own_declares_its_traits():
+    @objectives.traits(whole_batch=True)
+    def loss(*arrays):
+        return objectives.reinforce(*arrays)
+
+    assert Objective(loss=loss).whole_batch and not Objective().whole_batch
 
 
 def wrong_result(*arrays):
@@ -96,8 +127,8 @@ def broken(*arrays):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (Objective(loss=wrong_result), r"wrong_result gives .* where TokenLoss.* is expected"),
-        (Objective(corrections=[wrong_shape]), "wrong_shape gives"),
+        (Objective(loss=wrong_result), r"wrong_result returns .* instead of TokenLoss"),
+        (Objective(corrections=[wrong_shape]), "wrong_shape returns"),
         (Objective(advantages=broken), "broken raised KeyError: 'key'"),
         (Objective(loss=estimators.centered), "centered raised TypeError"),
         (Objective(corrections=[partial(TIS, cap=0.0)], loss=objectives.ppo), "token_tis: cap=0.0"),
@@ -114,6 +145,15 @@ def broken(*arrays):
 def test_check_finds_wrong_options_before_anything_runs(objective, message):
     with pytest.raises(ValueError, match=message):
         objective.check()
+
+
+@pytest.mark.fast
+def test_what_update_needs_is_what_the_protocol_lists():
+    used = set(re.findall(r"\bobjective\.(\w+)", inspect.getsource(update)))
+    listed = {name for name in vars(ObjectiveLike) if not name.startswith("_")}
+    assert used == listed
+    assert isinstance(Objective(), ObjectiveLike)
+    assert not isinstance(object(), ObjectiveLike)
 
 
 @pytest.mark.fast

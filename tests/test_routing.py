@@ -10,10 +10,10 @@ from jaxrl_stable.routing import (
     expert_dtype,
     from_token_major,
     overlap,
-    shift,
     to_token_major,
     validate,
 )
+from tests.negative_controls import shift
 
 
 def routing(layers=2, b=2, t=3, k=2, num_experts=8):
@@ -31,7 +31,7 @@ def test_overlap_by_hand():
 
 
 def test_dtype_of_experts():
-    # 256 experts use every value of uint8: there is no room for a sentinel, and none is needed.
+    # 256 experts use every value of uint8: a sentinel does not fit and is not needed.
     assert expert_dtype(256) == jnp.uint8
     assert expert_dtype(257) == jnp.uint16
     assert expert_dtype(512) == jnp.uint16
@@ -140,7 +140,7 @@ def test_token_major_round_trip_keeps_256_experts_apart_from_the_sentinel():
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.int8])
 def test_token_major_of_other_widths_and_with_tunix_padding(dtype):
     padded = TOKEN_MAJOR.astype(dtype)
-    padded[0, 0] = -2  # no token at all
+    padded[0, 0] = -2  # not a token
     np.testing.assert_array_equal(to_token_major(from_token_major(padded, 8)), TOKEN_MAJOR)
 
 

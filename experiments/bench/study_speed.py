@@ -77,7 +77,7 @@ from jaxrl_stable import gin_files
 from jaxrl_stable.study.__main__ import build
 from jaxrl_stable.study.config import Study
 from jaxrl_stable.study.programs import over_runs, scoring
-from jaxrl_stable.study.runner import Lot, Member, begin_runs, make_starts
+from jaxrl_stable.study.runner import Member, Wave, begin_runs, make_starts
 from jaxrl_stable.study.runs import advance, heldout_score
 
 CURVES = ("reward", "entropy", "kl")
@@ -204,7 +204,7 @@ def main():
     begin = time.perf_counter()
     starts = make_starts(study, devices, [cell.cold_start], scoring(study, devices))
     print(f"{options.runs} cold starts: {time.perf_counter() - begin:.0f} s", flush=True)
-    runs = begin_runs(study, cells, Lot(members, (name,), options.runs), starts, devices)
+    runs = begin_runs(study, cells, Wave(members, (name,), options.runs), starts, devices)
 
     def step(run, first):
         """Advances a run to its next evaluation and evaluates it."""

@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for TPU slices: does it fit, what does it send, how fast can it be."""
+"""Ahead-of-time compilation for TPU slices: does it fit, what does it send, how fast can it run."""

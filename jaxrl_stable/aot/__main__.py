@@ -4,7 +4,7 @@
     python -m jaxrl_stable.aot --gin_file=… --topology=v5e:16x16*2 --programs=update --json=out.json
     python -m jaxrl_stable.aot --gin_file=… --sweep=v5p:4x4x4,v5p:4x4x8,v5p:4x8x8,v5p:8x8x8
 
-Needs the extra `tpu`. Exit status 2, with one line, where a program does not fit.
+Needs the extra `tpu`. If a program does not fit, prints one line and exits with status 2.
 """
 
 from __future__ import annotations
@@ -19,31 +19,35 @@ import jax
 
 from jaxrl_stable.aot import programs
 from jaxrl_stable.aot.analysis import Figures, analyse, step_seconds
-from jaxrl_stable.aot.report import details, duration, refusal, size, table
-from jaxrl_stable.aot.sweep import plot_sweep, scaled, sweep_record, sweep_table
+from jaxrl_stable.aot.report import details, refusal, table
+from jaxrl_stable.aot.sweep import plot_sweep, scaled, sweep_record, sweep_table, topology_record
 from jaxrl_stable.aot.topology import Topology, parse_topology
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.program import GIN_PREFIX, errors_in_one_line
 from jaxrl_stable.sharding import make_mesh
+from jaxrl_stable.text import byte_size, duration
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options; `--gin.NAME=VALUE` binds as in every program."""
+    """Parses the options; `--gin.NAME=VALUE` binds as in every program."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxrl_stable.aot",
-        description="Compiles the programs of a run for TPUs that are not there.",
+        description="Compiles the programs of a run for a TPU slice, on a machine without TPUs.",
+        epilog=f"{GIN_PREFIX}NAME=VALUE binds a value, as in jaxrl_stable.train.",
     )
-    parser.add_argument("--gin_file", action="append", default=[], help="as in jaxrl_stable.train")
-    parser.add_argument("--topology", help="such as v5p:4x4x4, or v5e:16x16*2 for two slices")
+    parser.add_argument("--gin_file", action="append", default=[], help="gin file; may be repeated")
+    parser.add_argument("--topology", help="slice, such as v5p:4x4x4; v5e:16x16*2 is two slices")
     parser.add_argument(
-        "--sweep", help="several topologies with commas between them, smallest first"
+        "--sweep", help="comma-separated topologies, smallest first, for weak scaling"
     )
-    parser.add_argument("--programs", default=",".join(programs.NAMES), help="some of the default")
-    parser.add_argument("--json", type=pathlib.Path, help="file for all figures")
-    parser.add_argument("--plot", type=pathlib.Path, help="picture of a sweep (PNG, PDF, SVG)")
+    parser.add_argument(
+        "--programs", default=",".join(programs.NAMES), help="comma-separated; default: %(default)s"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="file to write all figures to")
+    parser.add_argument("--plot", type=pathlib.Path, help="plot of a sweep (PNG, PDF or SVG)")
     parser.add_argument("--hlo", type=pathlib.Path, help="directory for the compiled programs")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     gin = [each for each in arguments if each.startswith(GIN_PREFIX)]
     options = parser.parse_args([each for each in arguments if not each.startswith(GIN_PREFIX)])
     options.bindings = [each.removeprefix(GIN_PREFIX) for each in gin]
@@ -57,10 +61,10 @@ def compile_and_measure(
     names: tuple[str, ...],
     hlo: pathlib.Path | None = None,
 ) -> list[Figures]:
-    """Figures of all programs of a step.
+    """Compiles the programs of a step and returns their figures.
 
     Raises:
-      ValueError: the mesh does not fit the topology, or a program the chips.
+      ValueError: if the mesh does not fit the topology.
     """
     mesh = make_mesh(experiment.mesh, topology.devices())
     experiment.check_mesh(mesh)
@@ -82,33 +86,29 @@ def main(options: argparse.Namespace) -> None:
     elif options.topology:
         one(experiment, options)
     else:
-        raise ValueError("--topology is missing; write for example --topology=v5p:4x4x4")
+        raise ValueError("--topology is missing; pass for example --topology=v5p:4x4x4")
 
 
 def one(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Compiles for one topology and prints everything."""
+    """Compiles for one topology and prints all figures."""
     topology = parse_topology(options.topology)
     figures = compile_and_measure(experiment, topology, options.programs, options.hlo)
     seconds = step_seconds(figures, experiment.reinforcement)
     print(
-        f"{topology.name}: {topology.chips} chips of {size(topology.chip.hbm)}, {experiment.mesh}"
+        f"{topology.name}: {topology.chips} chips of {byte_size(topology.chip.hbm)}, "
+        f"{experiment.mesh}"
     )
     print(table(figures), details(figures), sep="\n\n")
     shares = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     print(f"\none step at the roofline: {duration(sum(seconds.values()))} ({shares})")
     if options.json:
-        record = {
-            "topology": topology.name,
-            "chips": topology.chips,
-            "step_seconds": seconds,
-            "programs": [each.record() for each in figures],
-        }
+        record = topology_record(topology, figures) | {"step_seconds": seconds}
         options.json.write_text(json.dumps(record, indent=2) + "\n")
     refuse_unless_fitting(figures)
 
 
 def sweep(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Compiles for several slices and prints how the cost of a chip grows."""
+    """Compiles for several slices and prints how the cost per chip grows."""
     topologies = [parse_topology(name) for name in options.sweep.split(",")]
     sizes = []
     for topology in topologies:
@@ -124,7 +124,7 @@ def sweep(experiment: Experiment, options: argparse.Namespace) -> None:
 
 
 def refuse_unless_fitting(figures: list[Figures]) -> None:
-    """Raises ValueError with what does not fit and what to change."""
+    """Checks that all programs fit; raises ValueError with what to change if one does not."""
     for each in figures:
         if not each.fits:
             raise ValueError(refusal(each))

@@ -1,4 +1,4 @@
-"""All figures of one compiled program, ready to print, to store and to compare."""
+"""All figures of one compiled program, to print, store and compare."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from jaxrl_stable.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What runs once, or one iteration of the loop that decodes; everything is for one chip.
+    """Figures per chip of the part that runs once, or of one iteration of the decode loop.
 
     Attributes:
-      name: of the program, or "decode": one token of every row that is sampled at a time.
-      flops: that the program computes: products and kernels.
-      model_flops: that the model needs.
-      hbm_bytes: read from and written to main memory.
-      sent: bytes by kind of collective; "dcn …" between slices.
-      times: seconds that each resource would need.
-      mfu: upper bound of the share of the peak that useful work reaches.
-      unknown: kernels whose FLOPs are missing.
+      name: the program, or "decode": one token of every row sampled at a time.
+      flops: FLOPs that the program computes, in products and kernels.
+      model_flops: FLOPs that the model needs.
+      hbm_bytes: bytes read from and written to main memory.
+      sent: bytes sent, by kind of collective; "dcn …" between slices.
+      times: seconds that each resource needs.
+      mfu: upper bound of model FLOPs utilisation.
+      unknown: kernels whose FLOPs are missing from `flops`.
     """
 
     name: str
-    flops: float
-    model_flops: float
-    hbm_bytes: float
-    sent: dict[str, float]
+    flops: int | float
+    model_flops: int | float
+    hbm_bytes: int | float
+    sent: dict[str, int | float]
     times: Roofline
     mfu: float
     unknown: tuple[str, ...]
@@ -50,18 +50,18 @@ class Figures:
     """One program on one topology.
 
     Attributes:
-      name: of the program.
-      seconds: to compile.
-      memory: bytes on one chip.
-      hbm: bytes that one chip has for programs.
-      parts: what runs once, and the loop over tokens where there is one.
-      tensors: what takes most memory, largest first.
+      name: the program.
+      seconds: compilation time.
+      memory: memory on one chip.
+      hbm: bytes of main memory that one chip has for programs.
+      parts: the part that runs once and, if there is one, the loop over tokens.
+      tensors: the tensors that take most memory, largest first.
     """
 
     name: str
     seconds: float
     memory: Memory
-    hbm: float
+    hbm: int | float
     parts: tuple[Part, ...]
     tensors: tuple[Tensor, ...]
 
@@ -70,7 +70,7 @@ class Figures:
         return self.memory.total <= self.hbm
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the figures as JSON."""
         record = dataclasses.asdict(self) | {"fits": self.fits}
         record["memory"]["total"] = self.memory.total
         for part, stored in zip(self.parts, record["parts"], strict=True):
@@ -81,14 +81,14 @@ class Figures:
 def analyse(
     compiled: Compiled, config: ModelConfig, topology: Topology, mesh: Mesh, tensors: int = 5
 ) -> Figures:
-    """Takes a compiled program apart.
+    """Measures a compiled program.
 
     Args:
       compiled: the program.
-      config: of the model.
-      topology: what it was compiled for.
-      mesh: over its devices.
-      tensors: how many of the largest to keep.
+      config: configuration of the model.
+      topology: the topology that it was compiled for.
+      mesh: the mesh over its devices.
+      tensors: how many of the largest tensors to keep.
     """
     program = compiled.program
     module = hlo.parse(compiled.executable.as_text())
@@ -131,7 +131,7 @@ def analyse(
 
 
 def step_seconds(figures: list[Figures], rl: Reinforcement) -> dict[str, float]:
-    """Seconds of one training step at the roofline, by program; every response at its longest."""
+    """Returns seconds per training step at the roofline, by program, for full-length responses."""
     rows = rl.prompts * rl.group_size
     decoded = rl.max_tokens * rows // (rl.rollout_rows or rows)
     total = {}

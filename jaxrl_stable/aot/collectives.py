@@ -1,21 +1,22 @@
-"""What a compiled program sends: each collective, its group, and the bytes a chip puts on the wire.
+"""The collectives of a compiled program, their groups, and the bytes that a chip sends.
 
-Bytes are those that leave one chip when the collective runs as a ring of n chips (the convention of
-NCCL's "bus bandwidth", and of the JAX scaling book):
+Bytes are counted as they leave one chip if the collective runs as a ring of n chips (the convention
+of NCCL's "bus bandwidth" and of the JAX scaling book):
 
     all-gather           (n − 1) · input                    = (n − 1)/n · output
     reduce-scatter       (n − 1)/n · input
     all-reduce           2 (n − 1)/n · input                (a reduce-scatter, then an all-gather)
     all-to-all           (n − 1)/n · input
-    ragged-all-to-all    (n − 1)/n · the smaller buffer     (what it holds is known at run time)
-    collective-permute   input
+    ragged-all-to-all    (n − 1)/n · the smaller buffer     (its contents are known only at run
+    time) collective-permute   input
 
-libtpu writes some reduce-scatters as a fusion of an all-reduce with the slice that a chip keeps;
-they are what they do. An all-reduce with the slice outside of it sends all that its kind says.
+libtpu writes some reduce-scatters as a fusion of an all-reduce with the slice that a chip keeps.
+They are counted as reduce-scatters. An all-reduce whose slice is outside the fusion sends the bytes
+of an all-reduce.
 
-They count once for each run of the instruction, loops multiplied out. Chips of one slice talk over
-ICI. Between slices the compiler for TPU replaces a collective by a send through the host, which it
-labels with the collective's kind: those bytes go over the data-centre network (DCN).
+A collective counts once per run of its instruction, with loops multiplied out. Chips of one slice
+communicate over ICI. Between slices the TPU compiler replaces a collective by a send through the
+host, labelled with the collective's kind; those bytes go over the data-centre network (DCN).
 """
 
 from __future__ import annotations
@@ -49,15 +50,16 @@ class Collective:
     Attributes:
       kind: one of `KINDS`.
       network: "ici" or "dcn".
-      arrays: what goes in, on one chip.
+      arrays: the operands, on one chip.
       group: devices of the first group; empty over DCN.
-      size: chips (slices over DCN) of a group.
-      sent: bytes that leave a chip in one run.
-      times: runs of it, or runs in one iteration of `loop`.
-      loop: the enclosing loop of unknown length, "" outside.
+      size: chips (over DCN: slices) per group.
+      sent: bytes that leave a chip per run.
+      times: number of runs, in total or per iteration of `loop`.
+      loop: the enclosing loop of unknown length; "" outside such loops.
       op_name: where in the Python program it comes from.
-      gathers: an all-reduce that brings parts together: each chip adds its own to zeros. XLA for
-        TPU writes an all-gather so when it has no faster way on the links in question.
+      gathers: whether it is an all-reduce that gathers parts, each chip adding its own to zeros.
+        XLA for TPU writes an all-gather this way if it knows nothing faster for the links in
+        question.
     """
 
     kind: str
@@ -65,7 +67,7 @@ class Collective:
     arrays: tuple[Array, ...]
     group: tuple[int, ...]
     size: int
-    sent: float
+    sent: int | float
     times: int
     loop: str
     op_name: str
@@ -73,15 +75,15 @@ class Collective:
 
 
 def collectives(module: Module, devices: int, slices: int = 1) -> list[Collective]:
-    """All collectives that a program runs.
+    """Returns all collectives that a program runs.
 
     Args:
       module: the program.
-      devices: chips of a slice.
+      devices: chips per slice.
       slices: number of slices.
 
     Raises:
-      ValueError: replica groups in a form that is not known.
+      ValueError: if replica groups have an unknown form.
     """
     found, chains = [], set()
     for step in steps(module):
@@ -96,14 +98,14 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
     return found
 
 
-def bytes_by_kind(found: Iterable[Collective], loop: str = "") -> dict[str, float]:
-    """Bytes that a chip sends, by "kind" over ICI and "dcn kind" over DCN.
+def bytes_by_kind(found: Iterable[Collective], loop: str = "") -> dict[str, int | float]:
+    """Returns the bytes that a chip sends, by "kind" over ICI and "dcn kind" over DCN.
 
     Args:
       found: collectives.
-      loop: the loop of unknown length whose iteration is meant; "" for what runs outside them.
+      loop: counts one iteration of this loop of unknown length; "" counts what runs outside.
     """
-    total: dict[str, float] = defaultdict(float)
+    total: dict[str, int | float] = defaultdict(float)
     for each in found:
         if each.loop == loop and each.sent:
             name = each.kind if each.network == "ici" else f"dcn {each.kind}"
@@ -112,13 +114,15 @@ def bytes_by_kind(found: Iterable[Collective], loop: str = "") -> dict[str, floa
 
 
 def spanned_axes(group: Sequence[int], coordinates: Sequence[Sequence[int]]) -> int:
-    """Dimensions of the torus along which the chips of a group differ."""
+    """Returns the number of torus dimensions along which the chips of a group differ."""
     places = np.array([coordinates[device] for device in group])
     return int((places != places[0]).any(0).sum())
 
 
-def _with_fused(module: Module, computation: Computation, instruction: Instruction):
-    """The instruction, or those inside a fusion that holds collectives."""
+def _with_fused(
+    module: Module, computation: Computation, instruction: Instruction
+) -> list[tuple[Computation, Instruction]]:
+    """Returns the instruction or, for a fusion, the instructions inside it."""
     if instruction.opcode != "fusion":
         return [(computation, instruction)]
     body = module.body(instruction)
@@ -138,7 +142,7 @@ def _read(
     if kind not in KINDS:
         return None
     operands = [computation.by_name[name] for name in each.operands]
-    if kind == "ragged-all-to-all":  # buffers for input and output, then offsets and sizes
+    if kind == "ragged-all-to-all":  # input and output buffers, then offsets and sizes
         operands = [min(operands[:2], key=lambda x: x.bytes)]
     arrays = tuple(array for operand in operands for array in operand.arrays)
     payload = sum(array.bytes for array in arrays)
@@ -151,7 +155,7 @@ def _read(
     groups = replica_groups(each.attributes, devices)
     size = groups.shape[1]
     if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
-        kind = "reduce-scatter"  # a fusion of libtpu's: each chip keeps its slice of the sum
+        kind = "reduce-scatter"  # a fusion by libtpu: each chip keeps its slice of the sum
     gathers = kind == "all-reduce" and any(_placed(module, computation, x) for x in operands)
     sent = _sent(kind, size, payload)
     return Collective(
@@ -159,13 +163,13 @@ def _read(
     )
 
 
-def _sent(kind: str, n: int, payload: int) -> float:
+def _sent(kind: str, n: int, payload: int) -> int | float:
     factor = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}
     return factor.get(kind, (n - 1) / n) * payload if n > 1 else 0.0
 
 
 def _placed(module: Module, computation: Computation, value: Instruction) -> bool:
-    """Whether a value is one part written into zeros."""
+    """Returns whether a value is one part written into zeros."""
     while value.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
         value = computation.operand(value, 0)
     if value.opcode == "fusion":
@@ -176,6 +180,6 @@ def _placed(module: Module, computation: Computation, value: Instruction) -> boo
     into = computation.operand(value, 0)
     while into.opcode in ("copy", "bitcast"):
         into = computation.operand(into, 0)
-    if into.opcode == "parameter":  # of a fusion that is given the zeros
+    if into.opcode == "parameter":  # of a fusion whose operand is the zeros
         return True
     return into.opcode == "broadcast"

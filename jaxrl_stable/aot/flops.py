@@ -1,9 +1,9 @@
-"""FLOPs that the model needs, whatever the program does: the numerator of model FLOPs utilisation.
+"""FLOPs that the model needs, regardless of the program: the numerator of model FLOPs utilisation.
 
-The definition of MaxText (its docs/reference/performance_metrics.md): every matrix product counts 2
-for a multiplication with an addition, a backward pass twice its forward pass, causal attention half
-of all pairs, and nothing that is computed again counts twice. Embedding look-ups, norms and the
-optimiser are left out.
+The definition is MaxText's (docs/reference/performance_metrics.md). A multiplication with an
+addition counts 2, a backward pass counts twice its forward pass, causal attention counts half of
+all pairs, and recomputation does not count. Embedding look-ups, norms and the optimizer are left
+out.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jaxrl_stable.model.transformer import init_model
 def forward_flops(
     config: ModelConfig, rows: int, columns: int, scored: int, past: int = 0
 ) -> float:
-    """One forward pass over whole rows.
+    """Returns the FLOPs of one forward pass over whole rows.
 
     Args:
-      config: of the model.
-      rows: sequences.
-      columns: tokens of each.
-      scored: tokens of each whose logits are computed.
-      past: tokens before the first column, which a cache holds.
+      config: configuration of the model.
+      rows: number of sequences.
+      columns: tokens per sequence.
+      scored: tokens per sequence whose logits are computed.
+      past: tokens before the first column, held by a cache.
     """
     body, head = matrix_sizes(config)
     value_dim = config.latent.value_dim if config.latent else config.head_dim
@@ -37,7 +37,7 @@ def forward_flops(
 
 
 def matrix_sizes(config: ModelConfig) -> tuple[float, float]:
-    """Parameters that one token is multiplied with: in the blocks, and in the output head."""
+    """Returns how many weights multiply one token, in the blocks and in the output head."""
     model = jax.eval_shape(lambda: init_model(config, 0))
     params = jax.tree.leaves(model.stacks, is_leaf=lambda x: isinstance(x, nnx.Variable))
     body = 0.0

@@ -1,4 +1,4 @@
-"""Which devices a collective joins: the three ways in which XLA writes replica groups."""
+"""Replica groups, the devices that a collective joins, in the three forms that XLA writes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _AXIS = re.compile(r"'([^']+)'(?:=(\d+))?(?::\((\d+)\)(\d+))?")
 
 
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
-    """Devices of each group, `[groups, size]`.
+    """Returns the devices of each group, `[groups, size]`.
 
     The forms are `{{0,1},{2,3}}`, `[2,2]<=[4]T(…)` (an iota, reshaped and transposed), and
     `mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}` (a mesh and the axes that a group runs
-    over). No groups mean one of all devices.
+    over). Without groups, all devices form one.
 
     Args:
-      attributes: of the instruction.
-      devices: of the program.
+      attributes: attributes of the instruction, as text.
+      devices: number of devices of the program.
 
     Raises:
-      ValueError: a form that is not known.
+      ValueError: if the form is unknown.
     """
     found = re.search(
         r"replica_groups=("
@@ -53,7 +53,7 @@ def _of_mesh(axes: str, device_shape: str | None, order: str | None, over: str) 
     devices = np.arange(int(np.prod(list(sizes.values()))))
     if device_shape is not None:
         devices = _iota(_numbers(device_shape), _numbers(order))
-    # An axis may be cut: 'x':(2)4 is the part of size 4 behind a part of size 2.
+    # An axis may be split: 'x':(2)4 is the part of size 4 after a part of size 2.
     parts = [
         (name, int(before), int(size)) for name, _, before, size in _AXIS.findall(over) if size
     ]

@@ -1,7 +1,7 @@
-"""The text of a compiled program, read into computations and instructions.
+"""A parser of the text of a compiled program, into computations and instructions.
 
-XLA prints its optimised modules in one format for every backend; `jax.stages.Compiled.as_text` is
-the public way to it. Only what the other files ask for is read: shapes, operands, attributes and
+XLA prints optimised modules in the same format for every backend; `jax.stages.Compiled.as_text` is
+the public access to it. Only what the other files need is read: shapes, operands, attributes and
 called computations.
 """
 
@@ -33,12 +33,12 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computat
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type, sizes and place of one array.
+    """Type, shape and memory space of one array.
 
     Attributes:
-      dtype: as XLA names it: "bf16", "s32", "pred".
+      dtype: XLA's name of the type: "bf16", "s32", "pred".
       dims: sizes.
-      space: memory space of the layout; 0 is the main memory (HBM), 1 on-chip, 5 the host.
+      space: memory space of the layout: 0 is main memory (HBM), 1 is on-chip, 5 is the host.
     """
 
     dtype: str
@@ -51,7 +51,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Bytes without the padding that a tiled layout may add."""
+        """Number of bytes, without the padding that a tiled layout may add."""
         return math.ceil(self.size * BYTES[self.dtype])
 
     def __str__(self) -> str:
@@ -63,12 +63,12 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name, opcode: as printed.
-      arrays: the result; several where it is a tuple.
+      name, opcode: name and opcode, as printed.
+      arrays: the result; several arrays if it is a tuple.
       operands: names of other instructions of the same computation.
       arguments: the text between the parentheses (the value of a constant, the index of a
         parameter).
-      attributes: the text behind the operands.
+      attributes: the text after the operands.
       root: whether it is the result of its computation.
     """
 
@@ -86,18 +86,18 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of named scopes and JAX primitives that it came from; "" where none is noted."""
+        """The path of named scopes and JAX primitives that it came from; "" if none is given."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def chain(self) -> tuple[str, str] | None:
-        """Names a collective that libtpu runs beside other work: a row of fusions, all with it."""
+        """Identity of a collective that libtpu overlaps with other work, in a series of fusions."""
         found = _CHAIN.search(self.attributes)
         return found.groups() if found else None
 
     def attribute(self, name: str) -> str:
-        """The text of an attribute up to the next comma outside brackets; "" without it."""
+        """Returns the text of an attribute, up to the next comma outside brackets; "" if absent."""
         found = re.search(rf"(?:^|, ){name}=", self.attributes)
         if not found:
             return ""
@@ -117,7 +117,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A list of instructions, in the order in which they run."""
+    """A sequence of instructions, in the order in which they run."""
 
     name: str
     instructions: tuple[Instruction, ...]
@@ -136,17 +136,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program: what one device runs."""
+    """A compiled program, as one device runs it."""
 
     computations: dict[str, Computation]
     entry: str
 
     def body(self, instruction: Instruction) -> Computation:
-        """The computation inside a fusion."""
+        """Returns the computation inside a fusion."""
         return self.computations[instruction.called[0]]
 
     def loop(self, instruction: Instruction) -> tuple[Computation, Computation]:
-        """Condition and body of a `while`."""
+        """Returns condition and body of a `while`."""
         condition, body = (
             re.search(rf"{key}=%?([\w.\-]+)", instruction.attributes)[1]
             for key in ("condition", "body")
@@ -158,7 +158,7 @@ def parse(text: str) -> Module:
     """Reads `Compiled.as_text()`.
 
     Raises:
-      ValueError: the text has no entry computation.
+      ValueError: if the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, name, lines = "", "", []
@@ -173,7 +173,7 @@ def parse(text: str) -> Module:
             name = ""
         elif name and _INSTRUCTION.match(line):
             lines.append(line)
-        elif lines:  # an attribute of a kernel may hold line breaks
+        elif lines:  # attributes of kernels may contain line breaks
             lines[-1] += line
     if not entry:
         raise ValueError("the text of the program has no ENTRY computation; is it compiled HLO?")
@@ -206,7 +206,7 @@ def _arrays(text: str) -> Iterator[Array]:
 
 
 def _closing(text: str, start: int, end: str) -> int:
-    """Where `end` next stands outside brackets and quotes; the length where it never does."""
+    """Returns the next position of `end` outside brackets and quotes, or the length of the text."""
     depth, quoted = 0, False
     for i in range(start, len(text)):
         c = text[i]

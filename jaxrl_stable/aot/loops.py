@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from jaxrl_stable.aot.hlo import Computation, Instruction, Module
 
-# A counter that meets these with the limit on its left compares the other way round.
+# Comparisons as they read with the limit on the left of the counter.
 _MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 _INCLUSIVE = {"LT": 0, "GT": 0, "NE": 0, "LE": 1, "GE": -1}
 _COPIES = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
@@ -20,10 +20,10 @@ class Step:
     """An instruction that runs, and how often.
 
     Attributes:
-      instruction: never one inside a fusion.
-      computation: where it stands.
-      times: runs of it in one run of the program, or in one iteration of `loop`.
-      loop: the innermost enclosing loop of unknown length; "" where all lengths are known.
+      instruction: the instruction; never one inside a fusion.
+      computation: the computation that contains it.
+      times: number of runs per run of the program, or per iteration of `loop`.
+      loop: the innermost enclosing loop of unknown length; "" if all lengths are known.
     """
 
     instruction: Instruction
@@ -33,9 +33,9 @@ class Step:
 
 
 def steps(module: Module) -> Iterator[Step]:
-    """All instructions that run, loops multiplied out; bodies of fusions are left to the reader.
+    """Yields all instructions that run, with loops multiplied out, except those inside fusions.
 
-    Every branch of a conditional counts, which is an upper bound: one of them runs.
+    Every branch of a conditional counts, which is an upper bound: only one of them runs.
     """
     yield from _steps(module, module.computations[module.entry], 1, "")
 
@@ -55,10 +55,11 @@ def _steps(module: Module, computation: Computation, times: int, loop: str) -> I
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """Iterations of a `while`; None where the text does not say.
+    """Returns the number of iterations of a `while`, or None if the text does not determine it.
 
-    Some backends note the number. Otherwise the condition must compare a counter with a limit that
-    stays, and the body add a constant to that counter; start, limit and step must be constants.
+    Some backends write the number. Otherwise the condition must compare a counter with a fixed
+    limit, and the body must add a constant to that counter; start, limit and step must be
+    constants.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
@@ -101,20 +102,20 @@ class _Operation:
 
 @dataclasses.dataclass(frozen=True)
 class _Values:
-    """What is known of the integers of one computation."""
+    """What is known about the integers of one computation."""
 
     module: Module
     computation: Computation
 
     def origin(self, name: str) -> Instruction:
-        """The instruction behind copies of a value."""
+        """Returns the instruction that a value was copied from."""
         found = self.computation.by_name[name]
         while found.opcode in _COPIES:
             found = self.computation.by_name[found.operands[0]]
         return found
 
     def value(self, name: str) -> _Element | int | None:
-        """A constant, or an element of the state; None for anything else."""
+        """Returns a constant or an element of the state; None for anything else."""
         found = self.origin(name)
         if found.opcode == "constant" and re.fullmatch(r"-?\d+", found.arguments):
             return int(found.arguments)
@@ -125,13 +126,13 @@ class _Values:
         return _Element(int(found.attribute("index")))
 
     def elements(self, name: str) -> dict[int, int]:
-        """The constants among the elements of a tuple."""
+        """Returns the constants among the elements of a tuple."""
         found = self.origin(name)
         values = map(self.value, found.operands) if found.opcode == "tuple" else ()
         return {i: value for i, value in enumerate(values) if isinstance(value, int)}
 
     def operation(self, name: str) -> _Operation | None:
-        """The instruction that computes a value, with operands of this computation."""
+        """Returns the instruction that computes a value, with operands of this computation."""
         found = self.origin(name)
         if found.opcode != "fusion":
             operands = tuple(map(self.value, found.operands))
@@ -149,7 +150,7 @@ class _Values:
         return _Operation(root.opcode, root.attribute("direction"), operands)
 
     def increment(self, index: int) -> int | None:
-        """What one iteration adds to an element of the state; None where it is not a constant."""
+        """Returns the constant that one iteration adds to an element of the state, if any."""
         root = self.origin(self.computation.root.name)
         if root.opcode != "tuple":
             return None

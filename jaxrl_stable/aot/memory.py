@@ -1,4 +1,4 @@
-"""Bytes of a program on one chip, and what takes them."""
+"""Memory of a program on one chip, and the tensors that take it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Memory:
     """Bytes on one chip.
 
     Attributes:
-      arguments, temporaries, outputs: of the program, as the compiler laid them out in main memory.
-      donated: of the arguments, what outputs take the place of.
+      arguments, temporaries, outputs: what the compiler laid out in main memory.
+      donated: the part of the arguments that outputs reuse.
       peak: the most that the program holds at once, by the compiler's own simulation.
-      beside: what the run holds meanwhile that the program does not see, such as the moments of
-        the optimiser during a rollout.
+      beside: what the run holds outside the program, such as the optimizer's moments during a
+        rollout.
     """
 
     arguments: int
@@ -38,20 +38,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """What a chip must have: all that is laid out, also where the peak is lower."""
+        """The memory that a chip needs: everything that is laid out, even if the peak is lower."""
         return self.arguments + self.temporaries + self.outputs - self.donated + self.beside
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Something that takes memory.
+    """A tensor that takes memory.
 
     Attributes:
       name: path of an argument, or the operation that makes a temporary.
-      kind: "argument", "beside" or "temporary".
-      shape: type and sizes, of the whole array for what has a sharding, else of a chip's part.
+      kind: "argument", "beside" (see `Memory`) or "temporary".
+      shape: type and sizes; of a chip's part for temporaries, else of the whole array.
       spread: how it is spread over the mesh; "" for temporaries.
-      bytes: on one chip.
+      bytes: bytes on one chip.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Tensor:
 
 
 def memory(executable: jax.stages.Compiled, beside: Any) -> Memory:
-    """Reads the compiler's account."""
+    """Reads the compiler's memory analysis."""
     stats = executable.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -79,12 +79,12 @@ def memory(executable: jax.stages.Compiled, beside: Any) -> Memory:
 
 
 def chip_bytes(tree: Any) -> int:
-    """Bytes of a chip's parts of abstract, sharded arrays."""
+    """Returns the bytes that one chip holds of abstract, sharded arrays."""
     return sum(map(_part_bytes, jax.tree.leaves(tree)))
 
 
 def named_tensors(tree: dict[str, Any], kind: str) -> Iterator[Tensor]:
-    """The arrays of a tree, by path."""
+    """Yields the arrays of a tree, named by their paths."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     for path, leaf in leaves:
         dims = ",".join(map(str, leaf.shape))
@@ -99,9 +99,9 @@ def named_tensors(tree: dict[str, Any], kind: str) -> Iterator[Tensor]:
 
 
 def temporaries(module: Module) -> Iterator[Tensor]:
-    """Results of instructions in main memory, largest of each kind once.
+    """Yields the results of instructions in main memory, each shape of an operation once.
 
-    They do not all live at the same time; the largest are what to look at first.
+    They do not all live at the same time; look at the largest ones first.
     """
     seen = set()
     for step in steps(module):

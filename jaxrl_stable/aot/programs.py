@@ -1,11 +1,11 @@
-"""The programs of a run, lowered for devices that are not there.
+"""The programs of a run, compiled for devices that this machine does not have.
 
-They are those of `train.make_programs`, with the same donation, and each gets what the one before
-it returns: what is proven here is what runs. Arguments are shapes with shardings; nothing is ever
+They are the programs of `train.make_programs`, with the same donation, and each takes what the one
+before returns, so results here hold for real runs. Arguments are shapes with shardings; nothing is
 allocated.
 
-A response is taken at its longest, and every row as full: the programs have fixed shapes, so a
-shorter response changes how often the decode loop runs and nothing else.
+Every response is assumed to have full length. The programs have fixed shapes, so a shorter response
+only changes how often the decode loop runs.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from jaxrl_stable.trainer.optimizer import TrainState, init_state, make_optimize
 from jaxrl_stable.trainer.score import with_old_policy
 from jaxrl_stable.trajectory import Trajectory
 
-NAMES = ("rollout", "score", "update")  # what can be asked for; the small ones come along
+NAMES = ("rollout", "score", "update")  # the small programs between them are compiled too
 
-# A chip that is full is a finding here, not an error: without this flag libtpu refuses to compile
-# and says no more than two numbers.
+# A program that does not fit is a result here, not an error: without this flag libtpu refuses to
+# compile and reports only two numbers.
 OPTIONS = {"xla_tpu_no_crash_on_oom": "true"}
 
 
@@ -46,12 +46,14 @@ class Program:
     """One jitted program and its abstract arguments.
 
     Attributes:
-      name: as in `train.Programs`.
-      function: jitted.
-      arguments: by name, in order; shapes with shardings.
+      name: name in `train.Programs`.
+      function: the jitted function.
+      arguments: arguments by name, in order: shapes with shardings.
       beside: what else the run holds on its chips meanwhile, by name.
-      model_flops: that the model needs, over all chips; outside loops of unknown length.
-      loop_flops: the same for one iteration of such a loop (a token of all rows in one cache).
+      model_flops: FLOPs that the model needs on all chips together, outside loops of unknown
+        length.
+      loop_flops: like `model_flops`, for one iteration of such a loop (one token of all rows in a
+        cache).
     """
 
     name: str
@@ -62,7 +64,7 @@ class Program:
     loop_flops: float = 0.0
 
     def compile(self) -> Compiled:
-        """Compiles, under `jax.set_mesh` of the mesh that the arguments lie on."""
+        """Compiles the program; the mesh of the arguments must be in use (`jax.set_mesh`)."""
         begin = time.perf_counter()
         lowered = self.function.lower(*self.arguments.values())
         executable = lowered.compile(compiler_options=OPTIONS)
@@ -80,10 +82,10 @@ class Compiled:
     """A compiled program.
 
     Attributes:
-      program: what was compiled.
-      executable: the result.
-      outputs: what it returns: shapes, with the shardings that the compiler chose.
-      seconds: for tracing, lowering and compiling.
+      program: the program before compilation.
+      executable: the compiled program.
+      outputs: its results as shapes, with the shardings that the compiler chose.
+      seconds: time for tracing, lowering and compiling.
     """
 
     program: Program
@@ -98,12 +100,12 @@ def compiled_programs(
     """Compiles the programs of one training step, in the order in which they run.
 
     Args:
-      experiment: what would run.
-      mesh: over the devices to compile for; must be in use (`jax.set_mesh`).
-      names: which of `NAMES`; the programs that make their arguments come along.
+      experiment: the experiment.
+      mesh: the mesh over the devices to compile for; must be in use (`jax.set_mesh`).
+      names: which of `NAMES`; the programs that make their arguments are compiled too.
 
     Raises:
-      ValueError: a name is unknown, or rows do not divide over the mesh.
+      ValueError: if a name is unknown, or rows do not divide evenly over the mesh.
     """
     for name in names:
         if name not in NAMES:
@@ -131,7 +133,7 @@ def compiled_programs(
     }
     trajectory = abstract_trajectory(mesh, programs.rollout, prompts)
     if "rollout" in names:
-        same = _layout(sampler) == _layout(state.model)  # nothing was copied
+        same = _layout(sampler) == _layout(state.model)  # `quantize` copied nothing
         rollout = Program(
             "rollout",
             programs.rollout,
@@ -184,7 +186,7 @@ def compiled_programs(
 
 
 def for_tpu(experiment: Experiment) -> Experiment:
-    """The experiment with what "auto" stands for on a TPU, as this machine has another backend."""
+    """Resolves "auto" as on a TPU; otherwise it would follow the backend of this machine."""
     model = experiment.model
     implementations = dict(
         attention=attention_implementation(model, "tpu"),
@@ -194,7 +196,7 @@ def for_tpu(experiment: Experiment) -> Experiment:
 
 
 def abstract_train_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """Weights and moments as shapes with shardings: the template of a run's checkpoints."""
+    """Returns weights and moments as shapes with shardings: the template of a run's checkpoints."""
     optimizer = make_optimizer(experiment.reinforcement.optimizer)
     return abstract_state(mesh, lambda: init_state(init_model(experiment.model, 0), optimizer))
 
@@ -202,7 +204,7 @@ def abstract_train_state(experiment: Experiment, mesh: Mesh) -> TrainState:
 def abstract_trajectory(
     mesh: Mesh, rollout: Callable[..., Trajectory], prompts: dict[str, Any]
 ) -> Trajectory:
-    """A rollout as shapes, its rows spread over all devices as those of the prompts are."""
+    """Returns a rollout as shapes; like the prompts, its rows are spread over all devices."""
     shapes: Trajectory = jax.eval_shape(rollout, *prompts.values())
     experts, valid = shapes.routing.experts, shapes.routing.valid
     by_row = jax.tree.map(
@@ -223,6 +225,6 @@ def _layout(tree: Any) -> list[tuple]:
 
 
 def _sampling(rl: Reinforcement, vocab_size: int) -> Sampling:
-    """That of the run, but for its stop token: any one compiles to the same program."""
+    """The run's sampling settings with a placeholder stop token; it does not change the program."""
     last = vocab_size - 1
     return Sampling(rl.max_tokens, rl.temperature, rl.top_k, rl.top_p, (last,), last)

@@ -1,9 +1,9 @@
-"""The shortest time that a chip's limits allow: Williams, Waterman and Patterson 2009.
+"""The roofline: the shortest time that a chip allows (Williams, Waterman and Patterson 2009).
 
-Each resource alone would need work divided by speed; with perfect overlap the step takes as long as
-the slowest of them, which names the bound. Real steps take longer: overlap is never perfect, and
-small or ragged products do not reach the peak. So the utilisation given is an upper bound, except
-where HBM bounds it: its bytes are a rough upper count (see `work`).
+Each resource needs its work divided by its speed. With perfect overlap a step takes as long as the
+slowest resource, which is the bound. Real steps take longer: overlap is never perfect, and small or
+ragged products do not reach the peak. So the utilisation given is an upper bound, except if HBM is
+the bound: its bytes are a rough upper estimate (see `work`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ RESOURCES = ("compute", "HBM", "ICI", "DCN")
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that one chip needs of each resource.
+    """Seconds that one chip needs on each resource.
 
     Attributes:
-      compute: FLOPs of the program over the peak of bfloat16.
-      hbm: bytes over the bandwidth of main memory.
-      ici: bytes of each collective over all links along the dimensions of the torus that its group
-        spans (a permutation has one link), one collective after the other.
-      dcn: bytes between slices over a chip's share of its host's network.
+      compute: FLOPs of the program, divided by the bfloat16 peak.
+      hbm: bytes, divided by the bandwidth of main memory.
+      ici: bytes of each collective, divided by the bandwidth of all links along the torus
+        dimensions that its group spans (a permutation has one link); one collective after the
+        other.
+      dcn: bytes between slices, divided by a chip's share of its host's network bandwidth.
     """
 
     compute: float
@@ -47,11 +48,11 @@ class Roofline:
         return max(self.seconds.values())
 
     def mfu(self, model_flops: float, chip: Chip) -> float:
-        """Share of the peak that useful work can reach.
+        """Returns the share of the peak that useful work can reach.
 
         Args:
-          model_flops: of the model, for one chip.
-          chip: its figures.
+          model_flops: FLOPs that the model needs, per chip.
+          chip: the chip.
         """
         return model_flops / (self.step * chip.flops) if self.step else 0.0
 
@@ -63,14 +64,14 @@ def roofline(
     found: Iterable[Collective],
     coordinates: Sequence[Sequence[int]],
 ) -> Roofline:
-    """Times of one run of a program, or of one iteration of a loop.
+    """Returns the times of one run of a program, or of one iteration of a loop.
 
     Args:
-      chip: its figures.
-      flops: that one chip computes.
-      hbm_bytes: that it reads and writes.
-      found: what it sends.
-      coordinates: place in the torus of each device of the program.
+      chip: the chip.
+      flops: FLOPs that one chip computes.
+      hbm_bytes: bytes that it reads and writes.
+      found: the collectives.
+      coordinates: position of each device in the torus.
     """
     ici, dcn = 0.0, 0.0
     for each in found:

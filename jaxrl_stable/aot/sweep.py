@@ -1,8 +1,8 @@
-"""Weak scaling: the same work for each chip on slices of several sizes.
+"""Weak scaling: the same work per chip on slices of several sizes.
 
-From one size to the next, `prompts` and `micro_batch_size` grow with the number of chips, and so
-does the mesh axis `data` (it is −1 in the gin file, which takes what the other axes leave). What a
-chip holds and sends should then stay as it is; what does not is what limits the size of a run.
+`prompts`, `micro_batch_size` and the mesh axis `data` grow with the number of chips (`data` is −1
+in the gin file, so it takes the devices that the other axes leave). What a chip holds and sends
+should then stay constant; anything that grows limits the size of a run.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 from jaxrl_stable.aot.analysis import Figures
-from jaxrl_stable.aot.report import aligned, duration, size
 from jaxrl_stable.aot.topology import Topology
 from jaxrl_stable.configs import Experiment
+from jaxrl_stable.text import aligned, duration
 
 
 def scaled(experiment: Experiment, factor: Fraction) -> Experiment:
-    """The experiment with `factor` times the rows, in as many micro-batches.
+    """Returns the experiment with `factor` times the rows, in the same number of micro-batches.
 
     Raises:
-      ValueError: the mesh has no axis that grows, or rows do not come out whole.
+      ValueError: if the mesh has no axis that grows, or the number of rows is not whole.
     """
     if experiment.mesh.data != -1:
         raise ValueError(
@@ -45,9 +46,9 @@ Sizes = list[tuple[Topology, list[Figures]]]
 
 
 def sweep_table(sizes: Sizes) -> str:
-    """What a chip holds, sends and needs, by program and number of chips."""
+    """Returns a table of memory, bytes sent and time per chip, by program and number of chips."""
     chips = [str(topology.chips) for topology, _ in sizes]
-    rows = [("for each chip, on this many chips:", *chips, "last to first")]
+    rows = [("per chip, by number of chips:", *chips, "last to first")]
     for label, values, text in _series(sizes):
         change = f"{values[-1] / values[0] - 1:+.1%}" if values[0] else ""
         rows.append((label, *map(text, values), change))
@@ -55,19 +56,21 @@ def sweep_table(sizes: Sizes) -> str:
 
 
 def sweep_record(sizes: Sizes) -> list[dict[str, Any]]:
-    """As JSON."""
-    return [
-        {
-            "topology": topology.name,
-            "chips": topology.chips,
-            "programs": [each.record() for each in figures],
-        }
-        for topology, figures in sizes
-    ]
+    """Returns the figures on all topologies as JSON."""
+    return [topology_record(topology, figures) for topology, figures in sizes]
+
+
+def topology_record(topology: Topology, figures: list[Figures]) -> dict[str, Any]:
+    """Returns the figures on one topology as JSON."""
+    return {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "programs": [each.record() for each in figures],
+    }
 
 
 def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
-    """Memory, bytes sent and time of a chip against the number of chips."""
+    """Plots memory, bytes sent and time per chip against the number of chips."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,17 +90,19 @@ def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
         axis.set_xticks(chips, [str(n) for n in chips])
         axis.set_ylim(bottom=0)
         axis.set_xlabel("chips")
-        axis.set_title(f"{title} of a chip")
+        axis.set_title(f"{title} per chip")
     axes[0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _series(sizes: Sizes):
-    """(label, value by size, how to write one) of each line."""
+def _series(
+    sizes: Sizes,
+) -> Iterator[tuple[str, list[int | float], Callable[[int | float], str]]]:
+    """Yields label, value on each topology, and a formatter for the values, for each line."""
     for programs in zip(*(figures for _, figures in sizes), strict=True):
-        yield f"{programs[0].name}: memory", [each.memory.total for each in programs], size
+        yield f"{programs[0].name}: memory", [each.memory.total for each in programs], byte_size
         for parts in zip(*(each.parts for each in programs), strict=True):
             name = parts[0].name
-            yield f"{name}: sent", [math.fsum(part.sent.values()) for part in parts], size
+            yield f"{name}: sent", [math.fsum(part.sent.values()) for part in parts], byte_size
             yield f"{name}: time", [part.times.step for part in parts], duration

@@ -1,11 +1,12 @@
-"""TPU slices without TPUs: devices to compile for, from the compiler alone, and what they can do.
+"""TPU slices to compile for, on a machine without TPUs, and the speeds of their chips.
 
-A topology is named as by Google Cloud, `v5e:16x16` or `v5p:4x4x4`: chips along each dimension of
+A topology is named as in Google Cloud, `v5e:16x16` or `v5p:4x4x4`: chips along each dimension of
 the torus. `v5e:16x16*2` is two such slices, joined by the data-centre network (DCN).
 
-Speeds and memory: the pages of Google Cloud, docs.cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e.
-Links between chips (ICI, one way) and the network between slices: "How to Scale Your Model",
-jax-ml.github.io/scaling-book/tpus, whose figures are a tenth below the nominal ones of those pages.
+Speeds and memory are from Google Cloud, docs.cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e.
+Bandwidths of links between chips (ICI, one way) and of the network between slices are from "How to
+Scale Your Model", jax-ml.github.io/scaling-book/tpus; they are a tenth below the nominal ones of
+those pages.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """Figures of one chip.
 
     Attributes:
-      name: as in the name of a topology.
+      name: name of the chip in topologies.
       hbm: bytes of main memory that a program may use. The compiler keeps the rest of the nominal
         16, 95 and 32 GB; this figure is from its own message when a program does not fit.
-      flops: of dense bfloat16 products, a second.
-      hbm_bandwidth: bytes a second.
-      link_bandwidth: bytes a second over one ICI link in one direction. A chip has two links for
-        each dimension of the torus.
-      dimensions: of the torus.
-      dcn_bandwidth: bytes a second that a chip sends to other slices; its share of the host's.
+      flops: FLOPs per second of dense bfloat16 products.
+      hbm_bandwidth: bytes per second of main memory.
+      link_bandwidth: bytes per second over one ICI link in one direction. A chip has two links per
+        dimension of the torus.
+      dimensions: number of dimensions of the torus.
+      dcn_bandwidth: bytes per second from a chip to other slices: its share of the host's network.
     """
 
     name: str
@@ -54,26 +55,26 @@ CHIPS = {
     )
 }
 
-# libtpu asks the cloud's metadata server and this host's environment what machine it is on, and
-# complains where neither knows. Compiling needs none of it.
+# libtpu asks the cloud's metadata server and the environment which machine it runs on, and
+# complains if neither answers. Compiling does not need to know.
 _NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process dies on a lock file
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process dies on a lock file
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """What to compile for.
+    """One or several TPU slices to compile for.
 
     Attributes:
-      name: with the number of slices.
-      chip: its figures.
+      name: full name, including the number of slices.
+      chip: figures of the chips.
       shape: chips along each dimension of one slice.
-      slices: number of them.
+      slices: number of slices.
     """
 
     name: str
@@ -90,10 +91,10 @@ class Topology:
         return self.slice_size * self.slices
 
     def devices(self) -> list[jax.Device]:
-        """The devices, which can be compiled for and nothing else.
+        """Returns the devices; programs can be compiled for them but cannot run.
 
         Raises:
-          ValueError: libtpu is not installed, or knows no such slice.
+          ValueError: if libtpu is not installed or does not know the slice.
         """
         for name, value in _NO_MACHINE.items():
             os.environ.setdefault(name, value)
@@ -116,7 +117,7 @@ class Topology:
 
 
 def has_libtpu() -> bool:
-    """Whether the compiler for TPUs is installed."""
+    """Returns whether libtpu, the compiler for TPUs, is installed."""
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -128,12 +129,12 @@ def parse_topology(name: str) -> Topology:
     """Reads `v5p:4x4x4` or `v5e:16x16*2`.
 
     Raises:
-      ValueError: another form, an unknown chip, or a wrong number of dimensions.
+      ValueError: if the form or the chip is unknown, or the number of dimensions is wrong.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", name)
     if not found or found[1] not in CHIPS:
         raise ValueError(
-            f"--topology={name!r} is not known; write chip:AxB or chip:AxBxC, with *N behind it "
+            f"--topology={name!r} is unknown; write chip:AxB or chip:AxBxC, followed by *N "
             f"for N slices, where the chip is one of {', '.join(CHIPS)}"
         )
     chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))

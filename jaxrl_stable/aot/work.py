@@ -1,16 +1,16 @@
-"""What a compiled program computes and moves on one chip: FLOPs and bytes of main memory.
+"""FLOPs and main-memory bytes of a compiled program on one chip.
 
 XLA's own cost analysis counts the body of a loop once, which for a scan over layers is off by the
-number of layers; here loops are multiplied out. FLOPs are those of matrix products (on TPU all of
-them are convolutions), counted as XLA does: two for each product that does not meet padding. A
-kernel counts what its authors declared (`cost_estimate`); those without a declaration are named, as
-their work is missing from the sum. Two kernels of ours are known better (`kernel_flops`): a grouped
-product runs over a buffer with room for the worst case, declares the FLOPs of a full one, and skips
-what is empty; splash attention declares nothing.
+number of layers; here loops are multiplied out. Only matrix products count (on TPU all of them are
+convolutions), as in XLA: two FLOPs per product that does not involve padding. A kernel counts what
+its authors declared (`cost_estimate`). Kernels without a declaration are listed by name, because
+their work is missing from the sum. `kernel_flops` has better figures for two kernels: a grouped
+product runs over a buffer sized for the worst case and declares the FLOPs of a full one, but skips
+the empty part; splash attention declares nothing.
 
-Bytes of main memory are a rough upper bound: what each instruction reads and writes, were nothing
-kept on the chip in between but what the compiler placed there; a kernel counts its operands once,
-and in full.
+Bytes of main memory are a rough upper bound. They are what each instruction reads and writes if the
+chip keeps nothing in between except what the compiler placed there. A kernel counts its operands
+once and in full.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxrl_stable.aot.hlo import Array, Computation, Instruction, Module
 from jaxrl_stable.aot.loops import Step, steps
 from jaxrl_stable.model.config import ModelConfig
 
-# Nothing moves: views, names, and the second halves of what was counted when it started.
+# These move nothing: views, names, and second halves of what was counted at its start.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain",
@@ -44,9 +44,9 @@ class Work:
     """Work of one chip in one run of a program, or in one iteration of a loop.
 
     Attributes:
-      flops: of matrix products and of kernels that declare theirs.
-      hbm_bytes: read from and written to main memory.
-      unknown: kernels without a declaration, by name.
+      flops: FLOPs of matrix products and of kernels that declare theirs.
+      hbm_bytes: bytes read from and written to main memory.
+      unknown: names of the kernels without a declaration.
     """
 
     flops: float
@@ -55,12 +55,12 @@ class Work:
 
 
 def work(module: Module, loop: str = "", kernel_flops: KernelFlops | None = None) -> Work:
-    """Adds up a program.
+    """Adds up the work of a program.
 
     Args:
       module: the program.
-      loop: the loop of unknown length whose iteration is meant; "" for what runs outside them.
-      kernel_flops: a better figure for some kernels, or None for what they declare.
+      loop: counts one iteration of this loop of unknown length; "" counts what runs outside.
+      kernel_flops: returns a better figure for a kernel, or None to use what it declares.
     """
     flops, moved, unknown, chains = 0.0, 0.0, set(), set()
     for step in steps(module):
@@ -109,10 +109,10 @@ def _flops(module: Module, computation: Computation, each: Instruction) -> float
 
 
 def _convolution_flops(computation: Computation, each: Instruction) -> float:
-    """The count of XLA's `HloCostAnalysis::HandleConvolution`.
+    """Returns the FLOPs as counted by XLA's `HloCostAnalysis::HandleConvolution`.
 
-    A batched product is a convolution over the batch whose window, thanks to dilation, meets one
-    element at a time; so what matters is which positions of the window meet any.
+    A batched product is a convolution over the batch whose window, through dilation, covers one
+    element at a time. So only window positions that cover an element count.
     """
     left, right = (computation.operand(each, i).arrays[0].dims for i in (0, 1))
     out = each.arrays[0].dims
@@ -131,7 +131,7 @@ def _convolution_flops(computation: Computation, each: Instruction) -> float:
 
 
 def _window(text: str, spatial: int) -> list[dict[str, int]]:
-    """`{size=8x1 stride=7x1 pad=0_0x1_1 lhs_dilate=8x1}`, by dimension."""
+    """Parses `{size=8x1 stride=7x1 pad=0_0x1_1 lhs_dilate=8x1}` by dimension."""
     found = dict(re.findall(r"(\w+)=([\w\-]+)", text))
     fields = {name: found[name].split("x") for name in found}
     one = ["1"] * spatial
@@ -152,9 +152,10 @@ def _dimensions(text: str) -> list[int]:
 
 
 def _moved(module: Module, computation: Computation, each: Instruction) -> float:
-    """Bytes between main memory and the chip: operands in, results out.
+    """Returns the bytes between main memory and the chip: operands in, results out.
 
-    A slice moves itself, not what it is cut from; an update in place moves itself twice.
+    A slice moves only itself, not the array that it is cut from; an update in place moves itself
+    twice.
     """
     if each.opcode in _FREE or (
         each.opcode == "custom-call" and any(name in each.attributes for name in _SILENT_KERNELS)
@@ -169,7 +170,7 @@ def _moved(module: Module, computation: Computation, each: Instruction) -> float
         return sum(array.bytes for array in each.arrays[:2] if array.space == 0)
     if each.opcode == "fusion":
         return _moved_by_fusion(module, each, operands)
-    if each.opcode.endswith("-start"):  # the result holds the operands, too
+    if each.opcode.endswith("-start"):  # the result includes the operands
         return float(_in_main_memory(each))
     return float(sum(map(_in_main_memory, operands)) + _in_main_memory(each))
 
@@ -191,7 +192,7 @@ def _moved_by_fusion(module: Module, each: Instruction, operands: list[Instructi
 
 
 def _read_of(module: Module, body: Computation, index: int) -> float:
-    """Bytes of a fusion's operand that are read: less than all where only slices of it are used."""
+    """Returns the bytes read from a fusion's operand: not all of them if only slices are used."""
     (parameter,) = (
         each
         for each in body.instructions
@@ -211,12 +212,12 @@ def _read_of(module: Module, body: Computation, index: int) -> float:
             elif user.opcode == "fusion":
                 total += _read_of(module, module.body(user), user.operands.index(name))
             elif user.opcode != "dynamic-update-slice" or not from_it:
-                return float(parameter.bytes)  # what is written in place is not read
+                return float(parameter.bytes)  # an array updated in place is not read
     return total
 
 
 def _carried(module: Module, fusion: Instruction) -> list[tuple[Computation, Instruction]]:
-    """Collectives that run beside a fusion, with the computation that each stands in."""
+    """Returns the collectives overlapped with a fusion, each with its computation."""
     if fusion.opcode != "fusion":
         return []
     body, found = module.body(fusion), []
@@ -231,7 +232,7 @@ def _touched(computation: Computation, each: Instruction) -> tuple[Array, ...]:
 
 
 def _is_view(module: Module, each: Instruction) -> bool:
-    """Whether it is its operand in another layout or type, which inside a fusion moves nothing."""
+    """Returns whether it only changes layout or type, which moves nothing inside a fusion."""
     if each.opcode == "fusion":
         body = module.body(each).instructions
         return all(x.opcode == "parameter" or _is_view(module, x) for x in body)
@@ -248,17 +249,17 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def kernel_flops(config: ModelConfig) -> KernelFlops:
-    """FLOPs of grouped products and of attention, for the programs of a model.
+    """Returns a function for the FLOPs of grouped products and of attention in a model's programs.
 
-    A grouped product counts the rows that it gets when the routers spread tokens evenly: of K
-    choices among E experts, K/E fall on each of the e that are on a chip, whose buffer has room for
-    min(K, e) of every token. Attention counts half of the (query, key) pairs, as splash skips
-    blocks above the diagonal.
+    A grouped product counts the rows that it gets if the routers spread tokens evenly: with K
+    choices among E experts, each of the e experts on a chip gets K/E of the tokens, and the chip's
+    buffer has room for min(K, e) rows per token. Attention counts half of the (query, key) pairs,
+    because splash skips blocks above the diagonal.
     """
 
     def flops(computation: Computation, kernel: Instruction) -> float | None:
         if "ragged-dot-metadata" in kernel.name or "ragged-dot-metadata" in kernel.op_name:
-            return 0.0  # where each group begins
+            return 0.0  # computes where each group begins
         if "ragged" in kernel.name or re.search("ragged_dot|tgmm", kernel.op_name):
             return _grouped(computation, kernel, config)
         splash = re.search(r"splash_mha_(fwd|dq|dkv)", kernel.op_name or kernel.name)
@@ -270,7 +271,7 @@ def kernel_flops(config: ModelConfig) -> KernelFlops:
 
 
 def _grouped(computation: Computation, kernel: Instruction, config: ModelConfig) -> float | None:
-    """2 · rows · D · F, by the weights `[e, D, F]` that go in, or whose gradient comes out."""
+    """Returns 2 · rows · D · F, read from the weights `[e, D, F]` or their gradient."""
     arrays = [a for name in kernel.operands for a in computation.by_name[name].arrays]
     weights = [a for a in (*arrays, *kernel.arrays) if len(a.dims) == 3]
     if not weights:
@@ -283,7 +284,7 @@ def _grouped(computation: Computation, kernel: Instruction, config: ModelConfig)
 
 
 def _splash(computation: Computation, kernel: Instruction, kind: str) -> float:
-    """By the first two operands, queries `[…, H, T, hd]` and keys `[…, G, S, hd]`."""
+    """Reads sizes from the first two operands, queries `[…, H, T, hd]` and keys `[…, G, S, hd]`."""
     arrays = [a for name in kernel.operands for a in computation.by_name[name].arrays]
     queries, keys = [a for a in arrays if a.dtype in ("bf16", "f32") and len(a.dims) > 2][:2]
     gradients = [a for a in kernel.arrays if a.dtype == queries.dtype and len(a.dims) > 2]

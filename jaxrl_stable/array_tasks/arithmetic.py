@@ -1,4 +1,4 @@
-"""Sums modulo m, with or without working: modular addition, chains of terms, parity."""
+"""Sums modulo m, with or without intermediate steps: modular addition, sums of terms, parity."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxrl_stable.array_tasks.series import Series, SeriesTask
-from jaxrl_stable.array_tasks.task import check_sizes, left_padded, with_eos
+from jaxrl_stable.array_tasks.task import AnyArray, check_sizes, left_padded, with_eos
 
 
 class _Sum(SeriesTask):
-    """Terms in; out come the sums of the first two, three, … of them, or the last sum alone.
+    """Maps terms to the sums of the first two, three, … terms, or to the last sum only.
 
-    One more way to grade, `answer`: 1 if the symbol before EOS is the result, whatever stands
-    before it, 0 otherwise.
+    The additional reward kind `answer` is 1 if the symbol before EOS is the result, regardless of
+    the symbols before it, and 0 otherwise.
     """
 
     REWARD_KINDS: ClassVar[tuple[str, ...]] = ("binary", "per_position", "answer")
@@ -38,9 +38,9 @@ class _Sum(SeriesTask):
     def max_tokens(self) -> int:
         return self.sizes[1] if self.worked else 2
 
-    def solve(self, answer: Series, slips: Int[Array, "R"]) -> Int[Array, "R"]:
+    def solve(self, answer: Series, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         if self.worked:
-            # A slip in one sum is as good as another term: all later sums have it too.
+            # A slip in one sum acts like a change of its term: all later sums contain it too.
             terms = answer.values.at[1:].add(slips[:-1])
             sums, length = jnp.cumsum(terms, dtype=jnp.int32)[1:], answer.size - 1
         else:
@@ -49,7 +49,7 @@ class _Sum(SeriesTask):
 
 
 class _Terms(_Sum):
-    """Sums that are shown with a plus between the terms; each residue is one symbol."""
+    """Sums shown with a plus between the terms. Each residue is one symbol."""
 
     SEPARATORS: ClassVar[tuple[str, ...]] = ("=", "+")
 
@@ -68,8 +68,8 @@ class _Terms(_Sum):
 class ModularAddition(_Terms):
     """`17 + 9 =` → `3`, modulo 23. A slip writes another residue.
 
-    The few problems there are (modulus squared) are split by their prompt: a sum may be held out
-    while the same sum with its terms exchanged is not.
+    There are only modulus² problems, split by their prompts: a sum may be held out while the same
+    sum with its terms swapped is not.
 
     Attributes:
       modulus: m; the vocabulary has m + 4 ids.
@@ -89,9 +89,9 @@ class ChainSum(_Terms):
     """`7 + 8 + 4 =` → `5 9`, modulo 10. A slip makes one sum wrong; the rest builds on it.
 
     Attributes:
-      smallest, largest: terms of a problem.
+      smallest, largest: fewest and most terms per problem.
       modulus: m; the vocabulary has m + 4 ids.
-      worked: whether the right response has all sums or the result alone.
+      worked: whether the right response contains all sums or only the result.
     """
 
     smallest: int = 2
@@ -106,14 +106,14 @@ class ChainSum(_Terms):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parity(_Sum):
-    """`1 0 1 1 =` → `1 0 1`, parities of the first 2, 3 and 4 bits. A slip turns all later ones.
+    """`1 0 1 1 =` → `1 0 1`, parities of the first 2, 3 and 4 bits. A slip flips all later ones.
 
-    Two slips undo each other, so the result (`reward_kind="answer"`) can be right after all. There
-    are few problems of few bits: with 2 or 3 bits one of the two splits may have none.
+    Two slips cancel, so the result (`reward_kind="answer"`) can still be right. Few problems have
+    few bits: with 2 or 3 bits, one of the two splits may be empty.
 
     Attributes:
-      smallest, largest: bits of a problem.
-      worked: whether the right response has all parities or the last alone.
+      smallest, largest: fewest and most bits per problem.
+      worked: whether the right response contains all parities or only the last.
     """
 
     modulus: ClassVar[int] = 2

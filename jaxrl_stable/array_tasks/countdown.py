@@ -1,9 +1,8 @@
-"""Countdown: reach a target with given numbers. The reward is a parser that takes any tokens.
+"""Countdown: reach a target with given numbers. The reward is a parser that accepts any tokens.
 
-An expression is a number, followed by any count of pairs of an operator and a number. It is worked
-out from left to right without precedence, as on a pocket calculator: `2 + 3 * 5` is 25. There are
-no parentheses, so a prefix of an expression needs one number to remember it and no stack; and no
-division, so every expression has an integer value.
+An expression is a number, followed by any number of (operator, number) pairs. It is evaluated from
+left to right without precedence, as on a pocket calculator: `2 + 3 * 5` is 25. Without parentheses,
+the state of a prefix is one number, not a stack. Without division, every value is an integer.
 """
 
 from __future__ import annotations
@@ -15,25 +14,32 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_stable.array_tasks.task import EOS, Task, check_sizes, left_padded, with_eos
+from jaxrl_stable.array_tasks.task import (
+    EOS,
+    AnyArray,
+    ArrayTask,
+    check_sizes,
+    left_padded,
+    with_eos,
+)
 
 ARROW, PLUS, ZERO = 2, 3, 6  # ids; operators are 3 to 5, digits 6 to 15
 TARGETS = 99  # the largest target: two digits
 LEGAL_REWARD = 0.1
-# Larger values are cut off, so that none overflows. No verdict depends on it: all numbers are from
-# 1 to 9, so the way back to a target is longer than any response.
+# Values are clipped here so that none overflows. This changes no verdict: numbers are from 1 to 9,
+# so getting back to a target would take longer than any response.
 _LIMIT = 10**6
 
 
 class Numbers(NamedTuple):
-    """A problem, and the expression that it was made of.
+    """A problem and the expression that generated it.
 
     Attributes:
-      given: the numbers, ascending; 0 behind them.
-      size: how many.
-      target: from 1 to 99.
-      terms, operators: one right response, operators from 0 (+) to 2 (*); the operator of a term
-        stands before it, and that of the first means nothing. Any values behind `size`.
+      given: the numbers in ascending order, then zeros.
+      size: count of the numbers.
+      target: the target, from 1 to 99.
+      terms, operators: one right response; operators are 0 (+), 1 (−) or 2 (*). Each operator
+        precedes its term; the first one is unused. Entries from `size` on are arbitrary.
     """
 
     given: Int[Array, "largest"]
@@ -44,22 +50,22 @@ class Numbers(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Countdown(Task):
-    """`3 5 7 -> 2 2` → `3 * 5 + 7`. Each number is to be used exactly once.
+class Countdown(ArrayTask):
+    """`3 5 7 -> 2 2` → `3 * 5 + 7`. Each number must be used exactly once.
 
-    Numbers are from 1 to 9, and shown in ascending order, so that their order tells nothing; the
-    target has two digits. Every problem can be solved: it is made from an expression, all of whose
-    intermediate results are from 1 to 99. Many can be solved in several ways.
+    Numbers are from 1 to 9 and shown in ascending order, so that their order reveals nothing. The
+    target has two digits. Every problem has a solution: it comes from an expression whose
+    intermediate results are all from 1 to 99. Many problems have several solutions.
 
-    A slip writes another number or another operator; what is written stays well-formed.
+    A slip writes another number or another operator; the response stays well-formed.
 
-    Graded, in `binary`, 1 for a legal expression that has the target as its value, followed by EOS;
-    0 otherwise. `legal` gives 0.1 to other legal expressions. Legal means well-formed, with every
-    number as often as it is given. (No position is right or wrong by itself, as several responses
-    are right: `per_position` would have no meaning here.)
+    Reward kind `binary` is 1 for a legal expression with the target as its value, followed by EOS,
+    and 0 otherwise. `legal` also gives 0.1 to other legal expressions. Legal means well-formed and
+    using every number as often as it is given. `per_position` would be meaningless: several
+    responses are right, so no single position is right or wrong.
 
     Attributes:
-      smallest, largest: numbers of a problem.
+      smallest, largest: fewest and most numbers per problem.
     """
 
     REWARD_KINDS: ClassVar[tuple[str, ...]] = ("binary", "legal")
@@ -94,10 +100,13 @@ class Countdown(Task):
         noise = jax.random.uniform(of_operators, (self.largest, 3))
         used = jnp.arange(self.largest) < size
 
-        def step(value, term):
+        def step(
+            value: Int[Array, ""],
+            term: tuple[Int[Array, ""], Float[Array, "3"], Bool[Array, ""]],
+        ) -> tuple[Int[Array, ""], Int[Array, ""]]:
             number, noise, used = term
             results = _results(value, number)
-            # One is always in range: up to 90 the sum, from 91 on the difference.
+            # One result is always in range: the sum up to a value of 90, the difference from 91 on.
             operator = jnp.where((results >= 1) & (results <= TARGETS), noise, -1.0).argmax()
             return jnp.where(used, results[operator], value), operator.astype(jnp.int32)
 
@@ -113,9 +122,9 @@ class Countdown(Task):
             numbers, jnp.stack([jnp.full_like(tens, ARROW), ZERO + tens, ZERO + units])
         )
 
-    def solve(self, answer: Numbers, slips: Int[Array, "R"]) -> Int[Array, "R"]:
+    def solve(self, answer: Numbers, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         numbers = (answer.terms - 1 + slips[0::2]) % 9 + 1
-        # Slips alternate as the response does, which starts with a number.
+        # Slips alternate like the response, which starts with a number.
         operators = (answer.operators + jnp.roll(slips[1::2], 1)) % 3
         pairs = jnp.stack([operators + PLUS, numbers + ZERO], axis=1)
         return with_eos(pairs.ravel()[1:], 2 * answer.size - 1)
@@ -133,15 +142,16 @@ class Countdown(Task):
 def parse(
     response: Int[Array, "R"], mask: Bool[Array, "R"]
 ) -> tuple[Bool[Array, ""], Int[Array, ""], Int[Array, "10"]]:
-    """Reads a response of any tokens.
+    """Parses a response, which may contain any tokens.
 
     Args:
       response: tokens, `pad_id` where `mask` is False; R is even.
       mask: True on sampled tokens, EOS included.
 
     Returns:
-      Whether it is an expression followed by EOS; its value; how often it uses each digit. The last
-      two are defined for whatever tokens, and mean something if the first is True.
+      well_formed: whether the response is an expression followed by EOS.
+      value: value of the expression; meaningless unless `well_formed`.
+      used: count of each digit in it; meaningless unless `well_formed`.
     """
     place = jnp.arange(len(response))
     length = mask.sum() - 1  # of the expression
@@ -149,15 +159,17 @@ def parse(
     number = (response >= ZERO) & (response < ZERO + 10)
     operator = (response >= PLUS) & (response < PLUS + 3)
     alternates = jnp.where(place % 2 == 0, number, operator)
-    # A response of nothing has padding in the place of EOS, wherever that is.
+    # In an empty response, length is −1 and the last entry is padding, not EOS.
     ended = response[length] == EOS
     well_formed = ended & (length % 2 == 1) & (alternates | ~body).all()
 
-    # What is neither, such as EOS and padding, reads as + 0.
+    # Other tokens, such as EOS and padding, read as + 0.
     digits = jnp.where(number, response - ZERO, 0)
     operators = jnp.where(operator, response - PLUS, 0)
 
-    def step(value, pair):
+    def step(
+        value: Int[Array, ""], pair: tuple[Int[Array, ""], Int[Array, ""]]
+    ) -> tuple[Int[Array, ""], None]:
         operator, digit = pair
         return jnp.clip(_results(value, digit)[operator], -_LIMIT, _LIMIT), None
 
@@ -166,10 +178,10 @@ def parse(
 
 
 def _results(value: Int[Array, ""], number: Int[Array, ""]) -> Int[Array, "3"]:
-    """Of the three operators, in the order of their ids."""
+    """Returns the result of each operator, in the order of their ids."""
     return jnp.stack([value + number, value - number, value * number])
 
 
 def _count(digits: Int[Array, "W"], mask: Bool[Array, "W"]) -> Int[Array, "10"]:
-    """How often each digit stands where `mask` is True."""
+    """Returns how often each digit occurs where `mask` is True."""
     return (jax.nn.one_hot(digits, 10, dtype=jnp.int32) * mask[:, None]).sum(0)

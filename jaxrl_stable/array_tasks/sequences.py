@@ -1,4 +1,4 @@
-"""Reverse and sort a few letters."""
+"""Tasks that reverse or sort a few letters."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxrl_stable.array_tasks.series import Series, SeriesTask
-from jaxrl_stable.array_tasks.task import check_sizes, with_eos
+from jaxrl_stable.array_tasks.task import AnyArray, check_sizes, with_eos
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Letters(SeriesTask):
-    """Letters in, the same letters out in another order.
+    """Maps letters to the same letters in another order.
 
     Attributes:
-      smallest, largest: letters of a problem.
-      symbols: letters there are, from "a" on; at most 26.
+      smallest, largest: fewest and most letters per problem.
+      symbols: size of the alphabet, from "a" on; at most 26.
     """
 
     smallest: int = 3
@@ -41,7 +41,7 @@ class _Letters(SeriesTask):
         return self.largest + 1
 
     def _write(
-        self, values: Int[Array, "largest"], size: Int[Array, ""], slips: Int[Array, "R"]
+        self, values: Int[Array, "largest"], size: Int[Array, ""], slips: Int[AnyArray, "R"]
     ) -> Int[Array, "R"]:
         written = (values + slips[: self.largest]) % self.symbols
         return with_eos(written + self.first_symbol, size)
@@ -51,8 +51,8 @@ class _Letters(SeriesTask):
 class Reverse(_Letters):
     """`d a c =` → `c a d`. A slip writes another letter."""
 
-    def solve(self, answer: Series, slips: Int[Array, "R"]) -> Int[Array, "R"]:
-        # Backwards the unused places come first, and `roll` takes them to the end.
+    def solve(self, answer: Series, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
+        # After the flip, unused places come first; `roll` moves them to the end.
         values = jnp.roll(answer.values[::-1], answer.size - self.largest)
         return self._write(values, answer.size, slips)
 
@@ -61,7 +61,7 @@ class Reverse(_Letters):
 class Sort(_Letters):
     """`d a c =` → `a c d`, in alphabetical order. A slip writes another letter."""
 
-    def solve(self, answer: Series, slips: Int[Array, "R"]) -> Int[Array, "R"]:
+    def solve(self, answer: Series, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         unused = jnp.arange(self.largest) >= answer.size
         values = jnp.sort(jnp.where(unused, self.symbols, answer.values))
         return self._write(values, answer.size, slips)

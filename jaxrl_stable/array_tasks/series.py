@@ -1,4 +1,4 @@
-"""Tasks with one right response to a series of symbols, and how a response is graded."""
+"""Tasks with one right response to a series of symbols, and the grading of responses."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_stable.array_tasks.task import EOS, PAD, Task, left_padded
+from jaxrl_stable.array_tasks.task import EOS, PAD, ArrayTask, left_padded
 
-MIN_PROBLEMS = 32  # fewer might all fall into one split
+MIN_PROBLEMS = 32  # fewer problems might all fall into one split
 
 
 class Series(NamedTuple):
-    """A problem: `size` symbols, counted from 0; 0 behind them."""
+    """A problem.
+
+    Attributes:
+      values: symbols, counted from 0; zeros from `size` on.
+      size: number of symbols.
+    """
 
     values: Int[Array, "largest"]
     size: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SeriesTask(Task):
-    """Symbols drawn uniformly and independently, as many as `sizes` allows, all equally likely.
+class SeriesTask(ArrayTask):
+    """A task whose problems are uniform, independent symbols. All allowed sizes are equally likely.
 
-    Graded against the one right response:
+    Responses are graded against the one right response:
 
-    - `binary`: 1 if all of it is right, 0 otherwise;
-    - `per_position`: the positions, EOS included, that are right, as a share of the longer of the
-      two responses.
+    - `binary`: 1 if the whole response is right, 0 otherwise;
+    - `per_position`: number of right positions, EOS included, divided by the length of the longer
+      of the two responses.
 
-    A response without EOS is wrong under `binary`, and has at least one position wrong under
+    A response without EOS is wrong under `binary` and has at least one wrong position under
     `per_position`.
     """
 
@@ -45,23 +50,23 @@ class SeriesTask(Task):
         count = sum(len(self.symbol_texts) ** size for size in range(smallest, largest + 1))
         if count < MIN_PROBLEMS:
             raise ValueError(
-                f"{self!r} has {count} different problems, too few to hold some out; make it "
-                f"larger, to at least {MIN_PROBLEMS}"
+                f"{self!r} has {count} different problems, too few to hold some out; increase "
+                f"its sizes, symbols or modulus to get at least {MIN_PROBLEMS}"
             )
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Fewest and most symbols of a problem; fields, where they are not fixed."""
+        """Fewest and most symbols per problem; by default the fields `smallest` and `largest`."""
         return self.smallest, self.largest
 
     @property
     @abc.abstractmethod
     def symbol_texts(self) -> tuple[str, ...]:
-        """The text of each symbol."""
+        """Text of each symbol."""
 
     @property
     def first_symbol(self) -> int:
-        """The id of symbol 0; the others follow."""
+        """Id of symbol 0; the others follow."""
         return 2 + len(self.SEPARATORS)
 
     @property
@@ -101,7 +106,7 @@ class SeriesTask(Task):
 
 
 def _result(response: Int[Array, "R"], mask: Bool[Array, "R"]) -> Int[Array, ""]:
-    """The symbol before EOS; −1 in a response that has none, or that does not end with EOS."""
+    """Returns the symbol before EOS, or −1 if the response has none or does not end with EOS."""
     length = mask.sum()
     ended = (length >= 2) & (response[length - 1] == EOS)
     return jnp.where(ended, response[length - 2], -1)

@@ -1,7 +1,7 @@
-"""What an array task is: problems drawn, solved and graded by pure functions of arrays.
+"""The base class of array tasks: pure functions that draw, solve and grade problems.
 
-A task says how one problem is drawn, shown, solved and judged; `Task` maps that over a batch. Its
-letters: `n` problems, `P` prompt width, `R` response width, which is `max_tokens`.
+A task defines how one problem is drawn, shown, solved and judged; `ArrayTask` maps this over a
+batch. Dimensions: `n` problems, `P` prompt width, `R` response width, which is `max_tokens`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from jaxrl_stable.checks import one_of
 
 PAD, EOS = 0, 1
 HELDOUT_SHARE = 4  # one problem in four is held out
-MAX_DRAWS = 1000  # of one problem: enough where a split has 1 in 32, as (31/32)^1000 = 2e-14
+MAX_DRAWS = 1000  # per problem; if a split has 1 problem in 32, all fail with (31/32)^1000 = 2e-14
+
+AnyArray = Array | np.ndarray | np.generic  # on the device or the host
+Size = int | Int[AnyArray, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -30,25 +33,25 @@ class Problems:
     """A batch of problems. To sample groups, repeat every leaf along its first axis.
 
     Attributes:
-      prompts: left-padded with `pad_id`.
-      mask: False on padding.
-      answer: what the reward needs; arrays with a leading n.
+      prompts: token ids, left-padded with `pad_id`.
+      mask: True on tokens, False on padding.
+      answer: pytree that the reward reads; arrays with a leading axis n.
     """
 
-    prompts: Int[Array, "n P"]
-    mask: Bool[Array, "n P"]
+    prompts: Int[AnyArray, "*mapped n P"]
+    mask: Bool[AnyArray, "*mapped n P"]
     answer: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task(abc.ABC):
-    """A task on the device; hashable, so that it can be a static argument.
+class ArrayTask(abc.ABC):
+    """A task on the device. It is hashable, so it can be a static argument.
 
-    Ids: 0 is padding, 1 ends a response, then separators, then symbols. The model's vocabulary may
-    be larger.
+    Id 0 is padding and id 1 ends a response; separators and symbols follow. The model's vocabulary
+    may be larger.
 
     Attributes:
-      reward_kind: how a response is graded, one of the task's `REWARD_KINDS`.
+      reward_kind: kind of grading, one of the task's `REWARD_KINDS`.
     """
 
     REWARD_KINDS: ClassVar[tuple[str, ...]] = ("binary",)
@@ -61,45 +64,45 @@ class Task(abc.ABC):
     @property
     @abc.abstractmethod
     def texts(self) -> tuple[str, ...]:
-        """The text of each id."""
+        """Text of each id."""
 
     @property
     @abc.abstractmethod
     def prompt_width(self) -> int:
-        """P, the longest prompt."""
+        """P, the length of the longest prompt."""
 
     @property
     @abc.abstractmethod
     def max_tokens(self) -> int:
-        """R, the longest right response, EOS included."""
+        """R, the length of the longest right response, EOS included."""
 
     @property
     @abc.abstractmethod
     def choices(self) -> int | tuple[int, ...]:
-        """How many symbols a teacher can take for one another; if it varies, by position [R]."""
+        """Number of symbols that a slip can choose from; a tuple [R] if it depends on position."""
 
     @abc.abstractmethod
     def draw(self, key: Key[Array, ""]) -> Any:
-        """One problem, as the pytree of arrays that is its `Problems.answer`."""
+        """Draws one problem: a pytree of arrays, as in `Problems.answer`."""
 
     @abc.abstractmethod
     def prompt(self, answer: Any) -> Int[Array, "P"]:
-        """Shows one problem, left-padded."""
+        """Returns the left-padded prompt of one problem."""
 
     @abc.abstractmethod
-    def solve(self, answer: Any, slips: Int[Array, "R"]) -> Int[Array, "R"]:
-        """Solves one problem; right-padded, EOS included.
+    def solve(self, answer: Any, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
+        """Returns the right-padded solution of one problem, EOS included.
 
         Args:
           answer: the problem.
-          slips: what is added to the symbol of each step, modulo the symbols there are; 0 is right.
+          slips: offset of the symbol at each step, modulo the number of symbols; 0 is right.
         """
 
     @abc.abstractmethod
     def judge(
         self, answer: Any, response: Int[Array, "R"], mask: Bool[Array, "R"]
     ) -> Float[Array, ""]:
-        """Reward of one response, in [0, 1]; `response` is `pad_id` where `mask` is False."""
+        """Returns a reward in [0, 1]; `response` is `pad_id` where `mask` is False."""
 
     @property
     def vocab_size(self) -> int:
@@ -108,7 +111,7 @@ class Task(abc.ABC):
 
     @property
     def pad_id(self) -> int:
-        """What stands before a prompt and behind a response."""
+        """Id of the padding before a prompt and after a response."""
         return PAD
 
     @property
@@ -119,12 +122,13 @@ class Task(abc.ABC):
     def problems(
         self, key: Key[Array, ""], count: int, heldout: bool | Bool[Array, ""] = False
     ) -> Problems:
-        """Draws problems; problem i depends on the key and on i alone.
+        """Draws problems. Problem i depends only on the key and i.
 
         Args:
           key: typed PRNG key.
           count: n, static.
-          heldout: from which of the two splits, which have no prompt in common (`is_heldout`).
+          heldout: whether to draw from the held-out split; the splits share no prompt
+            (`is_heldout`).
         """
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
         answer = jax.vmap(lambda key: self._draw_from(key, heldout))(keys)
@@ -132,9 +136,11 @@ class Task(abc.ABC):
         return Problems(prompts, prompts != PAD, answer)
 
     def _draw_from(self, key: Key[Array, ""], heldout: bool | Bool[Array, ""]) -> Any:
-        """The first problem of a sequence of draws that belongs to the split."""
+        """Returns the first problem in a sequence of draws that belongs to the split."""
 
-        def attempt(state):
+        def attempt(
+            state: tuple[Int[Array, ""], Any, Bool[Array, ""]],
+        ) -> tuple[Int[Array, ""], Any, Bool[Array, ""]]:
             trial, _, _ = state
             answer = self.draw(jax.random.fold_in(key, trial))
             return trial + 1, answer, is_heldout(self.prompt(answer)) == heldout
@@ -144,15 +150,20 @@ class Task(abc.ABC):
         return jax.lax.while_loop(lambda s: ~s[2] & (s[0] < MAX_DRAWS), attempt, start)[1]
 
     def solutions(
-        self, key: Key[Array, ""], problems: Problems, slips: float | Float[Array, ""] = 0.0
+        self, key: Key[Array, ""], problems: Problems, slips: int | float | Float[Array, ""] = 0.0
     ) -> tuple[Int[Array, "n R"], Bool[Array, "n R"]]:
-        """The teacher's responses, right-padded, and which of their positions are tokens.
+        """Returns the teacher's responses.
 
         Args:
           key: typed PRNG key.
-          problems: of this task.
-          slips: probability that a step goes wrong: another symbol, each as likely. Where a task
-            has working, the rest of it follows from the mistake. EOS always comes in its place.
+          problems: problems of this task.
+          slips: probability that a step is wrong; every other symbol is then equally likely. If a
+            task has intermediate steps, later steps continue from the mistake. EOS is always in its
+            right place.
+
+        Returns:
+          tokens: responses, right-padded with `pad_id`.
+          mask: True on tokens.
         """
         shape = (problems.prompts.shape[0], self.max_tokens)
         of_place, of_size = jax.random.split(key)
@@ -162,17 +173,17 @@ class Task(abc.ABC):
         return tokens, tokens != PAD
 
     def reward(
-        self, problems: Problems, responses: Int[Array, "n R"], mask: Bool[Array, "n R"]
+        self, problems: Problems, responses: Int[AnyArray, "n R"], mask: Bool[AnyArray, "n R"]
     ) -> Float[Array, "n"]:
-        """Reward of each response, in [0, 1], whatever its tokens are.
+        """Returns the reward of each response, in [0, 1]. A response may contain any tokens.
 
         Args:
-          problems: of this task.
-          responses: sampled tokens; any value where `mask` is False.
+          problems: problems of this task.
+          responses: sampled tokens; arbitrary where `mask` is False.
           mask: True on sampled tokens, EOS included.
 
         Raises:
-          ValueError: responses of another width than `max_tokens`.
+          ValueError: if `responses` or `mask` does not have shape [n, max_tokens].
         """
         expected = (problems.prompts.shape[0], self.max_tokens)
         if responses.shape != expected or mask.shape != expected:
@@ -182,42 +193,42 @@ class Task(abc.ABC):
             )
         return jax.vmap(self.judge)(problems.answer, jnp.where(mask, responses, PAD), mask)
 
-    def decode(self, tokens: Sequence[int]) -> list[str]:
-        """The text of each token, on the host; ids that the task does not use become "<id>"."""
+    def decode(self, tokens: Sequence[int] | Int[AnyArray, "R"]) -> list[str]:
+        """Returns the text of each token, on the host; ids outside the task become "<id>"."""
         texts = self.texts
         return [texts[t] if 0 <= t < len(texts) else f"<{t}>" for t in map(int, tokens)]
 
 
 def is_heldout(prompt: Int[Array, "P"]) -> Bool[Array, ""]:
-    """Whether a problem belongs to the held-out split: a hash of its prompt, so for good.
+    """Returns whether a problem belongs to the held-out split, by a hash of its prompt.
 
-    The hash sees neither seeds nor padding. One and the same problem is therefore in the same split
-    at all difficulties of a task, and a policy trained at one can be evaluated at another.
+    The hash depends neither on seeds nor on padding. A problem is therefore in the same split at
+    every difficulty of a task, and a policy trained at one difficulty can be evaluated at another.
     """
-    # Padding adds nothing: it is 0, and places are counted from the right. Products wrap modulo
-    # 2^32, where an odd number has powers that never reach 0.
+    # Padding adds nothing: it is 0, and positions count from the right. Products wrap modulo 2^32,
+    # where powers of an odd number never become 0.
     factors = np.array([pow(0x9E3779B1, i + 1, 2**32) for i in range(len(prompt))], np.uint32)
     mixed = (prompt.astype(jnp.uint32)[::-1] * factors).sum(dtype=jnp.uint32)
-    # MurmurHash3's finalizer: the low bits come to depend on all bits.
+    # MurmurHash3's finalizer: makes the low bits depend on all bits.
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
     return (mixed ^ (mixed >> 16)) % HELDOUT_SHARE == 0
 
 
-def left_padded(tokens: Int[Array, "W"], length: Int[Array, ""]) -> Int[Array, "W"]:
-    """The first `length` tokens, behind padding."""
+def left_padded(tokens: Int[AnyArray, "W"], length: Size) -> Int[Array, "W"]:
+    """Returns padding, then the first `length` tokens."""
     width = tokens.shape[0]
     return jnp.roll(jnp.where(jnp.arange(width) < length, tokens, PAD), width - length)
 
 
-def with_eos(tokens: Int[Array, "W"], length: Int[Array, ""]) -> Int[Array, "W+1"]:
-    """The first `length` tokens, EOS, and padding."""
+def with_eos(tokens: Int[AnyArray, "W"], length: Size) -> Int[Array, "W+1"]:
+    """Returns the first `length` tokens, EOS, then padding."""
     place = jnp.arange(tokens.shape[0] + 1)
     return jnp.where(place < length, jnp.pad(tokens, (0, 1)), jnp.where(place == length, EOS, PAD))
 
 
-def check_sizes(task: Task, least: int) -> None:
-    """Raises ValueError unless least ≤ task.smallest ≤ task.largest."""
+def check_sizes(task: ArrayTask, least: int) -> None:
+    """Checks that least ≤ task.smallest ≤ task.largest; raises ValueError if not."""
     if not least <= task.smallest <= task.largest:
         raise ValueError(
             f"{type(task).__name__}.smallest is {task.smallest} and largest {task.largest}; use "

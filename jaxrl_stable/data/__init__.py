@@ -1,7 +1,7 @@
-"""Problems, tokenizers, and grain pipelines that turn the two into batches of numpy arrays."""
+"""Problems, tokenizers, and the grain pipelines that turn them into batches of NumPy arrays."""
 
 from jaxrl_stable.data.arithmetic import ArithmeticSource
-from jaxrl_stable.data.packing import packed_iterator
+from jaxrl_stable.data.demonstrations import packed_iterator
 from jaxrl_stable.data.prompts import check_prompts, encode_prompts, prompt_ids, prompt_iterator
 from jaxrl_stable.data.sources import (
     JsonlSource,

@@ -2,16 +2,15 @@
 
 import dataclasses
 import zlib
-from typing import Literal
 
 import numpy as np
 
 from jaxrl_stable.data.sources import Problem
 
-# The shares of the two splits: one key in eight is held out.
+# One key in eight is held out.
 _HELDOUT_MODULUS = 8
 
-# What a slip adds to a result: a unit or a carry.
+# Errors that a slip may add to a result: one or two units, or a carry.
 _SLIPS = (-10, -2, -1, 1, 2, 10)
 
 _PEOPLE = (
@@ -27,10 +26,10 @@ _OBJECTS = ("pens", "books", "coins", "cards", "apples", "stamps")
 
 @dataclasses.dataclass(frozen=True)
 class _Story:
-    """Wording of a problem; `{n}` is a number, the rest is drawn once."""
+    """Wording of a problem. `{n}` is a number; the other fields are drawn once per problem."""
 
     start: str
-    subject: str  # opens the sentence of the changes, may be empty
+    subject: str  # start of the sentence with the changes; may be empty
     plus: tuple[str, ...]
     minus: tuple[str, ...]
     question: str
@@ -65,31 +64,31 @@ _STORIES = (
 class ArithmeticSource:
     """Word problems such as "Ann has 17 pens. She buys 25 and gives away 8. How many ...?".
 
-    The answer has the form of GSM8K, a short worked solution and then the result behind four
-    hashes: `"17+25=42 42-8=34 #### 34"`. No intermediate result is negative. Item `i` is a pure
-    function of the settings, the split and `i`.
+    The answer has GSM8K's form: a short worked solution, four hashes, and the result, as in
+    `"17+25=42 42-8=34 #### 34"`. No intermediate result is negative. Item `i` is a pure function of
+    the settings, the split and `i`.
 
-    Train and held-out problems are disjoint in their arithmetic, not only in their wording: a
-    problem is held out if and only if the CRC-32 of its numbers and operations (`"17+25-8"`) is
-    divisible by 8.
+    Train and held-out problems differ in their arithmetic, not only in their wording. A problem is
+    held out if and only if the CRC-32 of its numbers and operations (`"17+25-8"`) is divisible
+    by 8.
 
     Attributes:
-      size: number of problems; items may repeat when there are few distinct ones.
-      seed: any non-negative integer.
+      size: number of problems; items may repeat if few distinct problems exist.
+      seed: a non-negative integer.
       split: `"train"` or `"heldout"`.
       steps: number of additions and subtractions.
       largest: the largest number in a problem's text (results may exceed it); the smallest is 1.
-      slips: probability that a step of the written solution goes wrong by a little, as those of an
-        imperfect teacher do; the rest of the solution follows from it. For demonstrations only: an
-        answer with a slip is no reference.
+      slips: probability that a step of the written solution is slightly wrong, as an imperfect
+        teacher's steps are; later steps continue from the wrong result. Only for demonstrations:
+        an answer with a slip cannot serve as a reference.
     """
 
     size: int
     seed: int = 0
-    split: Literal["train", "heldout"] = "train"
+    split: str = "train"
     steps: int = 2
     largest: int = 50
-    slips: float = 0.0
+    slips: int | float = 0.0
 
     def __post_init__(self):
         if self.split not in ("train", "heldout"):
@@ -112,14 +111,14 @@ class ArithmeticSource:
         heldout = self.split == "heldout"
         entropy = np.random.SeedSequence([self.seed, int(heldout), index])
         rng = np.random.Generator(np.random.Philox(entropy))
-        while True:  # Ends: both splits have problems even at the smallest settings.
+        while True:  # Terminates: both splits have problems even at the smallest settings.
             start, changes = _draw(rng, self.steps, self.largest)
             if is_heldout(start, changes) == heldout:
                 return _tell(rng, start, changes, self.slips)
 
 
 def is_heldout(start: int, changes: tuple[int, ...]) -> bool:
-    """Whether the problem `start + changes[0] + changes[1] + ...` belongs to the held-out split."""
+    """Returns whether the problem `start + changes[0] + changes[1] + ...` is held out."""
     key = f"{start}" + "".join(f"{change:+d}" for change in changes)
     return zlib.crc32(key.encode()) % _HELDOUT_MODULUS == 0
 
@@ -135,7 +134,9 @@ def _draw(rng: np.random.Generator, steps: int, largest: int) -> tuple[int, tupl
     return start, tuple(changes)
 
 
-def _tell(rng: np.random.Generator, start: int, changes: tuple[int, ...], slips: float) -> Problem:
+def _tell(
+    rng: np.random.Generator, start: int, changes: tuple[int, ...], slips: int | float
+) -> Problem:
     story = _STORIES[rng.integers(len(_STORIES))]
     name, pronoun = _PEOPLE[rng.integers(len(_PEOPLE))]
     objects = _OBJECTS[rng.integers(len(_OBJECTS))]
@@ -152,7 +153,7 @@ def _tell(rng: np.random.Generator, start: int, changes: tuple[int, ...], slips:
     told = ", ".join(clauses[:-1]) + " and " * (len(clauses) > 1) + clauses[-1]
     text = f"{story.start} {story.subject}{told}. {story.question}"
     return Problem(
-        # The clauses have their numbers already; what is left are the names and the first number.
+        # The clauses already have their numbers; the names and the first number are still missing.
         prompt=text.format(n=start, name=name, pronoun=pronoun, objects=objects),
         answer=f"{' '.join(solution)} #### {total}",
     )

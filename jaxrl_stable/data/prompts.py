@@ -1,10 +1,11 @@
-"""Prompt batches for rollouts: shuffled, endless, left-padded, each process its own rows."""
+"""Prompt batches for rollouts: shuffled, endless, left-padded, split over processes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from jaxrl_stable.data.sources import Problem, Source
 from jaxrl_stable.data.templates import PLACE, ChatTemplate, Template, fill
@@ -12,15 +13,16 @@ from jaxrl_stable.data.tokenizer import Tokenizer
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: Template = PLACE) -> list[int]:
-    """Returns the ids of one prompt.
+    """Returns the token ids of one prompt.
 
-    A text around `{prompt}` is filled in, and has BOS in front where the tokenizer has one. A chat
-    template writes BOS itself, or means none.
+    A plain template is filled in and preceded by BOS if the tokenizer has one. A chat template
+    writes BOS itself if the model needs it.
 
     Raises:
-      ValueError: the template does not contain `{prompt}` exactly once, or fails; or the problem
-        has a control token (`Tokenizer.control_token`). Spelled out, that would do no harm; but
-        prompts that were rendered before, for any template, would pass and make no sense.
+      ValueError: if the template does not contain `{prompt}` exactly once or fails to render, or if
+        the problem contains a control token (`Tokenizer.control_token`). Spelling the token out
+        would be safe, but prompts that were already rendered, with any template, would then pass
+        unnoticed and make no sense.
     """
     turns = problem.get("messages", [])
     for text in (*(turn["content"] for turn in turns), problem["prompt"]):
@@ -28,12 +30,12 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: Template = PLAC
         if token is not None:
             raise ValueError(
                 f"the prompt contains the control token {token!r}, which only a template may "
-                "write; take it out (Data.chat writes the turns of a conversation)"
+                "write; remove it (Data.chat writes the turns of a conversation)"
             )
     if isinstance(template, ChatTemplate):
         return tokenizer.encode(template.render(problem))
     if turns:
-        raise ValueError("the prompt is a list of messages; turn Data.chat on, or make it a string")
+        raise ValueError("the prompt is a list of messages; turn on Data.chat, or make it a string")
     ids = tokenizer.encode(fill(template, problem["prompt"]))
     return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
@@ -44,23 +46,23 @@ def encode_prompts(
     width: int,
     template: Template = PLACE,
     names: Sequence[str] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[np.ndarray, "B P"], Bool[np.ndarray, "B P"]]:
     """Encodes prompts into an array, padded on the left so that responses start at column `width`.
 
     Args:
       problems: `B` problems.
-      tokenizer: what to encode with.
-      width: `P`, the number of columns.
+      tokenizer: the tokenizer of the model.
+      width: `P`, number of columns.
       template: text around `{prompt}`, or a chat template.
-      names: what an error calls each problem.
+      names: name of each problem in error messages.
 
     Returns:
-      tokens: int32 [B, P], `pad_id` where there is none.
-      mask: bool [B, P], True on tokens.
+      tokens: int32, `pad_id` in padding.
+      mask: True on tokens.
 
     Raises:
-      ValueError: a prompt is faulty (`prompt_ids`), has more than `width` tokens (nothing is ever
-        cut off) or none at all.
+      ValueError: if a prompt is invalid (`prompt_ids`), is empty, or has more than `width` tokens.
+        Prompts are never truncated.
     """
     tokens = np.full((len(problems), width), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(problems), width), bool)
@@ -79,11 +81,14 @@ def encode_prompts(
 def check_prompts(
     source: Source, tokenizer: Tokenizer, width: int, template: Template = PLACE
 ) -> int:
-    """Checks all prompts before a run, and returns the longest one's number of tokens.
+    """Checks all prompts before a run.
+
+    Returns:
+      Length of the longest prompt in tokens.
 
     Raises:
-      ValueError: names the first record that is faulty or does not fit, how many do not, and the
-        width that all need.
+      ValueError: if a prompt is invalid or does not fit. The message names the first such record,
+        their number, and the width that all prompts need.
     """
     first, faulty, longest = "", 0, 0
     for i in range(len(source)):
@@ -112,34 +117,38 @@ def prompt_iterator(
     template: Template = PLACE,
     held: Bool[np.ndarray, "B"] | None = None,
 ) -> grain.DatasetIterator:
-    """Iterates for ever over prompt batches; each epoch has every prompt once, in its own order.
+    """Iterates forever over prompt batches. Each epoch has every prompt once, in a new order.
 
-    All processes see the same sequence of global batches, and each reads the prompts that it holds.
-    The state (`get_state`, `set_state`) is the position in that sequence, the same number in every
-    process, so that a run may resume with another number of processes. A batch may span two epochs.
+    All processes see the same sequence of global batches; each reads only the prompts that it
+    holds. The state (`get_state`, `set_state`) is the position in that sequence. It is the same
+    number in every process, so a run can resume with another number of processes. A batch may span
+    two epochs.
 
     Args:
       source: the problems.
-      tokenizer: what to encode with.
+      tokenizer: the tokenizer of the model.
       batch_size: `B`, number of prompts in a global batch.
-      width: `P`, the number of columns.
-      seed: of the shuffle, from 0 to 2**32 - 1.
+      width: `P`, number of columns.
+      seed: seed of the shuffle, from 0 to 2**32 - 1.
       template: text around `{prompt}`, or a chat template.
-      held: which prompts of each batch this process reads; all by default.
+      held: mask of the prompts of each batch that this process reads; all by default.
 
     Yields:
-      `tokens` int32 [B, P], left-padded; `mask` bool [B, P], True on tokens; `problems`, a list of
-      B; `index` int64 [B], positions in the source. Of a prompt that is not held there is the index
-      alone: nothing but padding, and None for the problem.
+      A dict with:
+        tokens: int32 [B, P], left-padded.
+        mask: bool [B, P], True on tokens.
+        problems: list of B problems.
+        index: int64 [B], positions in the source.
+      A prompt that is not held has only its index: its tokens are padding and its problem is None.
 
     Raises:
-      ValueError: the source is empty, or (while iterating) a prompt is faulty or does not fit
+      ValueError: if the source is empty or, while iterating, if a prompt is invalid or does not fit
         `width`.
     """
     check_size(source, batch_size)
     held = np.ones(batch_size, bool) if held is None else held
 
-    def encode(index: np.ndarray) -> dict:
+    def encode(index: Int[np.ndarray, "B"]) -> dict[str, Any]:
         tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
         mask = np.zeros((batch_size, width), bool)
         problems = [source[int(i)] if mine else None for i, mine in zip(index, held, strict=True)]
@@ -149,13 +158,18 @@ def prompt_iterator(
         return {"tokens": tokens, "mask": mask, "problems": problems, "index": index}
 
     batches = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().batch(batch_size)
-    # One thread: generators of problems need not be thread-safe. Two batches ahead hide slow ones.
+    # One thread: problem generators need not be thread-safe. Prefetching two batches hides slow
+    # ones.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(batches.map(encode).to_iter_dataset(options))
 
 
 def check_size(source: Source, batch_size: int) -> None:
-    """ValueError where there are no batches of this size."""
+    """Checks that a source can fill batches of this size.
+
+    Raises:
+      ValueError: if the source is empty or `batch_size` is below 1.
+    """
     if len(source) == 0:
         raise ValueError(f"{source!r} is empty; give a source with problems")
     if batch_size < 1:
@@ -168,5 +182,5 @@ def _check_length(length: int, width: int) -> None:
     if length > width:
         raise ValueError(
             f"the prompt has {length} tokens, more than the prompt width of {width}; "
-            "widen it or remove the record"
+            "increase the width or remove the record"
         )

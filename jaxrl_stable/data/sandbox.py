@@ -1,4 +1,7 @@
-"""Chat templates are programs from outside, in Jinja: they run in a sandbox, and not for ever."""
+"""Renders chat templates in a sandbox, with a limit on their work.
+
+A chat template is an untrusted Jinja program that comes with a checkpoint.
+"""
 
 import contextvars
 import datetime
@@ -12,32 +15,38 @@ import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
 
-# What one rendering may do; the templates of today's models stay far below.
-MAX_STEPS = 100_000  # turns of loops, calls of macros
-MAX_PRODUCT = 100_000  # length of a repeated text or list, bits of an integer
+# Limits of one rendering; the templates of current models stay far below them.
+MAX_STEPS = 100_000  # loop iterations and macro calls
+MAX_PRODUCT = 100_000  # length of a repeated string or list; bits of an integer
 
 _STEPS: contextvars.ContextVar[int] = contextvars.ContextVar("steps")
 
 
 def compile_template(source: str) -> None:
-    """Checks that a template can be rendered at all; raises ValueError with the line if not."""
+    """Checks that a template is valid Jinja.
+
+    Raises:
+      ValueError: if it is not. The message names the line.
+    """
     _compiled(source)
 
 
 def render_template(source: str, variables: Mapping[str, Any]) -> str:
     """Renders a chat template as transformers does: the same sandbox, filters and functions.
 
-    It reaches neither Python's internals nor files. Loops and products are bounded by `MAX_STEPS`
-    and `MAX_PRODUCT`; what else could waste time or memory (padding a text to a gigabyte) is not.
+    A template can access neither Python's internals nor files. `MAX_STEPS` and `MAX_PRODUCT` bound
+    its loops and products. Other ways to waste time or memory, such as padding a string to a
+    gigabyte, are not bounded.
 
     Raises:
-      ValueError: the template is no Jinja, raises, fails, or exceeds the limits; one line.
+      ValueError: if the template is not valid Jinja, raises an error, or exceeds the limits. The
+        message is one line.
     """
     template = _compiled(source)
     _STEPS.set(0)
     try:
         return template.render(variables)
-    except Exception as error:  # it may fail in any way
+    except Exception as error:  # a template can raise anything
         raise ValueError(f"the chat template fails: {_reason(error)}") from None
 
 
@@ -45,7 +54,7 @@ def render_template(source: str, variables: Mapping[str, Any]) -> str:
 def _compiled(source: str) -> jinja2.Template:
     try:
         return _environment().from_string(source)
-    except Exception as error:  # of Jinja's parser, or of Python's on deeply nested code
+    except Exception as error:  # from Jinja's parser, or from Python's if code is deeply nested
         line = getattr(error, "lineno", None)
         where = f" (line {line})" if line else ""
         raise ValueError(f"the chat template is not valid Jinja{where}: {_reason(error)}") from None
@@ -60,19 +69,19 @@ def _environment() -> "_Sandbox":
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
-        # Neither the class of dictionaries nor a namespace that can pose as something of Python's.
+        # Not the class `dict` itself, nor a namespace whose names could imitate Python's internals.
         "dict": lambda *args, **kwargs: dict(*args, **kwargs),
         "namespace": _Namespace,
     }
-    del environment.globals["lipsum"]  # filler text of any length
+    del environment.globals["lipsum"]  # generates filler text of any length
     return environment
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also counts.
+    """Jinja's sandbox, with a step counter and a limit on products.
 
-    Jinja itself ends each `range` at 100,000; but loops stand within loops, and `9 ** 999999999` is
-    short.
+    Jinja itself limits each `range` to 100,000 items, but loops can be nested, and
+    `9 ** 999999999` is a short expression.
     """
 
     intercepted_binops = frozenset(["*", "**"])
@@ -81,16 +90,23 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         repeatable = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)
         for node in list(tree.find_all(repeatable)):
-            # Part of the environment, so that no `set` of the template can replace it.
+            # An attribute of the environment, which `set` in the template cannot replace.
             step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
             if isinstance(node, nodes.For) and node.test is not None:
-                node.test = nodes.And(step, node.test)  # what the test drops counts too
+                node.test = nodes.And(step, node.test)  # counts filtered items too
             else:
                 node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
         return tree
 
     def step(self) -> bool:
-        """Counts one turn of a loop or one call."""
+        """Counts one loop iteration or one call.
+
+        Returns:
+          True, so that it can be part of a condition.
+
+        Raises:
+          SecurityError: after more than `MAX_STEPS` steps.
+        """
         _STEPS.set(_STEPS.get() + 1)
         if _STEPS.get() > MAX_STEPS:
             raise jinja2.sandbox.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
@@ -103,7 +119,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _product_size(operator: str, left: Any, right: Any) -> int:
-    """Length of a repeated sequence, or bits of a product or power of integers; 0 of the rest."""
+    """Returns the length of a repeated sequence or the bits of an integer result, else 0."""
     for sequence, times in ((left, right), (right, left)):
         if hasattr(sequence, "__len__") and isinstance(times, int):
             return len(sequence) * times
@@ -114,22 +130,22 @@ def _product_size(operator: str, left: Any, right: Any) -> int:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """As in transformers: without names that begin with an underscore."""
+    """Jinja's namespace without names that start with an underscore, as in transformers."""
 
     def __init__(*args: Any, **kwargs: Any):
-        self, *args = args  # so that a template may store a `self`
+        self, *args = args  # so that a template may store the name `self`
         jinja2.utils.Namespace.__init__(self)
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         if str(name).startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a namespace takes no name like {name!r}")
+            raise jinja2.sandbox.SecurityError(f"a namespace cannot store {name!r}")
         jinja2.utils.Namespace.__setitem__(self, name, value)
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` encloses what the assistant says; it leaves the text as it is."""
+    """`{% generation %}`, which marks the assistant's text and leaves it unchanged."""
 
     tags = frozenset(["generation"])
 
@@ -149,7 +165,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes for HTML.
+    # Jinja's own filter escapes HTML.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

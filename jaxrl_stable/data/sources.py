@@ -1,8 +1,8 @@
-"""Problems with a reference answer, behind grain's random-access protocol.
+"""Problems with reference answers, behind grain's random-access protocol.
 
-A source has `__len__`, `__getitem__(int) -> Problem` and a `__repr__` that names what it holds,
-free of absolute paths and addresses, so that a run can record it in a checkpoint and notice other
-data on resuming.
+A source has `__len__`, `__getitem__(int) -> Problem` and a `__repr__` that identifies its content.
+The `__repr__` has no absolute paths or memory addresses: a run records it in its checkpoint and
+compares it when it resumes, to detect other data.
 """
 
 import difflib
@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 ROLES = ("system", "user", "assistant")
 
@@ -25,7 +25,8 @@ class Message(TypedDict):
 class Problem(TypedDict):
     """A prompt and its reference answer, which a reward function reads.
 
-    A conversation has all its turns in `messages`; the last is the user's, and is the prompt.
+    A conversation has all its turns in `messages`. The last turn is the user's and is also the
+    prompt.
     """
 
     prompt: str
@@ -33,8 +34,9 @@ class Problem(TypedDict):
     messages: NotRequired[list[Message]]
 
 
+@runtime_checkable
 class Source(Protocol):
-    """What grain calls a `RandomAccessDataSource`, of problems."""
+    """A `RandomAccessDataSource` (grain) of problems."""
 
     def __len__(self) -> int: ...
 
@@ -42,16 +44,16 @@ class Source(Protocol):
 
 
 class JsonlSource:
-    """JSON lines of `{"prompt": str, "answer": str}`, as GSM8K has them.
+    """A file with one `{"prompt": str, "answer": str}` per line.
 
-    For chats, the prompt may be a list of `{"role": "user", "content": str}` that ends with the
-    user. The whole file is read and checked once; blank lines are skipped and other fields are left
-    out.
+    The prompt of a chat may be a list of `{"role": "user", "content": str}` that ends with the
+    user's turn. The whole file is read and checked once. Blank lines are skipped and other fields
+    are ignored.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the first faulty line (1-based), its field, what to do, and how many lines are
-        faulty.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if a line is invalid. The message names the first such line (1-based), its field,
+        what to do, and the number of invalid lines.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -64,7 +66,7 @@ class JsonlSource:
         self._crc32 = zlib.crc32(content)
         self._problems: list[Problem] = []
         faults = []
-        # Not str.splitlines: that also splits at U+2028 and others, which JSON strings may contain.
+        # Not str.splitlines, which also splits at U+2028 and others that JSON strings may contain.
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():
                 continue
@@ -76,7 +78,7 @@ class JsonlSource:
             raise ValueError(f"{faults[0]} (faulty lines in this file: {len(faults)})")
         if not self._problems:
             raise ValueError(
-                f'{path}: empty data set; write one {{"prompt": "...", "answer": "..."}} a line'
+                f'{path}: empty data set; write one {{"prompt": "...", "answer": "..."}} per line'
             )
 
     def __len__(self) -> int:
@@ -97,7 +99,7 @@ def _parse_line(line: bytes) -> Problem:
             f"byte {error.start + 1} is not UTF-8; save the file in that encoding"
         ) from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}); write one JSON object a line") from None
+        raise ValueError(f"not JSON ({error}); write one JSON object per line") from None
     if not isinstance(record, dict):
         raise ValueError(
             f"expected a JSON object, found {_json_type(record)}; "
@@ -130,13 +132,13 @@ def _check_messages(messages: list) -> None:
         role, content = fields.get("role"), fields.get("content")
         if set(fields) != {"role", "content"} or role not in ROLES or not isinstance(content, str):
             raise ValueError(
-                f"field 'prompt', message {number}: expected a role ({', '.join(ROLES)}) and a "
-                'content of text, nothing else; write {"role": "user", "content": "..."}'
+                f"field 'prompt', message {number}: expected a role ({', '.join(ROLES)}) and "
+                'text content, nothing else; write {"role": "user", "content": "..."}'
             )
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError(
-            "field 'prompt' is a conversation that does not end with a question of the user; "
-            "add one, and put what follows it into 'answer'"
+            "field 'prompt' is a conversation that does not end with a user message; "
+            "add one, and move what follows it to 'answer'"
         )
 
 
@@ -146,27 +148,28 @@ def _json_type(value: Any) -> str:
 
 
 class ReasoningGymSource:
-    """A generator of reasoning-gym; only its questions and reference answers are used.
+    """Questions and reference answers of a reasoning-gym task.
 
     Its scorers are never called: several of them evaluate the model's text as Python.
 
-    Item `i` depends on `seed + i` in reasoning-gym, so two sources whose seeds are less than `size`
-    apart share items. Cut held-out problems from one source with `subset`, not with a second seed.
+    In reasoning-gym, item `i` depends on `seed + i`, so two sources whose seeds differ by less than
+    `size` share items. To hold out problems, split one source with `subset` instead of using a
+    second seed.
 
-    Some tasks (`rubiks_cube`, `graph_color`, ...) have no reference answers at all; the first item
-    is generated at construction to notice them.
+    Some tasks (`rubiks_cube`, `graph_color`, ...) do not have reference answers. The constructor
+    generates the first item to detect them.
 
     Args:
-      task: name of a data set of reasoning-gym, for example `"gcd"`.
+      task: name of a reasoning-gym data set, for example `"gcd"`.
       size: number of problems.
       seed: reasoning-gym's seed.
       options: the task's own settings, as a mapping or as pairs.
-      solution: name of the metadata that holds a worked solution, to be given as the answer in
-        place of the bare result: `"answer_cot"` for `"gsm_symbolic"`, which ends in `#### result`.
+      solution: metadata key of a worked solution, which replaces the bare result as the answer. For
+        `"gsm_symbolic"` it is `"answer_cot"`, which ends in `#### result`.
 
     Raises:
-      ValueError: the task, an option or the solution is unknown, reasoning-gym is not installed, or
-        an item (also later, at access) has no reference answer.
+      ValueError: if the task, an option or the solution is unknown, if reasoning-gym is not
+        installed, or if an item has no reference answer (also later, on access).
     """
 
     def __init__(
@@ -196,7 +199,7 @@ class ReasoningGymSource:
             self._data = reasoning_gym.create_dataset(task, size=size, seed=seed, **self._options)
         except (TypeError, AssertionError, ValueError) as error:  # it validates with asserts
             raise ValueError(f"reasoning-gym task {task!r}: {error}; correct `options`") from None
-        self[0]  # Notices tasks without reference answers.
+        self[0]  # Raises if the task has no reference answers.
 
     def __len__(self) -> int:
         return self._size
@@ -240,10 +243,10 @@ class Subset:
 
 
 def subset(source: Source, start: int, stop: int) -> Subset:
-    """Returns items `start` to `stop - 1` of `source`, for held-out splits.
+    """Returns items `start` to `stop - 1` of `source`, for example as a held-out split.
 
     Raises:
-      ValueError: the range is empty or reaches outside the source.
+      ValueError: if the range is empty or exceeds the source.
     """
     if not 0 <= start < stop <= len(source):
         raise ValueError(

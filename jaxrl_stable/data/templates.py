@@ -1,4 +1,4 @@
-"""From a problem to the text of its prompt: words around it, or a model's own chat template."""
+"""Turns a problem into the text of its prompt, by a plain template or a chat template."""
 
 import dataclasses
 import json
@@ -18,30 +18,34 @@ _GIVEN = ("messages", "add_generation_prompt")
 
 
 def fill(text: str, prompt: str) -> str:
-    """Puts a prompt in its place in `text`; ValueError if that is not there exactly once."""
+    """Replaces `{prompt}` in `text` with `prompt`.
+
+    Raises:
+      ValueError: unless `text` contains `{prompt}` exactly once.
+    """
     if text.count(PLACE) != 1:
-        raise ValueError(f"template {text!r} must contain {PLACE} exactly once; put it in")
+        raise ValueError(f"template {text!r} must contain {PLACE} exactly once; add it")
     # Not str.format: prompts and templates may contain braces of their own.
     return text.replace(PLACE, prompt)
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """Makes a conversation of a problem, up to where the assistant is to speak.
+    """Renders a problem as a conversation that ends where the assistant's turn begins.
 
-    The text is that of `apply_chat_template(messages, add_generation_prompt=True, **variables)` in
-    transformers. It has the BOS that the template writes, if any.
+    The text equals `apply_chat_template(messages, add_generation_prompt=True, **variables)` in
+    transformers. It includes the BOS that the template writes, if any.
 
     Attributes:
-      source: the template, in Jinja.
-      tokens: texts of the special tokens that it may name, such as `bos_token`.
-      words: text around the problem in the user's message; "{prompt}" stands for it.
-      system: system message of problems that have none of their own; empty for none.
-      variables: what the template is told besides.
+      source: Jinja source of the template.
+      tokens: texts of special tokens that the template may use, such as `bos_token`.
+      words: text of the user's message, with "{prompt}" in place of the problem.
+      system: system message for problems without their own; empty to add none.
+      variables: further variables of the template.
 
     Raises:
-      ValueError: the template is not valid Jinja, `words` has no place for the problem, or
-        `variables` has a name that is taken.
+      ValueError: if the template is not valid Jinja, `words` does not contain "{prompt}", or
+        `variables` has a reserved name.
     """
 
     source: str
@@ -54,7 +58,7 @@ class ChatTemplate:
         fill(self.words, "")
         for name in _GIVEN:
             if name in self.variables:
-                raise ValueError(f"chat variable {name!r} is made from the problem; leave it out")
+                raise ValueError(f"chat variable {name!r} is derived from the problem; remove it")
         compile_template(self.source)
 
     def __repr__(self) -> str:
@@ -62,7 +66,7 @@ class ChatTemplate:
         return f"ChatTemplate(crc32={zlib.crc32(content.encode()):08x})"
 
     def messages(self, problem: Problem) -> list[Message]:
-        """The conversation: the problem's own, or one message of the user."""
+        """Returns the problem's conversation, or one user message if it has no conversation."""
         last = Message(role="user", content=fill(self.words, problem["prompt"]))
         messages = [*problem.get("messages", [last])[:-1], last]
         if self.system and messages[0]["role"] != "system":
@@ -70,7 +74,11 @@ class ChatTemplate:
         return messages
 
     def render(self, problem: Problem) -> str:
-        """Returns the text of a prompt; ValueError if the template refuses or fails."""
+        """Returns the text of a prompt.
+
+        Raises:
+          ValueError: if the template rejects the conversation or fails.
+        """
         told = {
             "tools": None,
             "documents": None,
@@ -82,7 +90,7 @@ class ChatTemplate:
         return render_template(self.source, told)
 
 
-Template = str | ChatTemplate  # a text has "{prompt}" in it
+Template = str | ChatTemplate  # a string contains "{prompt}"
 
 
 def load_chat_template(
@@ -92,20 +100,26 @@ def load_chat_template(
     system: str = "",
     variables: Mapping[str, Any] | None = None,
 ) -> ChatTemplate:
-    """Finds the chat template of a Hugging Face tokenizer: a directory, or its `tokenizer.json`.
+    """Loads the chat template of a Hugging Face tokenizer.
 
-    It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`: a text, or a
-    list of named ones, of which "default" is taken.
+    The template is `chat_template.jinja` if that exists, else `chat_template` in
+    `tokenizer_config.json`, which may also be a list of named templates with one "default".
+
+    Args:
+      path: directory of the tokenizer, or its `tokenizer.json`.
+      words: see `ChatTemplate`.
+      system: see `ChatTemplate`.
+      variables: see `ChatTemplate`.
 
     Raises:
-      ValueError: there is none, or something in it is wrong; names the place.
+      ValueError: if no chat template exists or it is invalid. The message names the file.
     """
     file = pathlib.Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     if file.suffix != ".json" or not file.exists():
         raise ValueError(
-            f"{path}: no Hugging Face tokenizer is here, so there is no chat template; name that "
-            "of a chat model in Data.tokenizer, or leave Data.chat off"
+            f"{path}: not a Hugging Face tokenizer, so it has no chat template; set "
+            "Data.tokenizer to a chat model's, or turn off Data.chat"
         )
     config_file, jinja = map(file.with_name, ("tokenizer_config.json", "chat_template.jinja"))
     config = read_json(config_file)
@@ -116,7 +130,7 @@ def load_chat_template(
     if not isinstance(source, str):
         raise ValueError(
             f"{file.parent}: has no chat template, neither chat_template.jinja nor chat_template "
-            "in tokenizer_config.json; add one, or leave Data.chat off"
+            "in tokenizer_config.json; add one, or turn off Data.chat"
         )
     try:
         compile_template(source)
@@ -138,7 +152,7 @@ def _default(found: Any, file: pathlib.Path) -> Any:
 
 
 def _token_texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and the like: texts, or objects with a `content`."""
+    """Returns `bos_token` and the like, each a string or an object with a `content`."""
     texts = {}
     for field, value in config.items():
         value = value.get("content") if isinstance(value, dict) else value

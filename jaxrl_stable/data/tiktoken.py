@@ -1,7 +1,7 @@
-"""Vocabularies in tiktoken's format, as Qwen and Kimi have them, become a `tokenizer.json`.
+"""Converts vocabularies in tiktoken's format, as used by Qwen and Kimi, to `tokenizer.json`.
 
-Such a file has byte sequences and their ranks, no more. How text is cut into words is code beside
-it, which is never run here: the pattern has to be named.
+Such a file holds only byte sequences and their ranks. The rule that splits text into words is code
+that comes with the checkpoint. It is never run here, so the caller names the pattern.
 """
 
 import base64
@@ -20,12 +20,12 @@ from jaxrl_stable.files import existing, read_json, write_atomic
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How a model family cuts text into words before it looks them up.
+    """How a model family splits text into words before it looks them up.
 
     Attributes:
       pattern: regular expression of a word.
-      nfc: whether text is brought to Unicode's composed form before. What was not in it comes back
-        composed when it is decoded.
+      nfc: whether text is first normalised to Unicode's composed form (NFC). Decoding then returns
+        the composed form.
     """
 
     pattern: str
@@ -34,7 +34,7 @@ class Words:
 
 _ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Kimi: a run of Chinese characters is a word; other letters are, with capitals at the head alone.
+# Kimi: a run of Chinese characters is a word. In other words capitals come only at the start.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 
@@ -54,23 +54,23 @@ def convert_tiktoken(
     special_tokens: Mapping[str, int] | None = None,
     destination: str | os.PathLike[str] | None = None,
 ) -> pathlib.Path:
-    """Writes the `tokenizer.json` of a tiktoken vocabulary, which encodes as tiktoken does.
+    """Writes a `tokenizer.json` that encodes text as tiktoken does with a vocabulary.
 
         convert_tiktoken("Moonlight/tiktoken.model", "kimi")
 
     Args:
-      path: lines of base64 and rank.
-      words: "qwen", "kimi", or `Words` of another family.
-      special_tokens: texts and ids behind the vocabulary; None takes them from
-        `added_tokens_decoder` of the `tokenizer_config.json` beside `path`.
-      destination: where to write, by default beside `path`.
+      path: vocabulary file; each line is a base64 token and its rank.
+      words: "qwen", "kimi", or the `Words` of another family.
+      special_tokens: text to id, with ids after the vocabulary; by default `added_tokens_decoder`
+        of the `tokenizer_config.json` next to `path`.
+      destination: file to write; by default `tokenizer.json` next to `path`.
 
     Returns:
       The file written.
 
     Raises:
-      FileNotFoundError: there is no such vocabulary.
-      ValueError: a line or an id is wrong, or `words` unknown; says where.
+      FileNotFoundError: if the vocabulary does not exist.
+      ValueError: if a line or an id is invalid, or `words` is unknown. The message names the place.
     """
     path = existing(path)
     if isinstance(words, str):
@@ -87,7 +87,7 @@ def convert_tiktoken(
         models.BPE(
             vocab={spell(token): rank for token, rank in ranks.items()},
             merges=[(spell(left), spell(right)) for left, right in pairs],
-            ignore_merges=True,  # a word that is in the vocabulary is taken whole
+            ignore_merges=True,  # a word that is in the vocabulary is one token
         )
     )
     model.normalizer = normalizers.NFC() if words.nfc else None
@@ -109,7 +109,14 @@ def convert_tiktoken(
 
 
 def read_ranks(path: pathlib.Path) -> dict[bytes, int]:
-    """Reads a tiktoken file: byte sequences and their ranks, which are their ids."""
+    """Reads a tiktoken file.
+
+    Returns:
+      Rank of each byte sequence, which is also its id.
+
+    Raises:
+      ValueError: if a line is malformed, ranks are missing, or a single byte has no rank.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -125,16 +132,17 @@ def read_ranks(path: pathlib.Path) -> dict[bytes, int]:
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(
             f"{path}: its ranks do not run from 0 to {len(ranks) - 1}, or not all 256 bytes have "
-            "one; is this file whole?"
+            "one; is the file complete?"
         )
     return ranks
 
 
 def merges(token: bytes, ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pairs that make a token: the one that is left when all earlier merges have been made.
+    """Returns the pairs that merge into a token.
 
-    Where these leave more than a pair (the vocabulary was put together from several), tiktoken
-    joins any two that happen to meet, so all are returned.
+    Usually that is the one pair that remains after all earlier merges. If more than two parts
+    remain (the vocabulary was combined from several), tiktoken joins any two adjacent halves, so
+    all such pairs are returned.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -150,7 +158,7 @@ def merges(token: bytes, ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]
 def _add_tokens(
     model: tokenizers.Tokenizer, names: Mapping[int, tuple[str, bool]], path: pathlib.Path
 ) -> None:
-    """Adds tokens (text, whether special) at their ids; ids between are reserved, as by Kimi."""
+    """Adds tokens (text, whether special) at their ids; gaps get reserved tokens, as in Kimi."""
     start = model.get_vocab_size()
     for i in range(start, max(names, default=-1) + 1):
         text, special = names.get(i, (f"<|reserved_token_{i}|>", True))
@@ -159,15 +167,15 @@ def _add_tokens(
     for i, (text, _) in names.items():
         if model.token_to_id(text) != i:
             raise ValueError(
-                f"{path}: token {text!r} cannot have the id {i}; those from {start} on are free, "
-                "each for one text"
+                f"{path}: token {text!r} cannot have the id {i}; use an id from {start} on, "
+                "one per text"
             )
 
 
 def _letters() -> list[str]:
-    """The character that stands for each byte in a byte-level `tokenizer.json`, as in GPT-2.
+    """Returns the character of each byte in a byte-level `tokenizer.json`, as in GPT-2.
 
-    A printable one stands for itself; the others follow from 256 on.
+    A printable byte maps to itself; the others map to characters from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

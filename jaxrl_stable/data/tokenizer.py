@@ -5,10 +5,12 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import sentencepiece
 import tokenizers
+from jaxtyping import Int
 
 from jaxrl_stable.files import existing, read_json, write_atomic
 
@@ -20,18 +22,24 @@ _MIN_BYTE_FALLBACK = 1024
 _USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]")
 _USUAL_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
-_USUAL_UNK = ("<unk>", "[UNK]")  # stands for any unknown word, so that it says nothing
+_USUAL_UNK = ("<unk>", "[UNK]")  # replaces any unknown word, so it carries no control information
 _CONTROL_FORM = re.compile("<[|｜].*[|｜]>")  # DeepSeek's bars are full-width
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Converts text to token ids and back.
 
-    `encode` adds no special tokens. `decode` leaves special tokens out, and ids beyond `vocab_size`
-    as well (the rows that a model may have to round its embedding up). `bos_id` is None where
-    prompts do not start with one. `eos_ids` are all ids that end a response; `eos_id` is the one to
-    train on. `control_token` returns the first token of `text` that only a template may write, such
-    as the end of a turn, or None.
+    `encode` does not add special tokens. `decode` drops special tokens, and ids beyond `vocab_size`
+    (a model may round up the rows of its embedding). `control_token` returns the first token of
+    `text` that only a template may write, such as the end of a turn, or None.
+
+    Attributes:
+      vocab_size: number of ids, gaps included.
+      pad_id: id of padding.
+      bos_id: id at the start of prompts; None if prompts do not start with one.
+      eos_id: id that ends a response in training.
+      eos_ids: all ids that end a response.
     """
 
     vocab_size: int
@@ -42,15 +50,15 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str: ...
 
     def control_token(self, text: str) -> str | None: ...
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file; one without a pad piece is padded with EOS.
+    """A SentencePiece model file. Without a pad piece, padding uses EOS.
 
-    Its control pieces never come from text: `</s>` is spelled out.
+    Text never encodes to control pieces: `</s>` is spelled out.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -60,7 +68,7 @@ class SentencePieceTokenizer:
         except RuntimeError:
             raise ValueError(
                 f"{path}: not a SentencePiece model; give a `.model` file or `tokenizer.json`, "
-                "or, if it is tiktoken's, convert it with data.convert_tiktoken"
+                "or convert a tiktoken file with data.convert_tiktoken"
             ) from None
         self.vocab_size: int = self._model.vocab_size()
         self.eos_id: int = self._model.eos_id()
@@ -74,7 +82,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
 
     def control_token(self, text: str) -> str | None:
@@ -82,17 +90,17 @@ class SentencePieceTokenizer:
 
 
 class HFTokenizer:
-    """A Hugging Face `tokenizer.json`, or the directory of a model that has one.
+    """A Hugging Face `tokenizer.json`, or a model directory that contains one.
 
-    Special tokens come from the files beside it: BOS, EOS and pad from `tokenizer_config.json`,
-    further EOS ids from `generation_config.json`; with neither, from the usual names. BOS is never
-    taken from `generation_config.json`: Qwen names one there that its prompts must not start with.
-    Without a pad token, padding uses the id of EOS.
+    Special tokens come from the files next to it: BOS, EOS and pad from `tokenizer_config.json`,
+    further EOS ids from `generation_config.json`. Without these files, the usual names are tried.
+    BOS is never taken from `generation_config.json`: Qwen names one there that its prompts must not
+    start with. Without a pad token, padding uses EOS.
 
     The text of a special token (`<|im_end|>`) encodes to that token, so that templates can contain
-    it. In text from outside it would forge a turn or end the sequence, and `control_token` notices
-    it: special tokens, and those in the form of `<|…|>` that a file does not mark as special
-    (DeepSeek's `<｜User｜>`). Tags such as `<think>` are for everybody.
+    it. In untrusted text it would forge a turn or end the sequence; `control_token` detects it. It
+    also detects tokens of the form `<|…|>` that the file does not mark as special (DeepSeek's
+    `<｜User｜>`). Any text may contain tags such as `<think>`.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -101,13 +109,13 @@ class HFTokenizer:
             file = existing(file / "tokenizer.json")
         try:
             self._model = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
+        except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{file}: not a tokenizer.json ({error}); export it again") from None
-        # A file may carry the settings of its last use; silent truncation would lose text.
+        # A file may store truncation and padding settings; truncation would silently lose text.
         self._model.no_truncation()
         self._model.no_padding()
 
-        # Ids may have gaps, so that the number of tokens is no bound.
+        # Ids may have gaps, so the number of tokens is not an upper bound.
         self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         self._added = self._model.get_added_tokens_decoder()
         self._control: dict[int, str] = {
@@ -125,7 +133,7 @@ class HFTokenizer:
             eos_id = more_eos[0] if more_eos else None
         if eos_id is None:
             raise ValueError(
-                f"{file}: no EOS token known; name `eos_token` in tokenizer_config.json beside it"
+                f"{file}: the EOS token is unknown; set `eos_token` in tokenizer_config.json"
             )
         bos_id = self._special_id(config, "bos_token", _USUAL_BOS)
         pad_id = self._special_id(config, "pad_token", _USUAL_PAD)
@@ -143,19 +151,19 @@ class HFTokenizer:
             return None if named is None else self._model.token_to_id(named)
         if config:
             return None
-        # Among the added ones: Qwen has an ordinary token `</s>`, for all the HTML it has read.
+        # Only among added tokens: Qwen has an ordinary token `</s>`, learned from HTML.
         added = {token.content: i for i, token in self._added.items()}
         return next((added[name] for name in usual if name in added), None)
 
     def _generation_ids(self, file: pathlib.Path, field: str) -> list[int]:
-        """Ids of `generation_config.json`, which may have one, a list, null, or no such field."""
+        """Returns the ids in a field that may be missing, null, one id or a list."""
         named = read_json(file).get(field)
         ids = named if isinstance(named, list) else [] if named is None else [named]
         for i in ids:
             known = type(i) is int and 0 <= i < self.vocab_size
             if not known or self._model.id_to_token(i) is None:
                 raise ValueError(
-                    f"{file}: {field} {i!r} is no id of the tokenizer, whose ids end at "
+                    f"{file}: {field} {i!r} is not an id of the tokenizer, whose ids end at "
                     f"{self.vocab_size - 1}; correct or remove it"
                 )
         return ids
@@ -163,12 +171,12 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self._model.decode(known, skip_special_tokens=True)
 
     def control_token(self, text: str) -> str | None:
-        # By id, not by searching the text: a normaliser may turn other characters into a token's.
+        # Compares ids, not text: a normaliser may map other characters to a token's.
         return next((self._control[i] for i in self.encode(text) if i in self._control), None)
 
 
@@ -176,8 +184,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Opens a `.model` or `.json` file, or a directory with a `tokenizer` of either kind.
 
     Raises:
-      FileNotFoundError: nothing is there.
-      ValueError: the file is of another kind or damaged.
+      FileNotFoundError: if the path does not exist or the directory contains no tokenizer.
+      ValueError: if the file has another format or is damaged.
     """
     file = existing(path)
     if file.is_dir():
@@ -185,8 +193,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         found = [file / name for name in names if (file / name).exists()]
         if not found:
             raise FileNotFoundError(
-                f"{path}: has neither {names[0]} nor {names[1]}; add one, or make the first of a "
-                "tiktoken file with data.convert_tiktoken"
+                f"{path}: has neither {names[0]} nor {names[1]}; add one, or convert a tiktoken "
+                "file with data.convert_tiktoken"
             )
         file = found[0]
     if file.suffix == ".json":
@@ -194,8 +202,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if file.suffix == ".model":
         return SentencePieceTokenizer(file)
     raise ValueError(
-        f"{path}: unknown kind of tokenizer; give a `.model` or `.json` file, or convert one of "
-        "tiktoken with data.convert_tiktoken"
+        f"{path}: unknown kind of tokenizer; give a `.model` or `.json` file, or convert a "
+        "tiktoken file with data.convert_tiktoken"
     )
 
 
@@ -206,23 +214,23 @@ def train_sentencepiece(
     *,
     byte_fallback: bool | None = None,
 ) -> SentencePieceTokenizer:
-    """Trains a byte-pair model on `texts`, writes it to `path` in one step, and opens it.
+    """Trains a byte-pair model on `texts`, writes it to `path` atomically, and opens it.
 
-    The same texts in any order give the same file. Text is taken literally (no Unicode
-    normalisation, no added or dropped spaces), so that `decode(encode(x)) == x`, which is checked
-    on every training text. Each digit is a token of its own, and so is the line break. Ids: pad 0,
+    The file does not depend on the order of the texts. Text is taken literally (no Unicode
+    normalisation, no added or dropped spaces), so that `decode(encode(x)) == x`. This is checked on
+    every training text. Each digit is a separate token, and so is the line break. Ids: pad 0,
     BOS 1, EOS 2, unknown 3.
 
     Args:
-      texts: all characters that occur here are in the vocabulary.
-      path: where the `.model` file goes.
-      vocab_size: exact number of pieces, the four special ones included.
-      byte_fallback: whether characters that do not occur are spelled in bytes (which takes 256
-        pieces) rather than lost; by default from a `vocab_size` of 1,024.
+      texts: training texts; the vocabulary contains all their characters.
+      path: `.model` file to write.
+      vocab_size: exact number of pieces, including the four special ones.
+      byte_fallback: whether to spell unknown characters in bytes (which takes 256 pieces) instead
+        of losing them; by default only if `vocab_size` is at least 1,024.
 
     Raises:
-      ValueError: there is no text, the vocabulary is too small or too large for it, or a text does
-        not survive.
+      ValueError: if `texts` is empty, `vocab_size` is too small or too large for it, or a text does
+        not round-trip.
     """
     texts = sorted(texts)
     if not any(texts):
@@ -247,13 +255,13 @@ def train_sentencepiece(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            # Longer texts would be left out without a word.
+            # SentencePiece silently skips longer texts.
             max_sentence_length=4 * max(map(len, texts)) + 1,
             num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
-        # The message ends in what to set: "... too high (N). Please set it to a value <= M."
+        # The message ends with the advice: "... too high (N). Please set it to a value <= M."
         reason = str(error).rsplit("] ", 1)[-1].strip()
         raise ValueError(
             f"train_sentencepiece: vocab_size {vocab_size} does not suit these texts: {reason}"

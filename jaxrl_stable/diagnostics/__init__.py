@@ -1,12 +1,13 @@
 """Metrics: each with its formula and its names elsewhere, as parts that combine exactly.
 
-One file a family, and one for what they share:
+One file per family, and one for what they share:
 
     parts.py      Mean, Max, Min, Sum, Spread, Correlation; how they combine and become figures
-    mismatch.py   sampler against trainer (`mismatch/…`), policy against that of the rollout
+    mismatch.py   sampler against trainer (`mismatch/…`), current policy against the rollout's
                   (`staleness/…`)
     weights.py    importance weights (`weight/…`), the clip (`clip/…`), corrections (`correction/…`)
-    validity.py   whether the token-level objective stands for the sequence-level one (`validity/…`)
+    validity.py   how well the token-level objective approximates the sequence-level one
+                  (`validity/…`)
     routing.py    agreement of routers (`routing/…`), load and confidence (`experts/…`)
 """
 

@@ -1,26 +1,27 @@
-"""How far the sampler is from the trainer, and the current policy from that of the rollout.
+"""How far the sampler is from the trainer, and the current policy from the rollout's policy.
 
 On the sampled tokens, Δ = log π_old − log μ_old is the mismatch and s = log π_θ − log π_old the
-staleness; p stands for e^{log π_old}, q for e^{log μ_old}. The end of a name says what was taken
-over what:
+staleness; p is e^{log π_old}, q is e^{log μ_old}. The end of a name says how values are reduced:
 
     token_mean     over all response tokens of the batch; long responses weigh more
-    seq_mean       over the responses, of each one's mean over its tokens (or of its product)
-    max, min, std  over the same; std is that of the population
+    seq_mean       over responses, after a mean (or product) over the tokens of each
+    max, min, std  over the same; std is the population's
 
 Systems share names, not definitions: the same batch gave a "KL" of 0.0074 in verl and 0.0097 in
-slime. So each entry says who records it, and under which name. Before every `exp`, Δ, and its mean
-or sum over a response, is bounded at ±20. A row without response tokens counts nowhere.
+slime. So each entry says who records it, and under which name. Before every `exp`, Δ and its mean
+or sum over a response are bounded at ±20. A row without response tokens does not count.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.diagnostics.parts import (
+    Mean,
+    Metrics,
     masked_correlation,
     masked_max,
     masked_mean,
@@ -29,14 +30,9 @@ from jaxrl_stable.diagnostics.parts import (
 )
 from jaxrl_stable.importance import at_least_float32, bounded, log_ratio, response_mean
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    from jaxrl_stable.diagnostics.parts import Metrics
-
 
 def k3(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """e^x − 1 − x of the bounded x: under samples of q an unbiased, never negative KL(q ‖ p)."""
+    """Returns e^x − 1 − x of the bounded x: on samples of q, an unbiased, nonnegative KL(q ‖ p)."""
     x = bounded(log_ratio)
     return jnp.expm1(x) - x
 
@@ -44,7 +40,7 @@ def k3(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
 def mismatch_metrics(
     logp_old: Float[Array, "B T"], logp_rollout: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """All of `token_mismatch`, `response_mismatch` and `probability_mismatch`.
+    """Returns all metrics of `token_mismatch`, `response_mismatch` and `probability_mismatch`.
 
     `finalize` adds `mismatch/kl_entropy_ratio`.
     """
@@ -58,32 +54,32 @@ def mismatch_metrics(
 def token_mismatch(
     logp_old: Float[Array, "B T"], logp_rollout: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """Over all response tokens, in nats where it is a divergence. Below, mean is the token mean.
+    """Returns metrics over all response tokens; mean is their mean, divergences are in nats.
 
     - `mismatch/kl_k1_token_mean`: mean(−Δ), the paper's D_KL[μ_old ‖ π_old] (arXiv:2512.01374,
       §4.2); unbiased, can be negative. verl and ms-swift `kl`
     - `mismatch/kl_k3_token_mean`: mean(e^Δ − 1 − Δ); same expectation, never negative, lower
       variance. verl and ms-swift `k3_kl`, prime-rl `mismatch_kl`, AReaL `rollout_train_k3_kl`,
       NeMo-RL `gen_kl_error`
-    - `mismatch/kl_k3_reverse_token_mean`: mean(e^−Δ − 1 + Δ). NeMo-RL `policy_kl_error`. Not the
-      KL of the other direction, whose samples would be π_old's: one token that the sampler
-      overrated by far decides it
-    - `mismatch/js_token_mean`: mean(ln cosh(Δ/2)). NeMo-RL `js_divergence_error`, there written as
+    - `mismatch/kl_k3_reverse_token_mean`: mean(e^−Δ − 1 + Δ). NeMo-RL `policy_kl_error`. Not the KL
+      of the other direction, which would need samples of π_old: a single token that the sampler
+      greatly overrated dominates it
+    - `mismatch/js_token_mean`: mean(ln cosh(Δ/2)). NeMo-RL `js_divergence_error`, written there as
       half the sum of k3 of p and of q against m = (p + q)/2, on the sampled token
     - `mismatch/mult_prob_error_token_mean`: mean e^|Δ|, 1 when equal. NeMo-RL
       `token_mult_prob_error`; its gates are 1.05, and 1.02 under replay
-    - `mismatch/abs_token_mean`, `…_max`, `…_min`, `…_std`: of |Δ|. SkyRL
+    - `mismatch/abs_token_mean`, `…_max`, `…_min`, `…_std`: statistics of |Δ|. SkyRL
       `rollout_train_logprobs_abs_diff_…`, TRL `sampling_logp_difference/…`; slime and miles
       `train_rollout_logprob_abs_diff`
     - `mismatch/extreme_share`: mean 1[|Δ| > ln 2], F(2) of arXiv:2510.11370. AReaL
       `extreme_frac_tau2`
-    - `mismatch/chi2_token_mean`: mean(e^{2Δ}) − 1, the variance of e^Δ where its mean is 1. verl
-      and ms-swift `chi2_token`
+    - `mismatch/chi2_token_mean`: mean(e^{2Δ}) − 1, the variance of e^Δ if its mean is 1. verl and
+      ms-swift `chi2_token`
     - `mismatch/ratio_token_mean`: mean e^Δ, 1 in expectation. NeMo-RL `sampling_importance_ratio`
     """
     delta = log_ratio(logp_old, logp_rollout, mask)
     x, size = bounded(delta), jnp.abs(delta)
-    # ln cosh(x/2) through cosh(2y) = 1 + 2 sinh² y, which keeps its digits for small x.
+    # ln cosh(x/2) via cosh(2y) = 1 + 2 sinh² y, which keeps precision for small x.
     js = jnp.log1p(2.0 * jnp.square(jnp.sinh(x / 4.0)))
     return {
         "mismatch/kl_k1_token_mean": masked_mean(-delta, mask),
@@ -104,10 +100,10 @@ def token_mismatch(
 def response_mismatch(
     logp_old: Float[Array, "B T"], logp_rollout: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """Over the responses y_i; mean_t is over the tokens of one of them, mean_i over all of them.
+    """Returns metrics over responses; mean_t is over one response's tokens, mean_i over responses.
 
     - `mismatch/kl_k1_seq_mean`: mean_i mean_t(−Δ). slime `kl`; verl, ms-swift and slime
-      `log_ppl_diff`, the same number: log perplexity of the trainer less that of the sampler
+      `log_ppl_diff`, the same number: log perplexity of the trainer minus the sampler's
     - `mismatch/kl_k3_seq_mean`: mean_i mean_t(e^Δ − 1 − Δ). slime `k3_kl`
     - `mismatch/log_ppl_diff_abs_seq_mean`: mean_i |mean_t Δ|. verl, ms-swift and slime
       `log_ppl_abs_diff`
@@ -115,16 +111,17 @@ def response_mismatch(
       ms-swift `log_ppl_diff_max`, `log_ppl_diff_min`
     - `mismatch/ppl_train_seq_mean`: mean_i exp(−mean_t log π_old). verl, ms-swift and slime
       `training_ppl`
-    - `mismatch/ppl_rollout_seq_mean`: mean_i exp(−mean_t log μ_old). The same `rollout_ppl`
+    - `mismatch/ppl_rollout_seq_mean`: mean_i exp(−mean_t log μ_old). The same systems'
+      `rollout_ppl`
     - `mismatch/ppl_ratio_seq_mean`: mean_i exp(−mean_t Δ), not the quotient of the two means. The
-      same `ppl_ratio`
+      same systems' `ppl_ratio`
     - `mismatch/chi2_token_seq_mean`: mean_i mean_t(e^{2Δ}) − 1. slime `chi2_token`
     - `mismatch/chi2_seq_product`: mean_i exp(2 Σ_t Δ) − 1. verl and slime `chi2_seq`
     - `mismatch/chi2_seq_geometric`: mean_i exp(2 mean_t Δ) − 1. ms-swift `chi2_seq`: same name,
       another quantity
     - `mismatch/ratio_token_seq_mean`: mean_i mean_t e^Δ. ROLL `train_infer_ratio_token`
-    - `mismatch/ratio_geometric_seq_mean`: mean_i exp(mean_t Δ). ROLL `train_infer_ratio_geometric`;
-      also its `…_segment`, the geometric mean of each turn, as a response is one turn here
+    - `mismatch/ratio_geometric_seq_mean`: mean_i exp(mean_t Δ). ROLL `train_infer_ratio_geometric`,
+      and its `…_segment`, the geometric mean per turn, since a response is one turn here
     - `mismatch/ratio_product_seq_mean`: mean_i exp(Σ_t Δ). ROLL `train_infer_ratio_sequence`
     """
     delta = log_ratio(logp_old, logp_rollout, mask)
@@ -132,7 +129,7 @@ def response_mismatch(
     mean, total = bounded(response_mean(delta, mask)), bounded(delta.sum(-1))
     x, difference = bounded(delta), -response_mean(delta, mask)
 
-    def over_responses(x: Float[Array, "B"]):
+    def over_responses(x: Float[Array, "B"]) -> Mean:
         return masked_mean(x, responses)
 
     def perplexity(logp: Float[Array, "B T"]) -> Float[Array, "B"]:
@@ -159,14 +156,14 @@ def response_mismatch(
 def probability_mismatch(
     logp_old: Float[Array, "B T"], logp_rollout: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """Of the probabilities p and q themselves, where tokens that are nearly impossible count less.
+    """Returns metrics of the probabilities p and q themselves, where unlikely tokens count less.
 
-    - `mismatch/prob_abs_diff_token_mean`, `…_max`, `…_std`: of |p − q|. verl
+    - `mismatch/prob_abs_diff_token_mean`, `…_max`, `…_std`: statistics of |p − q|. verl
       `rollout_probs_diff_…` (its std divides by n − 1)
     - `mismatch/prob_pearson`: correlation of p and q over all tokens; MiniMax-M1's check
       (arXiv:2506.13585). verl `rollout_actor_probs_pearson_corr`
-    - `mismatch/prob_diff_seq_mean`: mean_i mean_t(p − q). ROLL `train_infer_diff_token`, and as its
-      means are equal `…_geometric` and `…_segment`
+    - `mismatch/prob_diff_seq_mean`: mean_i mean_t(p − q). ROLL `train_infer_diff_token`, and, as
+      its means are equal, `…_geometric` and `…_segment`
     - `mismatch/prob_diff_sum_seq_mean`: mean_i Σ_t (p − q). ROLL `train_infer_diff_sequence`
     """
     p, q = (jnp.exp(jnp.where(mask, at_least_float32(x), 0.0)) for x in (logp_old, logp_rollout))
@@ -185,11 +182,11 @@ def probability_mismatch(
 def staleness_metrics(
     logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """Distance of the current policy from the one of the rollout, both in the training program.
+    """Returns the distance of the current policy from the rollout's, both in the training program.
 
     - `staleness/kl_k3_token_mean`: mean(e^s − 1 − s)
     - `staleness/abs_token_mean`: mean |s|
-    - `staleness/ratio_deviation_max`: max |π_θ/π_old − 1| over all tokens; 0 but for rounding in
+    - `staleness/ratio_deviation_max`: max |π_θ/π_old − 1| over all tokens; 0 except for rounding in
       the first mini-batch after `score`
     """
     s = log_ratio(logp, logp_old, mask)

@@ -1,27 +1,24 @@
-"""The parts that metrics are made of: what micro-batches, mini-batches and devices add up.
+"""Building blocks of metrics, which micro-batches, mini-batches and devices add up.
 
-A part holds sums, not results, so that any cut of the rows gives the figures of the whole, and
+A part holds sums, not results, so any split of the rows gives the same figures as the whole, and
 `value` divides once. `collapse` combines the entries of a leading axis.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.array_types import Array, Bool, Float, Shaped
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """total / count; combines by addition."""
+    """total / count; combines by addition. 0 if nothing was counted."""
 
     total: Float[Array, "*n"]
     count: Float[Array, "*n"]
@@ -30,14 +27,14 @@ class Mean:
         return Mean(self.total.sum(0), self.count.sum(0))
 
     def value(self) -> Float[Array, "*n"]:
-        # A count may be a sum of weights below 1; where nothing was counted the mean is 0.
+        # A count may be a sum of weights below 1, so the divisor is not max(count, 1).
         return self.total / jnp.where(self.count > 0, self.count, 1.0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Max:
-    """Largest value; combines by maximum. −∞ of nothing."""
+    """Largest value; combines by maximum. −∞ if empty."""
 
     maximum: Float[Array, "*n"]
 
@@ -51,7 +48,7 @@ class Max:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Min:
-    """Smallest value; combines by minimum. ∞ of nothing."""
+    """Smallest value; combines by minimum. ∞ if empty."""
 
     minimum: Float[Array, "*n"]
 
@@ -79,10 +76,10 @@ class Sum:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Standard deviation √(Σ (x − x̄)² / n), of the population: n, not n − 1. 0 of nothing.
+    """Population standard deviation √(Σ (x − x̄)² / n): n, not n − 1. 0 if empty.
 
-    Squares are taken around the mean of each part and moved to the common one on combining (Chan,
-    Golub and LeVeque 1979). E[x²] − E[x]² would drown in float32's rounding where x is near 1.
+    Squares are taken around each part's own mean and moved to the common mean on combining (Chan,
+    Golub and LeVeque 1979). E[x²] − E[x]² would drown in float32 rounding where x is near 1.
     """
 
     count: Float[Array, "*n"]
@@ -106,7 +103,7 @@ class Spread:
 class EffectiveShare(Spread):
     """Effective sample size as a share: (mean w)² / mean w² = x̄² / (x̄² + variance), Kish 1965.
 
-    1 when all weights are equal, 1/n when one of them is alone; 0 of nothing.
+    1 if all weights are equal, 1/n if only one is not 0; 0 if empty.
     """
 
     def value(self) -> Float[Array, "*n"]:
@@ -119,7 +116,7 @@ class EffectiveShare(Spread):
 class Correlation:
     """Pearson's Σ (x − x̄)(y − ȳ) / √(Σ (x − x̄)² Σ (y − ȳ)²); combines like `Spread`.
 
-    NaN where x or y does not vary: what is undefined is not 0.
+    NaN if x or y does not vary: an undefined correlation is not 0.
     """
 
     count: Float[Array, "*n"]
@@ -153,29 +150,29 @@ def is_metric(x: object) -> bool:
     return isinstance(x, Part)
 
 
-def masked_mean(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Mean:
-    """Σ m x over Σ m."""
+def masked_mean(x: Shaped[Array, "*n"], mask: Bool[Array, "*n"]) -> Mean:
+    """Returns Σ m x over Σ m."""
     x = jnp.where(mask, x.astype(jnp.float32), 0.0)
     return Mean(x.sum(), mask.sum(dtype=jnp.float32))
 
 
 def weighted_mean(x: Float[Array, "*n"], weight: Float[Array, "*n"]) -> Mean:
-    """Σ w x over Σ w; the weights are not negative."""
+    """Returns Σ w x over Σ w; the weights are not negative."""
     return Mean((weight * x).sum(), weight.sum())
 
 
-def masked_max(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Max:
+def masked_max(x: Shaped[Array, "*n"], mask: Bool[Array, "*n"]) -> Max:
     return Max(jnp.where(mask, x.astype(jnp.float32), -jnp.inf).max())
 
 
-def masked_min(x: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> Min:
+def masked_min(x: Shaped[Array, "*n"], mask: Bool[Array, "*n"]) -> Min:
     return Min(jnp.where(mask, x.astype(jnp.float32), jnp.inf).min())
 
 
 def masked_spread(
     x: Float[Array, "*n"], mask: Bool[Array, "*n"], kind: type[Spread] = Spread
 ) -> Spread:
-    """Spread of x, or its `EffectiveShare`."""
+    """Returns the spread of x, or its `EffectiveShare`."""
     mean, deviation = _centred(x, mask)
     return kind(mask.sum(dtype=jnp.float32), mean, jnp.square(deviation).sum())
 
@@ -189,26 +186,26 @@ def masked_correlation(
 
 
 def quotient(a: Float[Array, "*n"], b: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """a / b where b > 0, else NaN."""
+    """Returns a / b where b > 0, else NaN."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), jnp.nan)
 
 
 def collapse(metrics: Metrics) -> Metrics:
-    """Combines metrics that were stacked along a leading axis (the output of a scan)."""
+    """Combines metrics that were stacked along a leading axis, such as the output of a scan."""
     return jax.tree.map(lambda m: m.collapse(), metrics, is_leaf=is_metric)
 
 
 def merge(parts: list[Metrics]) -> Metrics:
-    """Combines metrics of several mini-batches."""
+    """Combines the metrics of several mini-batches."""
     return collapse(jax.tree.map(lambda *x: jnp.stack(x), *parts))
 
 
 def finalize(metrics: Metrics) -> dict[str, Float[Array, ""]]:
-    """The figures. What takes more than one part is derived here:
+    """Returns the figures. Metrics that need more than one part are derived here:
 
     - `experts/…_violation`, `experts/idle_share`: see `load_metrics`
     - `mismatch/kl_entropy_ratio`: `mismatch/kl_k3_token_mean` / `entropy`, the mismatch in units of
-      what the policy itself is undecided about (prime-rl `kl_ent_ratio/mean`)
+      the policy's own uncertainty (prime-rl `kl_ent_ratio/mean`)
     """
     values = {name: metric.value() for name, metric in metrics.items()}
     if "experts/load" in values:
@@ -226,7 +223,7 @@ def finalize(metrics: Metrics) -> dict[str, Float[Array, ""]]:
 
 
 def as_floats(values: Mapping[str, Array]) -> dict[str, float]:
-    """One transfer to the host."""
+    """Returns Python floats, in one transfer to the host."""
     return {name: float(value) for name, value in jax.device_get(dict(values)).items()}
 
 
@@ -237,6 +234,6 @@ def _common_mean(count: Float[Array, "n *m"], mean: Float[Array, "n *m"]) -> Flo
 def _centred(
     x: Float[Array, "*n"], mask: Bool[Array, "*n"]
 ) -> tuple[Float[Array, ""], Float[Array, "*n"]]:
-    """Mean over the mask, and what x is off it; 0 outside."""
+    """Returns the mean over the mask and each deviation from it, 0 outside."""
     mean = masked_mean(x, mask).value()
     return mean, jnp.where(mask, x.astype(jnp.float32) - mean, 0.0)

@@ -1,33 +1,28 @@
-"""Whether the routers agree with the sampler's choice, and how they spread the load."""
+"""Agreement of the routers with the sampler's choice, and balance of the experts' load."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 
-from jaxrl_stable.diagnostics.parts import Sum, masked_mean
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    from jaxrl_stable.diagnostics.parts import Metrics
+from jaxrl_stable.array_types import Array, Bool, Float
+from jaxrl_stable.diagnostics.parts import Metrics, Sum, masked_mean
 
 
 def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"]) -> Metrics:
-    """Agreement of the sampler's experts with the training router's own choice.
+    """Returns the agreement of the sampler's experts with the training router's own choice.
 
     Args:
-      agreement: share of the K experts in common, of each layer and token (`routing.overlap`).
+      agreement: share of the K experts in common, per layer and token (`routing.overlap`).
       valid: tokens that have a choice to compare.
 
     - `routing/agreement`: mean over layers and valid tokens
-    - `routing/agreement_layer_XX`: the same of one MoE layer
+    - `routing/agreement_layer_XX`: mean over valid tokens in one MoE layer
     - `routing/differing_tokens_share`: share of tokens with at least one differing layer
       (94 % at 48 layers in arXiv:2510.11370)
-    - `routing/zero_overlap_share`: share of layers and tokens whose choices have no expert in
-      common. Routers seldom part that far: routes that are shifted, stale or of another row do.
-      miles' replay check counts the same
+    - `routing/zero_overlap_share`: share of layers and tokens whose choices share no expert.
+      Routers seldom differ that much: it indicates routes that are shifted, stale or from another
+        row. miles'
+      replay check counts the same
     """
     if agreement.shape[0] == 0:
         return {}
@@ -50,30 +45,30 @@ def load_metrics(
     real: Bool[Array, "B T"],
     devices: int = 1,
 ) -> Metrics:
-    """Balance of the experts and decidedness of the routers; padding is no load.
+    """Returns the balance of the experts and the confidence of the routers; padding is not load.
 
-    With the violation v = E · (share of its layer's load) − 1 of each expert, 0 when all get the
-    same (arXiv:2408.15664, eq. 4), `finalize` derives from the total load:
+    With the violation v = E · (expert's share of its layer's load) − 1, which is 0 for every expert
+    in perfect balance (arXiv:2408.15664, eq. 4), `finalize` derives from the total load:
 
     - `experts/max_violation`: largest v of all layers, up to E − 1. verl `max_vio/max`; prime-rl's
-      `max_vio` leaves out the K busiest experts of each layer
+      `max_vio` excludes the K busiest experts of each layer
     - `experts/min_violation`: smallest v of all layers, −1 for an expert without tokens. verl's
-      `min_vio`, of which it reports the largest and the mean of the layers
+      `min_vio`, of which it reports the largest and the mean over layers
     - `experts/avg_violation`: mean of |v| over layers and experts. verl `avg_vio/avg`
     - `experts/idle_share`: share of experts that got no token
 
-    and recorded as it is:
+    These are recorded directly:
 
     - `experts/confidence`: mean probability mass of the experts used; prime-rl's routing confidence
-    - `experts/device_imbalance`: pairs that the busiest device serves over those of the mean one,
-      a mean over layers and passes: the others wait for it, so it is the factor by which experts
-      take longer than they would in balance. Over all copies of the experts together
+    - `experts/device_imbalance`: pairs served by the busiest device over pairs of the average one,
+      averaged over layers and passes. The others wait for the busiest, so experts take longer than
+      in balance by this factor. Counted over all copies of the experts together
 
     Args:
       load: (token, choice) pairs of each expert in one pass.
-      confidence: of each choice.
-      real: tokens.
-      devices: over which runs of E / devices experts are spread.
+      confidence: probability mass of each token's experts.
+      real: tokens that are not padding.
+      devices: number of devices over which the experts are split, in runs of E / devices.
     """
     if load.shape[0] == 0:
         return {}

@@ -1,18 +1,12 @@
-"""How far a batch is from where the token-level objective stands for the sequence-level one."""
+"""How well the token-level objective approximates the sequence-level one on a batch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 
-from jaxrl_stable.diagnostics.parts import Mean, masked_mean, weighted_mean
+from jaxrl_stable.array_types import Array, Bool, Float
+from jaxrl_stable.diagnostics.parts import Mean, Metrics, masked_mean, weighted_mean
 from jaxrl_stable.importance import at_least_float32, bounded, log_ratio
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    from jaxrl_stable.diagnostics.parts import Metrics
 
 
 def validity_metrics(
@@ -23,45 +17,47 @@ def validity_metrics(
     mask: Bool[Array, "B T"],
     tolerance: float = 0.1,
 ) -> Metrics:
-    """How far a batch is from where the token-level objective stands for the sequence-level one.
+    """How well the token-level objective approximates the sequence-level one on a batch.
 
-    The paper puts ρ_t = π_θ/μ_old = 1 + δ_t and drops the products of δ's (arXiv:2512.01374, §2).
-    For one response, with its weight S = Π_t (1 + δ_t) and what is kept of it, F = 1 + Σ_t δ_t:
+    The paper writes ρ_t = π_θ/μ_old = 1 + δ_t and drops products of δ's (arXiv:2512.01374, §2). One
+    response has the weight S = Π_t (1 + δ_t), of which F = 1 + Σ_t δ_t is kept:
 
-        e   = (S − F) / max(1, S, |F|)      eq. 1 less eq. 3, up to a constant without gradient
-        g_t = |S − ρ_t| / max(1, S, ρ_t)    eq. 2 less eq. 4, in the weight of token t's gradient
+        e   = (S − F) / max(1, S, |F|)      eq. 1 minus eq. 3, up to a constant without gradient
+        g_t = |S − ρ_t| / max(1, S, ρ_t)    eq. 2 minus eq. 4, in the weight of token t's gradient
 
-    The divisor is 1 near the approximation; away from it, it keeps e in [−1, 1.4] and g in [0, 1],
-    so that no single response decides. e is of second order, Σ_{s<t} δ_s δ_t. The gradient of that
-    is of first order: g_t is about |Σ_{s≠t} δ_s|. With advantages A_i, one a response:
+    The divisor is 1 near the approximation. Away from it, it keeps e in [−1, 1.4] and g in [0, 1],
+    so no single response dominates. e is of second order, Σ_{s<t} δ_s δ_t. Its gradient is of first
+    order: g_t is about |Σ_{s≠t} δ_s|. With advantages A_i, one per response:
 
     - `validity/violating_share`: share of responses with |e| > tolerance
     - `validity/value_error`: Σ |A_i| |e_i| / Σ |A_i|
-    - `validity/value_bias`: Σ A_i e_i / Σ |A_i|. S − F has mean 0 over responses, so that only its
-      tie with the reward biases; positive where the token-level objective is too low
+    - `validity/value_bias`: Σ A_i e_i / Σ |A_i|. S − F has mean 0 over responses, so only its
+      correlation with the reward biases; positive if the token-level objective is too low
     - `validity/gradient_error`: Σ |A_i| g_it / Σ |A_i| over the tokens of all responses
-    - `validity/mismatch_…` and `validity/staleness_…`: the same with π_old/μ_old and π_θ/π_old in
-      the place of ρ_t (eq. 5), as if the other were 1
-    - `validity/interaction`: Σ |A_i| |e_i − e_i^mismatch − e_i^staleness| / Σ |A_i|, what neither
-      has alone
+    - `validity/mismatch_…` and `validity/staleness_…`: the same metrics with π_old/μ_old and with
+      π_θ/π_old in place of ρ_t (eq. 5), as if the other were 1
+    - `validity/interaction`: Σ |A_i| |e_i − e_i^mismatch − e_i^staleness| / Σ |A_i|, the part that
+      neither causes alone
 
-    The weights are those before truncation and clip, whatever the objective makes of them. Under
+    These are the weights before truncation and clip, whatever the objective does with them. Under
     replay π is the policy with the replayed experts.
 
     Args:
       logp: log π_θ, a constant here.
-      logp_old: log π_old. None means that it is π_θ: there is no staleness.
+      logp_old: log π_old. None means that it is π_θ, so staleness is 0.
       logp_rollout: log μ_old, as the sampler recorded it.
-      advantages: one per sequence.
-      mask: response tokens; a row without any counts nowhere.
-      tolerance: of `violating_share`.
+      advantages: one per response.
+      mask: response tokens; a row without tokens does not count.
+      tolerance: bound of `violating_share`.
     """
     responses = mask.any(-1)
     advantages = jnp.where(responses, at_least_float32(advantages), 0.0)
     size = jnp.abs(advantages)
     token_size = jnp.where(mask, size[:, None], 0.0)
 
-    def errors(numerator, denominator):
+    def errors(
+        numerator: Float[Array, "B T"], denominator: Float[Array, "B T"]
+    ) -> tuple[Float[Array, "B"], Mean, Mean, Mean]:
         e, g = _first_order_errors(log_ratio(numerator, denominator, mask))
         share = masked_mean(jnp.abs(e) > tolerance, responses)
         return e, share, weighted_mean(jnp.abs(e), size), weighted_mean(g, token_size)
@@ -93,10 +89,10 @@ def validity_metrics(
 def _first_order_errors(
     log_weight: Float[Array, "B T"],
 ) -> tuple[Float[Array, "B"], Float[Array, "B T"]]:
-    """e and g of `validity_metrics`; `log_weight` is 0 outside the mask.
+    """Returns e and g of `validity_metrics`; `log_weight` is 0 outside the mask.
 
-    Differences of S − 1, F − 1 and ρ − 1 rather than of S, F and ρ: what is of second order would
-    drown in float32's rounding of numbers near 1.
+    Takes differences of S − 1, F − 1 and ρ − 1 rather than of S, F and ρ: second-order terms would
+    drown in float32 rounding of numbers near 1.
     """
     product = jnp.expm1(bounded(log_weight.sum(-1)))
     delta = jnp.expm1(bounded(log_weight))

@@ -1,33 +1,29 @@
 """Importance weights before and after their bounds, the clip's decisions, and corrections.
 
-w is the ratio that the objective uses, whichever policies that takes: π_θ/μ_old, or what an
-ablation puts in its place. Means are over all response tokens unless the name says `seq`.
+w is the ratio that the objective uses: π_θ/μ_old, or an ablation's ratio of other policies. Means
+are over all response tokens unless the name says `seq`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.diagnostics.mismatch import k3
 from jaxrl_stable.diagnostics.parts import (
     EffectiveShare,
+    Metrics,
     masked_max,
     masked_mean,
     masked_min,
     masked_spread,
 )
 from jaxrl_stable.importance import bounded, log_ratio, response_mean
+from jaxrl_stable.objectives.token_loss import TokenLoss
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    from jaxrl_stable.diagnostics.parts import Metrics
-    from jaxrl_stable.objectives.token_loss import TokenLoss
-
-# A histogram whose bars combine like all the rest; bounds in hundredths, from (inclusive) to.
+# A histogram as ordinary means; names have bounds in hundredths, the lower one inclusive.
 BUCKETS = {
     "weight/bucket_000_025": (0.0, 0.25),
     "weight/bucket_025_050": (0.25, 0.5),
@@ -40,24 +36,24 @@ BUCKETS = {
 
 
 def weight_metrics(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """All of `raw_weights`, `used_weights` and `clip_metrics`."""
+    """Returns all metrics of `raw_weights`, `used_weights` and `clip_metrics`."""
     return {**raw_weights(loss, mask), **used_weights(loss, mask), **clip_metrics(loss, mask)}
 
 
 def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """The ratio w before any bound (but ±20 in log space, against overflow).
+    """Returns metrics of the ratio w before any bound (except ±20 in log space, against overflow).
 
-    - `weight/raw_mean`, `raw_max`, `raw_min`, `raw_std`: of w
-    - `weight/raw_seq_mean`, `raw_seq_max`, `raw_seq_min`, `raw_seq_std`: of each response's mean of
-      w. verl `rollout_is_seq_…` where it does not truncate (its std divides by n − 1)
-    - `weight/abs_log_mean`: mean |ln w|. SkyRL `minibatch_rollout_train_logprobs_abs_diff_mean`
-      where w is π_θ/μ_old: against `mismatch/abs_token_mean` it shows what updates add
+    - `weight/raw_mean`, `raw_max`, `raw_min`, `raw_std`: statistics of w
+    - `weight/raw_seq_mean`, `raw_seq_max`, `raw_seq_min`, `raw_seq_std`: statistics of each
+      response's mean w. verl `rollout_is_seq_…` if it does not truncate (its std divides by n − 1)
+    - `weight/abs_log_mean`: mean |ln w|. SkyRL `minibatch_rollout_train_logprobs_abs_diff_mean` if
+      w is π_θ/μ_old: compared with `mismatch/abs_token_mean`, it shows what updates add
     - `weight/share_above_2`, `share_below_half`: mean 1[w > 2], mean 1[w < 1/2]. verl
       `rollout_is_ratio_fraction_high`, `…_low` with its usual C = 2
-    - `weight/seq_share_above_2`, `seq_share_below_half`: the same of each response's mean of w.
-      verl `rollout_is_seq_fraction_high`, `…_low`
-    - `weight/bucket_LOW_HIGH`: share of tokens with LOW/100 ≤ w < HIGH/100; the shares add up to 1.
-      A histogram, as open-instruct's `rho_hist`
+    - `weight/seq_share_above_2`, `seq_share_below_half`: shares of responses whose mean w is above
+      2 or below 1/2. verl `rollout_is_seq_fraction_high`, `…_low`
+    - `weight/bucket_LOW_HIGH`: share of tokens with LOW/100 ≤ w < HIGH/100; the shares sum to 1. A
+      histogram, like open-instruct's `rho_hist`
     """
     log_weight = bounded(loss.log_weight)
     raw, responses = jnp.exp(log_weight), mask.any(-1)
@@ -84,13 +80,14 @@ def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
 
 def used_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """What stands before −Â ∇log π_θ where nothing is clipped: w after its bounds or its gate.
+    """Returns metrics of w after bounds or gate: the factor of −Â ∇log π_θ where not clipped.
 
-    - `weight/used_mean`, `used_max`, `used_min`, `used_std`. verl `rollout_is_mean`, …, which are
-      of the truncated weights, other than its fractions
-    - `weight/truncated_share`: share of tokens whose weight met a bound and keeps its gradient
-    - `weight/ess`: (mean w)² / mean w², the effective sample size as a share (Kish 1965); 1 when
-      all weights are equal. verl `rollout_is_eff_sample_size`
+    - `weight/used_mean`, `used_max`, `used_min`, `used_std`. verl `rollout_is_mean`, …, which,
+      unlike its fractions, are of the truncated weights
+    - `weight/truncated_share`: share of tokens whose weight hit a bound and that keep their
+      gradient
+    - `weight/ess`: (mean w)² / mean w², the effective sample size as a share (Kish 1965); 1 if all
+      weights are equal. verl `rollout_is_eff_sample_size`
     """
     return {
         "weight/used_mean": masked_mean(loss.weight, mask),
@@ -103,17 +100,17 @@ def used_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
 
 def clip_metrics(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """Tokens whose gradient is silenced: only those where the clip bites, by the sign of Â.
+    """Returns metrics of the tokens whose gradient the clip actually zeroes, by the sign of Â.
 
     - `clip/high_share`, `clip/low_share`: share of tokens with Â > 0, and with Â < 0. TRL
       `clip_ratio/high_mean`, `low_mean`; for a trust region, prime-rl `is_masked_high`, `…_low`
     - `clip/region_share`: their sum. TRL `clip_ratio/region_mean`, prime-rl `is_masked`; verl
-      `pg_clipfrac` + `pg_clipfrac_lower` (the dual clip's share), but for CISPO and DPPO, where
-      they count truncated tokens
+      `pg_clipfrac` + `pg_clipfrac_lower` (the dual clip's share), except for CISPO and DPPO, where
+      verl counts truncated tokens
     - `clip/high_seq_max`, `clip/low_seq_min`: the largest high share and the smallest low share of
-      one response. TRL `clip_ratio/high_max`, `low_min`
-    - `clip/kl_k3_clipped`, `clip/kl_k3_kept`: mean(w − 1 − ln w) over the silenced tokens and over
-      the others. prime-rl `masked_mismatch_kl`, `unmasked_mismatch_kl` where w is π_θ/μ_old
+      any response. TRL `clip_ratio/high_max`, `low_min`
+    - `clip/kl_k3_clipped`, `clip/kl_k3_kept`: mean(w − 1 − ln w) over the clipped tokens and over
+      the others. prime-rl `masked_mismatch_kl`, `unmasked_mismatch_kl` if w is π_θ/μ_old
     """
     clipped = loss.clipped_high | loss.clipped_low
     divergence = k3(loss.log_weight)
@@ -135,16 +132,16 @@ def correction_metrics(
     logp_rollout: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> Metrics:
-    """A correction of the mismatch: a factor for each token's loss, 0 where the token is dropped.
+    """Returns metrics of a correction: a factor per token's loss, 0 where the token is dropped.
 
     - `correction/factor_mean`: mean over all tokens, dropped ones included. open-instruct
       `rho_weight`
     - `correction/dropped_share`: mean 1[factor = 0]. open-instruct `rho_drop_frac`; NeMo-RL
-      `is_oob_ratio` where the correction drops (IcePop)
-    - `correction/dropped_response_share`: share of responses of which no token is left
+      `is_oob_ratio` if the correction drops (IcePop)
+    - `correction/dropped_response_share`: share of responses that lose all tokens
     - `correction/kl_k3_dropped`, `correction/kl_k3_kept`: mean(e^Δ − 1 − Δ), Δ = log π_old −
-      log μ_old, over the dropped tokens and over the others; their mean by `dropped_share` is
-      `mismatch/kl_k3_token_mean`
+      log μ_old, over the dropped tokens and over the others; weighted by their shares, they average
+      to `mismatch/kl_k3_token_mean`
     """
     dropped = mask & (factor == 0)
     divergence = k3(log_ratio(logp_old, logp_rollout, mask))

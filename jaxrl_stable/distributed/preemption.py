@@ -1,4 +1,4 @@
-"""SIGTERM becomes a request: the loop finishes its step, saves, and exits."""
+"""Graceful stop on SIGTERM: the loop finishes its step, saves, and exits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxrl_stable import distributed
 
 
 class StopRequest:
-    """Context manager that notes SIGTERM.
+    """Context manager that records SIGTERM.
 
-    Spot machines get it seconds before they go. The first signal is only noted; a second one ends
-    the process at once, as it would without this.
+    Spot machines receive it seconds before they are taken away. The first signal is only recorded;
+    a second one ends the process at once, as it would without this context manager.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self._previous)
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop. All processes call this after each step."""
+        """Returns whether any process was asked to stop; all processes call it after each step."""
         return bool(distributed.any_process(self._noted))
 
     def _note(self, signum: int, frame: types.FrameType | None) -> None:
@@ -35,13 +35,13 @@ class StopRequest:
 
 
 class Stopped(SystemExit):
-    """Raised after a requested stop was carried out; exits with status 0."""
+    """Raised after a requested stop is complete; exits with status 0."""
 
     def __init__(self, step: int, directory: str) -> None:
         if distributed.is_main():
             print(
                 f"stopped by SIGTERM after step {step}, saved in {directory}; "
-                "run the same command to go on",
+                "run the same command to continue",
                 flush=True,
             )
         super().__init__(0)

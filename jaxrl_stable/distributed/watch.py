@@ -1,9 +1,9 @@
-"""How the processes of a run end: together, each with a line that says why.
+"""Joint shutdown of the processes of a run, each with one line that gives the reason.
 
-A process that fails says why to the others through jax's coordination service, which lives in
-process 0; one that dies stops its heartbeat. Either way every other process prints one line and
-ends, also where its main thread waits in a collective operation that will never finish. Exit status
-2 means that there is something to mend, 1 that the same command may go on.
+A process that fails reports why through jax's coordination service, which runs in process 0; a
+process that dies stops sending heartbeats. In both cases every other process prints one line and
+exits, even if its main thread is blocked in a collective operation that will never finish. Exit
+status 2 means that the user has to fix something, 1 that the same command may continue.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from jaxrl_stable.distributed.processes import BARRIER, is_main, several, wait_f
 
 BEAT = 2.0  # seconds between heartbeats
 DEAD = 20.0  # seconds without one after which a process counts as dead
-BROKEN_DEAD = 3 * BEAT  # the same once a process has found a connection broken
-GRACE = 2.0  # seconds in which a process may find the fault that another one reports
+BROKEN_DEAD = 3 * BEAT  # like DEAD, once a process has reported a broken connection
+GRACE = 2.0  # seconds for a process to find the error that another one reports
 FAILED, BROKEN, ALIVE, PORT = (
     f"jaxrl_stable/{name}" for name in ("failed", "broken", "alive", "port")
 )
-NOTHING = "null"  # instead of a failure: the end of the program
-AGAIN = "run the same command to go on from the last checkpoint"
-# Words of an error that only says that another process is gone.
+NOTHING = "null"  # value of FAILED after a normal end
+AGAIN = "run the same command to continue from the last checkpoint"
+# Words in errors that only indicate that another process is gone.
 ECHOES = ("Gloo", "UNAVAILABLE", "Connection reset", "Connection closed", "oordination service")
 
 _leaving = threading.Lock()
@@ -41,10 +41,10 @@ _leaving = threading.Lock()
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Ends the processes of a program together, whatever ends one of them.
+    """Ends all processes of a program together, regardless of what ends one of them.
 
-    With several processes an error does not leave this context: it ends the process, as an orderly
-    way out would wait for the others.
+    With several processes an error does not propagate out of this context: it ends the process,
+    because an orderly exit would wait for the others.
     """
     if not several():
         yield
@@ -63,24 +63,28 @@ def together() -> Iterator[None]:
             if report(f"{type(error).__name__}: {error}", status):
                 traceback.print_exc()
         if status:
-            report(f"exit status {status}", status)  # unless it has said more
+            report(f"exit status {status}", status)  # unless a report was sent already
             _leave(status)
         wait_for_all("end")
         over.set()
         if is_main():
-            global_state.client.key_value_set(FAILED, NOTHING)  # wakes the watches
+            global_state.client.key_value_set(FAILED, NOTHING)  # wakes the watch threads
         watch.join()
-        jax.distributed.shutdown()  # returns when all are here: until then the line is held
+        jax.distributed.shutdown()  # waits for all processes; the connection stays open until then
 
 
 def report(message: str, status: int = 2) -> bool:
     """Tells the other processes that this one ends, and why.
 
-    An error that only echoes the end of another process is held back: the watch soon knows the
-    reason, and ends this process with it.
+    An error that is only a consequence of another process's end is delayed: the watch thread soon
+    learns the reason and ends this process with it.
+
+    Args:
+      message: reason, in one line.
+      status: exit status of all processes.
 
     Returns:
-      Whether this process should print the message: not where another one has said the same.
+      Whether this process should print the message; False if another one has reported the same.
     """
     if not several():
         return True
@@ -91,14 +95,14 @@ def report(message: str, status: int = 2) -> bool:
         time.sleep(DEAD + 2 * BEAT + GRACE)
     try:
         client.key_value_set(FAILED, json.dumps([global_state.process_id, status, message]))
-    except jax.errors.JaxRuntimeError:  # another one was first, or process 0 is gone
+    except jax.errors.JaxRuntimeError:  # another process was first, or process 0 is gone
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             return json.loads(client.key_value_try_get(FAILED))[2] != message
     return True
 
 
 def _watch(over: threading.Event) -> None:
-    """Beats, and ends this process when another one has failed. Process 0 looks for the dead."""
+    """Sends heartbeats and exits when a peer fails. Process 0 also detects dead peers."""
     client, me = global_state.client, global_state.process_id
     beats = {str(i): ("", time.monotonic()) for i in range(global_state.num_processes)}
     while not over.is_set():
@@ -111,7 +115,7 @@ def _watch(over: threading.Event) -> None:
             if "DEADLINE_EXCEEDED" in str(error):  # nobody has failed
                 continue
             if not over.is_set():
-                _leave(1, f"process 0 has ended, or is out of reach; {AGAIN}")
+                _leave(1, f"process 0 has ended or is unreachable; {AGAIN}")
             return
         if failed == NOTHING:
             return
@@ -125,7 +129,7 @@ def _watch(over: threading.Event) -> None:
 
 
 def _look_for_the_dead(client: Any, beats: dict[str, tuple[str, float]]) -> None:
-    """Notes since when each process has the beat it has, and reports those that have stopped."""
+    """Records when each heartbeat last changed, and reports processes whose heartbeat stopped."""
     now, limit = time.monotonic(), DEAD
     for key, beat in client.key_value_dir_get(ALIVE):
         name = key.rpartition("/")[2]
@@ -140,15 +144,16 @@ def _look_for_the_dead(client: Any, beats: dict[str, tuple[str, float]]) -> None
             f"process {', '.join(dead)} gives no sign of life (killed, out of memory, or its "
             f"machine is gone); {AGAIN}"
         )
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process was first
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
             client.key_value_set(FAILED, json.dumps([None, 1, message]))
 
 
 def _line_to_process_0(over: threading.Event) -> contextlib.AbstractContextManager:
-    """Connects all processes with process 0, to see at once when it ends.
+    """Connects every process to process 0, to notice at once when it ends.
 
-    Then jax's service aborts the others with a page of its own; the line from here should stand
-    first. Nothing is ever sent. Where no connection comes about, that page is what there is.
+    When process 0 ends, jax's service aborts the others with a long traceback; this lets our
+    one-line message come first. No data is sent; if the connection fails, only the traceback
+    appears.
     """
     client, processes = global_state.client, global_state.num_processes
     if is_main():
@@ -162,7 +167,7 @@ def _line_to_process_0(over: threading.Event) -> contextlib.AbstractContextManag
 
 
 def _hold(address: tuple[str, int], over: threading.Event) -> None:
-    """Keeps a connection to process 0; that it refuses another one is its end."""
+    """Holds a connection to process 0; a refused reconnect means that it has exited."""
     held = False
     while not over.is_set():
         try:
@@ -174,17 +179,17 @@ def _hold(address: tuple[str, int], over: threading.Event) -> None:
             if held and not over.is_set():
                 _leave(1, f"process 0 has ended; {AGAIN}")
             return
-        except ConnectionResetError:  # or only an idle connection was cut on its way
+        except ConnectionResetError:  # possibly only an idle connection that was dropped
             continue
         except OSError:
             return
 
 
 def _leave(status: int, message: str = "") -> NoReturn:
-    """Ends the process at once. Process 0 takes the service with it, so it lets others read."""
-    _leaving.acquire()  # for good: one thread says why
+    """Ends the process at once; process 0, which runs the service, first lets peers read it."""
+    _leaving.acquire()  # never released: only one thread reports
     if message:
-        os.write(2, f"error: {message}\n".encode())  # not through a buffer that another one holds
+        os.write(2, f"error: {message}\n".encode())  # bypasses buffers that another thread may hold
     if is_main():
         time.sleep(2 * GRACE)
     for stream in (sys.stdout, sys.stderr):

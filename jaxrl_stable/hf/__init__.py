@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out, and experts made of dense ones."""
+"""Loads and saves Hugging Face checkpoints, and upcycles dense ones to mixtures of experts."""
 
 from jaxrl_stable.hf.config import read_config
 from jaxrl_stable.hf.load import load

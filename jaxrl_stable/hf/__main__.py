@@ -1,12 +1,12 @@
-"""Hugging Face checkpoints from the command line.
+"""Converts Hugging Face checkpoints from the command line.
 
     python -m jaxrl_stable.hf inspect MODEL
     python -m jaxrl_stable.hf import MODEL WORKDIR
     python -m jaxrl_stable.hf export WORKDIR MODEL --like=ORIGINAL
     python -m jaxrl_stable.hf upcycle DENSE MODEL --copies=8 --chosen=2
 
-MODEL is a directory in the layout of transformers, WORKDIR one of a run. All of it happens on the
-host, in its memory: a model that does not fit there starts a run directly, in shards
+MODEL is a model directory as transformers writes it; WORKDIR is the directory of a run. Everything
+happens in host memory. A run can load a model that does not fit there directly, in shards
 (`Experiment.init_from`).
 """
 
@@ -17,6 +17,8 @@ import collections
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
 import jax
 
@@ -34,15 +36,21 @@ from jaxrl_stable.sharding import abstract_state, make_mesh
 _TYPES = tuple(dtype.name for dtype in DTYPES.values())
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The four commands and their options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxrl_stable.hf", description="Hugging Face checkpoints in and out."
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exits with one line instead of the usage."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses one of the four commands and its options."""
+    parser = _Parser(
+        prog="python -m jaxrl_stable.hf", description="Converts Hugging Face checkpoints."
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    command = commands.add_parser("inspect", help="check a checkpoint and say what it is")
+    command = commands.add_parser("inspect", help="check a checkpoint and describe it")
     command.add_argument("model")
 
     command = commands.add_parser("import", help="turn a checkpoint into the start of a run")
@@ -53,24 +61,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     command = commands.add_parser("export", help="write the weights of a run for transformers")
     command.add_argument("workdir")
     command.add_argument("model")
-    command.add_argument("--like", default=None, help="checkpoint the run began with")
+    command.add_argument("--like", default=None, help="original checkpoint of the run")
     command.add_argument("--best", action="store_true", help="the best checkpoint, not the newest")
     command.add_argument("--dtype", choices=_TYPES, default="bfloat16")
     command.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0])
 
-    command = commands.add_parser("upcycle", help="make experts of a dense checkpoint")
+    command = commands.add_parser("upcycle", help="make a dense checkpoint sparse")
     command.add_argument("dense")
     command.add_argument("model")
-    command.add_argument("--copies", type=int, required=True, help="of the feed-forward layer")
-    command.add_argument("--chosen", type=int, default=1, help="copies that a token passes")
-    command.add_argument("--segments", type=int, default=1, help="experts of each copy")
-    command.add_argument("--noise", type=float, default=0.0, help="on the copies, relative")
+    command.add_argument("--copies", type=int, required=True, help="number of copies of each MLP")
+    command.add_argument("--chosen", type=int, default=1, help="number of copies per token")
+    command.add_argument("--segments", type=int, default=1, help="number of experts per copy")
+    command.add_argument("--noise", type=float, default=0.0, help="relative noise on the copies")
     command.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Prints what a checkpoint is, after checking its tensors against its config."""
+    """Checks the tensors of a checkpoint against its config and prints a summary."""
     directory = pathlib.Path(arguments.model)
     config = hf.read_config(directory)
     files = TensorFiles(directory)
@@ -83,12 +91,12 @@ def inspect(arguments: argparse.Namespace) -> None:
     types = ", ".join(f"{count:,} in {code}" for code, count in stored.items())
     print(f"{'parameters':24s}{parameter_count(config):,}")
     print(f"{'stored':24s}{len(files.shapes):,} tensors; {types}")
-    beside = [file.name for file in companions(directory)]
-    print(f"{'beside':24s}{', '.join(beside) or 'nothing'}")
+    others = [file.name for file in companions(directory)]
+    print(f"{'other files':24s}{', '.join(others) or 'none'}")
 
 
 def import_(arguments: argparse.Namespace) -> None:
-    """Loads a checkpoint and saves it as step 0 of a run that others can start from."""
+    """Loads a checkpoint and saves it as step 0 of a run, from which other runs can start."""
     workdir = pathlib.Path(arguments.workdir)
     checkpoints = workdir / "checkpoints"
     if checkpoints.exists():
@@ -121,7 +129,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def upcycle_(arguments: argparse.Namespace) -> None:
-    """Makes experts of a dense checkpoint."""
+    """Writes a mixture of experts made from a dense checkpoint."""
     options = {
         name: getattr(arguments, name) for name in ("copies", "chosen", "segments", "noise", "seed")
     }

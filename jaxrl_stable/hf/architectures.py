@@ -1,11 +1,11 @@
-"""What each supported architecture of transformers calls the fields of `ModelConfig`."""
+"""Maps `config.json` of each supported architecture to the fields of `ModelConfig` and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxrl_stable.model.config import LatentAttention, ModelConfig
+from jaxrl_stable.model.config import LatentSizes, ModelConfig
 
 Json = dict[str, Any]
 
@@ -14,11 +14,11 @@ class Architecture(NamedTuple):
     """One `model_type` of transformers.
 
     Attributes:
-      model_type: its name in `config.json`.
-      class_name: the causal language model of transformers.
-      read: fields of `ModelConfig` from the JSON object.
-      write: JSON fields beyond the common ones, from a `ModelConfig`.
-      float32: endings of the tensors that are stored in float32 whatever the rest is
+      model_type: name of the architecture in `config.json`.
+      class_name: name of its causal language model in transformers.
+      read: returns fields of `ModelConfig`, given the JSON object.
+      write: returns the JSON fields beyond the common ones, given a `ModelConfig`.
+      float32: name endings of the tensors that are always stored in float32
         (transformers: `_keep_in_fp32_modules_strict`).
     """
 
@@ -30,7 +30,7 @@ class Architecture(NamedTuple):
 
 
 def _experts(content: Json, *names: str) -> Json:
-    """Experts of the softmax architectures; version 5 renamed their number."""
+    """Returns the expert fields of softmax routers; transformers 5 renamed their number."""
     number = next((content[name] for name in names if name in content), None)
     if number is None:
         raise KeyError(names[0])
@@ -46,7 +46,7 @@ def _experts_json(config: ModelConfig, *names: str) -> Json:
 
 
 def no_experts() -> Json:
-    """Fields that mean nothing in a dense model."""
+    """Returns neutral values for the expert fields, which do not apply to a dense model."""
     return dict(num_experts=0, num_experts_per_token=0, moe_intermediate_size=0)
 
 
@@ -71,7 +71,7 @@ def _read_olmoe(content: Json) -> Json:
     return _experts(content, "num_experts", "num_local_experts") | dict(
         moe_intermediate_size=content["intermediate_size"],
         norm_topk_prob=content.get("norm_topk_prob", False),
-        # No other is possible: its query norm spans `hidden_size`.
+        # The only possible value: the query norm spans `hidden_size`.
         head_dim=content["hidden_size"] // content["num_attention_heads"],
         query_key_norm="layer",
         clip_qkv=content.get("clip_qkv"),
@@ -91,7 +91,7 @@ def _read_deepseek_v3(content: Json) -> Json:
         raise ValueError("n_routed_experts is 0; transformers has no dense model of this kind")
     return dict(
         head_dim=plain + rotary,
-        num_kv_heads=content["num_attention_heads"],  # all share one latent
+        num_kv_heads=content["num_attention_heads"],  # all heads share one latent
         num_experts=content["n_routed_experts"],
         num_experts_per_token=content["num_experts_per_tok"],
         moe_intermediate_size=content["moe_intermediate_size"],
@@ -106,7 +106,7 @@ def _read_deepseek_v3(content: Json) -> Json:
             range(min(content["first_k_dense_replace"], content["num_hidden_layers"]))
         ),
         query_key_norm="none",
-        latent=LatentAttention(
+        latent=LatentSizes(
             key_value_rank=content["kv_lora_rank"],
             rotary_dim=rotary,
             value_dim=content["v_head_dim"],
@@ -117,9 +117,9 @@ def _read_deepseek_v3(content: Json) -> Json:
 
 
 def _write_deepseek_v3(config: ModelConfig) -> Json:
-    latent = config.latent or LatentAttention(0, 0, 0)
+    latent = config.latent or LatentSizes(0, 0, 0)
     return dict(
-        head_dim=latent.rotary_dim,  # of the rotation, in transformers
+        head_dim=latent.rotary_dim,  # transformers uses it for the rotation
         qk_head_dim=config.head_dim,
         qk_nope_head_dim=config.head_dim - latent.rotary_dim,
         qk_rope_head_dim=latent.rotary_dim,
@@ -143,7 +143,7 @@ def _write_deepseek_v3(config: ModelConfig) -> Json:
     )
 
 
-# Dense models come first: a Qwen3-MoE without experts is written as what it is.
+# Dense models come first, so that a Qwen3-MoE without experts is written as Qwen3.
 ARCHITECTURES = (
     Architecture("qwen3", "Qwen3ForCausalLM", lambda content: no_experts(), lambda config: {}),
     Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe),
@@ -164,7 +164,7 @@ ARCHITECTURES = (
         "DeepseekV3ForCausalLM",
         _read_deepseek_v3,
         _write_deepseek_v3,
-        # The whole router: a choice between experts hangs on it.
+        # The whole router, because expert choices are sensitive to rounding.
         float32=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
     ),
 )

@@ -1,7 +1,6 @@
-"""`config.json` to `ModelConfig` and back.
+"""Converts `config.json` to `ModelConfig` and back.
 
-Reading refuses what would compute something else: an option that is not implemented is an error
-that names the option, never a silent approximation.
+An option that is not implemented is an error that names the option, never a silent approximation.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ from jaxrl_stable.model.config import EXECUTION_FIELDS, ModelConfig, Yarn
 
 
 def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
-    """The architecture of a checkpoint directory.
+    """Reads the architecture of a checkpoint directory.
 
     Args:
-      directory: holds `config.json`.
-      **execution: fields of `ModelConfig` that a checkpoint says nothing about, such as `dtype`,
+      directory: directory with a `config.json`.
+      **execution: fields of `ModelConfig` that a checkpoint does not specify, such as `dtype`,
         `param_dtype`, `remat` or `head_chunk`.
 
     Raises:
-      FileNotFoundError: there is no `config.json`.
-      ValueError: the architecture, or an option of it, is not supported.
+      FileNotFoundError: if `config.json` does not exist.
+      ValueError: if the architecture or one of its options is not supported.
     """
     wrong = sorted(execution.keys() - set(EXECUTION_FIELDS))
     if wrong:
         raise ValueError(
-            f"read_config got {wrong[0]}, which the checkpoint decides; give only "
+            f"read_config got {wrong[0]}, which the checkpoint determines; give only "
             f"{', '.join(EXECUTION_FIELDS)}"
         )
     content, file = read_config_json(directory), pathlib.Path(directory) / "config.json"
@@ -44,11 +43,11 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
 
 
 def read_config_json(directory: str | pathlib.Path) -> Json:
-    """The parsed `config.json` of a directory.
+    """Returns the parsed `config.json` of a directory.
 
     Raises:
-      FileNotFoundError: it is not there.
-      ValueError: it is not a JSON object.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is not a JSON object.
     """
     file = pathlib.Path(directory) / "config.json"
     if not file.exists():
@@ -57,10 +56,11 @@ def read_config_json(directory: str | pathlib.Path) -> Json:
 
 
 def from_json(content: Json) -> Json:
-    """Fields of `ModelConfig` from a parsed `config.json`.
+    """Returns fields of `ModelConfig` from a parsed `config.json`.
 
     Raises:
-      KeyError, ValueError: a field is missing, or asks for what is not implemented.
+      KeyError: if a field is missing.
+      ValueError: if a field is invalid or requires an option that is not implemented.
     """
     known = {architecture.model_type: architecture for architecture in ARCHITECTURES}
     kind = content.get("model_type")
@@ -76,15 +76,15 @@ def from_json(content: Json) -> Json:
 
 
 def to_json(config: ModelConfig) -> tuple[Architecture, Json]:
-    """The architecture of transformers that computes this model, and its `config.json`.
+    """Returns the transformers architecture that computes this model, and its `config.json`.
 
-    The first one whose JSON reads back as the same architecture: nothing is exported that another
-    program would compute differently.
+    It is the first architecture whose JSON reads back as the same `ModelConfig`, so no model is
+    exported that another program would compute differently.
 
     Raises:
-      ValueError: no supported architecture has this combination of options.
+      ValueError: if no supported architecture has this combination of options.
     """
-    if not config.num_experts:  # then these have no meaning
+    if not config.num_experts:  # the expert fields are then meaningless
         config = dataclasses.replace(config, **no_experts())
     wanted = config.architecture()
     for architecture in ARCHITECTURES:
@@ -106,7 +106,7 @@ def to_json(config: ModelConfig) -> tuple[Architecture, Json]:
 
 
 def _refuse(content: Json) -> None:
-    """Options that are not implemented, with the values under which they do nothing."""
+    """Raises ValueError if an option that is not implemented has a value with an effect."""
     harmless = {
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
@@ -135,7 +135,7 @@ def _refuse(content: Json) -> None:
 
 
 def _common(content: Json) -> Json:
-    """What all architectures name alike."""
+    """Returns the fields that have the same names in all architectures."""
     heads = content["num_attention_heads"]
     theta, scaling = _rotary(content)
     return dict(
@@ -166,17 +166,17 @@ def _common_json(config: ModelConfig) -> Json:
         tie_word_embeddings=config.tie_embeddings,
         hidden_act="silu",
         attention_bias=False,
-        # Left out, each would be the one of the architecture's first model.
+        # If missing, each defaults to the id of the architecture's first model.
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        # In both spellings: of transformers 5, and of version 4 and inference engines.
+        # Both spellings: transformers 5 reads the first; version 4 and engines read the second.
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         rope_theta=config.rope_theta,
     )
     yarn = config.rope_scaling
     if yarn is not None:
-        # Version 4 takes the factor from here; 5.23 from where it stands below.
+        # Version 4 derives the factor from this field; 5.23 reads the one below.
         content["max_position_embeddings"] = round(yarn.factor * yarn.original_context)
         content["rope_scaling"] = dict(
             rope_type="yarn",
@@ -194,9 +194,10 @@ def _common_json(config: ModelConfig) -> Json:
 
 
 def _rotary(content: Json) -> tuple[float, Yarn | None]:
-    """Base and stretching: `rope_parameters` of transformers 5, or the two fields of version 4.
+    """Returns the base and scaling of rotary embeddings.
 
-    Where somebody added `rope_scaling` to a config of version 5, both versions follow that.
+    They come from `rope_parameters` (transformers 5) or from the two fields of version 4. If a
+    version-5 config also has `rope_scaling`, both versions use that, and so does this function.
     """
     scaling = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
     theta = scaling.get("rope_theta", content.get("rope_theta"))
@@ -211,7 +212,7 @@ def _rotary(content: Json) -> tuple[float, Yarn | None]:
         raise ValueError(f"rope_type {kind!r} is not implemented; 'default' and 'yarn' are")
     factor = scaling["factor"]
 
-    def magnitude(mscale: float) -> float:  # arXiv:2309.00071, eq. 22
+    def magnitude(mscale: int | float) -> float:  # arXiv:2309.00071, eq. 22
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     mscale, all_dims = scaling.get("mscale"), scaling.get("mscale_all_dim")
@@ -220,7 +221,7 @@ def _rotary(content: Json) -> tuple[float, Yarn | None]:
         rotation = magnitude(1)
         if mscale and all_dims:
             rotation = magnitude(mscale) / magnitude(all_dims)
-    latent = content["model_type"] == "deepseek_v3"  # the one that scales its softmax as well
+    latent = content["model_type"] == "deepseek_v3"  # the only one that also scales its softmax
     return float(theta), Yarn(
         factor=float(factor),
         original_context=scaling["original_max_position_embeddings"],

@@ -1,4 +1,4 @@
-"""Copies of matrices between two layouts, at the speed of memory and with little of it."""
+"""Copies matrices between two layouts, at memory bandwidth and with little extra memory."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 
 from jaxrl_stable.hf.files import DTYPES
 
-CHUNK_BYTES = 1 << 20  # copied at a time: stays in a core's cache until it is in place
-STRIPE_ROWS = 12  # turned at a time: about as many as a first-level cache has ways
+CHUNK_BYTES = 1 << 20  # copied at a time; fits in a core's cache
+STRIPE_ROWS = 12  # transposed at a time; about the associativity of a first-level cache
 THREADS = min(8, os.cpu_count() or 1)
 
 
 def chunks(shape: tuple[int, int], itemsize: int) -> Iterator[slice]:
-    """Ranges of rows of about `CHUNK_BYTES`."""
+    """Yields ranges of rows, each about `CHUNK_BYTES` large."""
     step = max(1, CHUNK_BYTES // (shape[1] * itemsize))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, which may be turned against each other, at the speed of memory.
+    """Copies `source` into `target` at memory bandwidth, even if one is a transposed view.
 
-    NumPy walks a turned copy along the rows of one side and misses the cache on the other; stripes
-    of a few rows of the source keep both in it. Types of two bytes that NumPy does not know are
-    moved as integers.
+    NumPy copies a transposed view along the rows of one side and misses the cache on the other.
+    Stripes of a few rows keep both sides in the cache. Types that NumPy does not know, such as
+    bfloat16, are moved as integers.
     """
     if target.dtype != source.dtype:
         source = source.astype(target.dtype)
@@ -42,17 +42,20 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def all_finite(x: np.ndarray) -> bool:
-    """Whether no value is infinite or NaN; by the exponent bits where NumPy has no fast test."""
+    """Returns whether all values are finite.
+
+    NumPy has no fast test for bfloat16, so its exponent bits are tested.
+    """
     if x.dtype == DTYPES["BF16"]:
         return not x.size or int((x.view(np.uint16) & 0x7FFF).max()) < 0x7F80
     return bool(np.isfinite(x).all())
 
 
 def page_memory(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory at the start of a page, which JAX on a CPU takes over as it is.
+    """Returns an uninitialised, page-aligned array, which JAX on a CPU uses without a copy.
 
-    Small pages: NumPy would ask for huge ones, and under a hypervisor that takes freed memory back
-    these cost more to get than the whole load.
+    It uses small pages. NumPy would request huge pages; under a hypervisor that reclaims freed
+    memory, getting these takes longer than the whole load.
     """
     size = max(1, int(np.prod(shape)) * dtype.itemsize)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

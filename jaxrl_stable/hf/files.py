@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint directory, read and written in parts.
+"""Reads and writes the safetensors files of a checkpoint directory in parts.
 
 Nothing here holds more than a part of a tensor in memory.
 """
@@ -20,7 +20,7 @@ import safetensors
 from jaxrl_stable.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Names of the types in the file format, where they are ones that weights come in.
+# Supported types of weights, by their names in the file format.
 DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -33,12 +33,12 @@ class TensorFiles:
     """All tensors of a directory, by name.
 
     Attributes:
-      shapes: of every tensor.
-      codes: type of every tensor, as the format names it ("BF16").
+      shapes: shape of every tensor.
+      codes: type of every tensor, as named in the file format ("BF16").
 
     Raises:
-      FileNotFoundError: there are no weights, or the index names a file that is not there.
-      ValueError: a file is damaged, or does not hold what the index says.
+      FileNotFoundError: if the directory contains no weights, or a file of the index is missing.
+      ValueError: if a file is damaged or does not match the index.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -73,7 +73,7 @@ class TensorFiles:
             )
 
     def view(self, tensor: str) -> np.ndarray:
-        """A tensor as it lies in its file: nothing is read before it is looked at."""
+        """Returns a tensor as a memory map of its file; data is read when it is accessed."""
         mapped, begin = self._places[tensor]
         dtype, shape = DTYPES[self.codes[tensor]], self.shapes[tensor]
         end = begin + dtype.itemsize * int(np.prod(shape))
@@ -81,9 +81,9 @@ class TensorFiles:
 
 
 def _places(path: pathlib.Path) -> dict[str, tuple[np.memmap, int]]:
-    """Where each tensor of a file begins, in the mapped file.
+    """Returns the mapped file and the byte at which each tensor begins.
 
-    The library has checked the file, but it copies what it reads, one thread at a time.
+    The safetensors library, which has checked the file, would copy what it reads in one thread.
     """
     mapped = np.memmap(path, np.uint8, "r")
     length = int.from_bytes(mapped[:8].tobytes(), "little")
@@ -93,7 +93,7 @@ def _places(path: pathlib.Path) -> dict[str, tuple[np.memmap, int]]:
 
 
 def _index(directory: pathlib.Path) -> dict[str, str]:
-    """File of each tensor; empty where one file holds them all."""
+    """Returns the file of each tensor; empty if one file holds all tensors."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist; give a Hugging Face model directory")
     path = directory / INDEX
@@ -107,7 +107,7 @@ def _index(directory: pathlib.Path) -> dict[str, str]:
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ValueError(f"{path} has no weight_map; download it again")
-    for file in index.values():  # a name from outside: no way out of the directory
+    for file in index.values():  # an untrusted name must not lead out of the directory
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
             raise ValueError(f"{path} names the file {file!r}; only plain file names are allowed")
     return index
@@ -116,14 +116,14 @@ def _index(directory: pathlib.Path) -> dict[str, str]:
 class TensorWriter:
     """New safetensors files whose tensors are written in parts, in any order and by any thread.
 
-    The library writes a file from tensors that are all in memory; here a file may be larger than
-    what memory has left. Leaving the context writes the index, where there are several files.
+    The safetensors library needs all tensors of a file in memory; here a file may be larger than
+    memory. Leaving the context writes the index if there are several files.
 
     Args:
-      directory: an empty one (`new_directory`).
-      shapes: of every tensor, in order.
-      dtypes: of every tensor.
-      file_bytes: a file is closed before it gets larger than this; a larger tensor has its own.
+      directory: an empty directory (`new_directory`).
+      shapes: shape of every tensor, in order.
+      dtypes: type of every tensor.
+      file_bytes: size limit per file; a larger tensor gets its own file.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class TensorWriter:
                 )
                 offset += sizes[name]
             text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)  # the data starts aligned
+            text += b" " * (-len(text) % 8)  # aligns the data
             descriptor = os.open(self.directory / file, os.O_WRONLY | os.O_CREAT, 0o644)
             self._descriptors.append(descriptor)
             os.truncate(descriptor, 8 + len(text) + offset)
@@ -172,7 +172,7 @@ class TensorWriter:
                 self._map[name] = file
 
     def write(self, tensor: str, first: int, part: np.ndarray) -> None:
-        """Writes whole rows; `first` counts rows of the tensor flattened to a matrix."""
+        """Writes whole rows from row `first` on, counted in the tensor flattened to a matrix."""
         descriptor, begin = self._places[tensor]
         row = part.itemsize * int(np.prod(self._shapes[tensor][1:][-1:]))
         _write_all(descriptor, np.ascontiguousarray(part).view(np.uint8).data, begin + first * row)
@@ -190,10 +190,12 @@ class TensorWriter:
 
 @contextlib.contextmanager
 def new_directory(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A directory that gets its name when all is in it; a failure leaves nothing.
+    """Yields a temporary directory, which is renamed to `target` on success.
+
+    A failure leaves nothing behind.
 
     Raises:
-      ValueError: something is there already. Nothing is ever overwritten.
+      ValueError: if `target` exists and is not an empty directory. Nothing is ever overwritten.
     """
     target = pathlib.Path(target).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -202,7 +204,7 @@ def new_directory(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     partial = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.partial-"))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
+        partial.chmod(0o755)  # mkdtemp creates private directories
         if target.exists():
             target.rmdir()
         partial.rename(target)

@@ -1,8 +1,8 @@
-"""A checkpoint directory straight into a sharded model.
+"""Loads a checkpoint directory straight into a sharded model.
 
-Each device's shard of each parameter is filled in place from the files, a few rows at a time, by a
-few threads; a host reads only what its own devices hold. What is wrong with the files is known
-before anything is read, but for values that are not finite.
+A few threads fill each device's shard of each parameter in place, a few rows at a time. A host
+reads only what its own devices hold. All faults of the files, except values that are not finite,
+are detected before any weights are read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.sharding import abstract_state
 
-SHOWN = 10  # tensors that an error names of each kind
+SHOWN = 10  # most tensors that an error names per kind of fault
 
 
 def load(
@@ -32,19 +32,19 @@ def load(
 ) -> Transformer:
     """Loads a Hugging Face checkpoint.
 
-    A host allocates its own shards (on accelerators one of them at a time) and `THREADS` chunks of
-    one MiB; the files are mapped, so that the system can drop what was read of them. Weights are
-    converted to `config.param_dtype`.
+    A host allocates its own shards (on accelerators one at a time) and `THREADS` chunks of 1 MiB.
+    The files are memory-mapped, so the system can evict what has been read. Weights are converted
+    to `config.param_dtype`.
 
     Args:
       directory: `config.json` and safetensors files, per-expert or fused.
-      mesh: where the parameters go, by the rules of `sharding`.
+      mesh: mesh over which the parameters are sharded, by the rules of `sharding`.
       config: the architecture with its execution settings; `read_config(directory)` by default.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: the config is of another architecture, or tensors are missing, extra, misshapen,
-        of an unknown type or not finite; all of them are listed and nothing is returned.
+      FileNotFoundError: if a file is missing.
+      ValueError: if the config has another architecture, or if tensors are missing, extra,
+        misshapen, of an unknown type or not finite. The message lists them.
     """
     stored = read_config(directory)
     config = stored if config is None else config
@@ -55,7 +55,7 @@ def load(
             if config.architecture()[name] != value
         ]
         raise ValueError(
-            f"{directory} is of another model: {'; '.join(differing)}. Take the architecture from "
+            f"{directory} holds another model: {'; '.join(differing)}. Take the architecture from "
             "the checkpoint: hf.read_config"
         )
     files = TensorFiles(directory)
@@ -67,7 +67,7 @@ def load(
             _parameter(param.get_value(), plan[path], files, pool, broken)
             for path, param in parameters(abstract).items()
         ]
-    names = sorted(files.shapes)  # a process finds what is broken in its own part
+    names = sorted(files.shapes)  # a process detects only broken tensors in its own part
     flags = distributed.any_process([name in broken for name in names])
     broken = {name for name, flag in zip(names, flags, strict=True) if flag}
     if broken:
@@ -79,10 +79,16 @@ def load(
 
 
 def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, list[Piece]]:
-    """The pieces of a checkpoint, in the layout that its tensors have.
+    """Returns the pieces of every parameter, in the layout of the checkpoint's tensors.
+
+    Args:
+      files: the tensors of the checkpoint.
+      config: the architecture.
+      model: the model or its abstract shape.
 
     Raises:
-      ValueError: lists tensors that are missing, extra, misshapen or of an unknown type.
+      ValueError: if tensors are missing, extra, misshapen or of an unknown type. The message lists
+        them.
     """
     fused = any(name.endswith(".experts.down_proj") for name in files.shapes)
     content = read_config_json(files.directory)
@@ -108,16 +114,16 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
         found = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
         raise ValueError(
             f"{files.directory} does not fit its config.json: {found}. Nothing was loaded; "
-            "download the files again, or repair config.json"
+            "download the files again, or fix config.json"
         )
     return plan
 
 
 def _left_out(tensor: str, config: ModelConfig, behind: int) -> bool:
-    """Tensors that the model does not have but a sound checkpoint may.
+    """Returns whether to ignore a tensor that a valid checkpoint may have beyond the model.
 
-    A copy of the embedding as `lm_head` where the two are tied, rotary frequencies (recomputed
-    here), and the layers behind the last one: DeepSeek-V3's multi-token prediction.
+    These are the copy of tied embeddings as `lm_head`, rotary frequencies (recomputed here), and
+    the layers after the last one, which are DeepSeek-V3's multi-token prediction.
     """
     if tensor == "lm_head.weight":
         return config.tie_embeddings
@@ -132,8 +138,8 @@ def _parameter(
     pool: ThreadPoolExecutor,
     broken: set[str],
 ) -> jax.Array:
-    """One parameter as a sharded array; the host holds one shard of it at a time."""
-    devices: dict[tuple, list[jax.Device]] = {}  # by what they hold: replicas are read once
+    """Loads one parameter as a sharded array; the host holds one of its shards at a time."""
+    devices: dict[tuple, list[jax.Device]] = {}  # grouped by content: replicas are read once
     for device, index in value.sharding.addressable_devices_indices_map(value.shape).items():
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, value.shape, strict=True))
         devices.setdefault(bounds, []).append(device)
@@ -155,7 +161,7 @@ def _inside(piece: Piece, bounds: tuple[tuple[int, int], ...]) -> bool:
 def _fill(
     target: np.ndarray, bounds: tuple, piece: Piece, files: TensorFiles, broken: set[str]
 ) -> None:
-    """Copies one piece into a shard, chunk by chunk, and notes values that are not finite."""
+    """Copies one piece into a shard by chunks; adds its tensor to `broken` if not finite."""
     inner = bounds[len(piece.index) :]
     place = target[tuple(i - a for i, (a, _) in zip(piece.index, bounds, strict=False))]
     sizes = place.shape
@@ -165,13 +171,13 @@ def _fill(
     else:
         rows, columns = inner[: len(inner) - piece.inputs], inner[len(inner) - piece.inputs :]
         place = place.reshape(int(np.prod(sizes[: len(rows)])), -1)
-    # Of several axes in a group only the first is ever cut, so that a cut is one range.
+    # Only the first axis of a group is ever sharded, so a shard is one range of rows.
     first, column = rows[0][0] * _rest(rows), columns[0][0] * _rest(columns) if columns else 0
     first += piece.start
     source = files.view(piece.tensor)[piece.lead][first : first + place.shape[0]]
     source = source.reshape(len(source), -1)[:, column : column + place.shape[1]]
     for some in chunks(place.shape, place.itemsize):
-        with np.errstate(over="ignore"):  # what becomes infinite is found below
+        with np.errstate(over="ignore"):  # infinities are detected below
             chunk = source[some].astype(place.dtype, copy=False)
         if not all_finite(chunk):
             broken.add(piece.tensor)

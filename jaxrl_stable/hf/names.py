@@ -1,8 +1,8 @@
-"""Which tensor of a Hugging Face checkpoint is which part of which parameter.
+"""Maps tensors of a Hugging Face checkpoint to parts of parameters.
 
-The two sides differ in three ways, and nothing else: names; layers (and experts), which are stacked
-here and apart there; and matrices, stored `[in…, out…]` here and `[out, in]` there. A `Piece` says
-all three, for loading and for saving.
+The two sides differ in exactly three ways: in names; in layers (and experts), which are stacked
+here and separate there; and in matrices, stored as `[in…, out…]` here and `[out, in]` there. A
+`Piece` describes all three, for loading and for saving.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxrl_stable.model.config import ModelConfig, layer_plan
 
-# Parameters outside the layers; the rest is named relative to `model.layers.{layer}.`.
+# Parameters outside the layers. Other names are relative to `model.layers.{layer}.`.
 _OUTER = {
     "embedding": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -50,7 +50,7 @@ _ROUTER = {
         for name in ("gate", "up", "down")
     },
 }
-# One tensor for each expert, as checkpoints are published; `block_sparse_moe` is Mixtral's.
+# One tensor per expert, as checkpoints are published; `block_sparse_moe` is Mixtral's.
 _EXPERTS = {
     f"mlp.{name}": f"mlp.experts.{{expert}}.{name}_proj.weight" for name in ("gate", "up", "down")
 }
@@ -60,7 +60,7 @@ _MIXTRAL = {
     "mlp.up": "block_sparse_moe.experts.{expert}.w3.weight",
     "mlp.down": "block_sparse_moe.experts.{expert}.w2.weight",
 }
-# All experts in one tensor, gate above up: what transformers 5 computes with, and can save.
+# All experts in one tensor, gate above up: transformers 5 computes with it and can save it.
 _FUSED = {
     "mlp.gate": "mlp.experts.gate_up_proj",
     "mlp.up": "mlp.experts.gate_up_proj",
@@ -70,18 +70,18 @@ LAYOUTS = ("per-expert", "fused")
 
 
 class Piece(NamedTuple):
-    """A part of a parameter and the part of a tensor that holds it.
+    """A part of a parameter, and the part of a tensor that holds it.
 
     Attributes:
-      path: the parameter, as `parameters` names it.
-      index: leading entries of it: the layer, and the expert.
-      tensor: name in the checkpoint.
-      lead: leading entries of the tensor: the expert, in fused ones.
-      start: first of its rows that belongs here; `up` stands below `gate` in fused ones.
-      shape: the tensor's.
+      path: name of the parameter in `parameters`.
+      index: leading indices into the parameter: the layer, and the expert if any.
+      tensor: name of the tensor in the checkpoint.
+      lead: leading indices into the tensor: the expert, in the fused layout.
+      start: first row of the part; in the fused layout `up` comes below `gate`.
+      shape: shape of the tensor.
       rows, columns: size of the part as a matrix; a vector is one column.
-      inputs: number of axes here that make up the columns.
-      transposed: here the columns come first.
+      inputs: number of axes of the parameter that form the columns.
+      transposed: whether the columns come first in the parameter.
     """
 
     path: str
@@ -97,7 +97,7 @@ class Piece(NamedTuple):
 
 
 def parameters(model: Any) -> dict[str, nnx.Param]:
-    """All parameters of a model (or of its abstract shape) by path, such as `norm.weight`."""
+    """Returns all parameters of a model or of its abstract shape by path, such as `norm.weight`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda x: isinstance(x, nnx.Param)
     )
@@ -107,12 +107,12 @@ def parameters(model: Any) -> dict[str, nnx.Param]:
 def pieces(
     config: ModelConfig, model: Any, model_type: str, layout: str = "per-expert"
 ) -> dict[str, list[Piece]]:
-    """The pieces of every parameter, by path.
+    """Returns the pieces of every parameter, by path.
 
     Args:
       config: the architecture.
       model: the model or its abstract shape.
-      model_type: of the checkpoint (`config.json`).
+      model_type: `model_type` of the checkpoint (`config.json`).
       layout: "per-expert" or "fused".
     """
     sparse = _FUSED if layout == "fused" else _EXPERTS
@@ -148,7 +148,7 @@ def pieces(
 
 
 def tensor_shapes(plan: dict[str, list[Piece]]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint and its shape, in the order of the model."""
+    """Returns the shape of every tensor of a checkpoint, in the order of the model."""
     return {piece.tensor: piece.shape for part in plan.values() for piece in part}
 
 
@@ -172,7 +172,7 @@ def _piece(path: str, param: nnx.Param, index: tuple, tensor: str, layout: str) 
 
 
 def _name(key: Any) -> str:
-    """One step of a tree path, without the quotes and brackets of `keystr`."""
+    """Returns one step of a tree path, without the quotes and brackets of `keystr`."""
     for attribute in ("name", "key", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

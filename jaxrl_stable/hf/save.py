@@ -1,7 +1,7 @@
-"""A model as a checkpoint directory of transformers.
+"""Saves a model as a checkpoint directory of transformers.
 
-Each parameter is fetched from the devices layer by layer (on a CPU it is where it is), then turned
-and written a few rows at a time, by a few threads.
+Each parameter is fetched from the devices layer by layer (on a CPU it is used in place). A few
+threads then transpose and write it, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces, tensor_sha
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.transformer import Transformer
 
-# Files beside the weights that are taken over from the checkpoint a model descends from.
+# Files next to the weights that are copied from the original checkpoint of a model.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -36,8 +36,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "additional_chat_templates",
 )
-# Keys that one version of transformers writes and the other, or an engine, does not understand:
-# each config has both, whichever version wrote the one that it descends from.
+# Keys that one version of transformers writes and the other version or an engine does not
+# understand. Every saved config has both spellings, regardless of the original's version.
 _SPELLINGS = ("rope_parameters", "rope_theta", "rope_scaling", "num_experts", "num_local_experts")
 
 
@@ -53,18 +53,18 @@ def save(
     """Writes `config.json` and safetensors files that transformers loads.
 
     Args:
-      model: the policy, its arrays wholly on this process's devices.
-      directory: where to; must be new or empty.
-      dtype: "float32", "bfloat16" or "float16"; the stored type by default.
+      model: the policy; all its arrays must be on this process's devices.
+      directory: directory to write; must be new or empty.
+      dtype: "float32", "bfloat16" or "float16"; by default the type of the parameters.
       layout: "per-expert", which every version and engine reads, or "fused" (transformers 5).
-      like: the checkpoint this model descends from: its `config.json` is kept where it says the
-        same, and its tokenizer and generation settings are copied.
-      file_bytes: size at which a new file begins.
+      like: original checkpoint of the model. Its `config.json` is kept, with the new dtype, and its
+        tokenizer and generation settings are copied.
+      file_bytes: size limit per file.
 
     Raises:
-      ValueError: the directory is not empty, no architecture of transformers computes this model,
-        `like` is of another one, a value is not finite, an array is on other hosts too, or an
-        argument is unknown. Nothing is left behind.
+      ValueError: if the directory is not empty, no architecture of transformers computes this
+        model, `like` has another architecture, a value is not finite, an array is spread over
+        several hosts, or an argument is unknown. Nothing is left behind.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
@@ -95,7 +95,7 @@ def save(
                 for index, layer in _layers(param.get_value(), plan[path]):
                     ours = [piece for piece in plan[path] if piece.index[:1] == index]
 
-                    def one(piece: Piece, layer=layer) -> None:
+                    def one(piece: Piece, layer: np.ndarray = layer) -> None:
                         _write(writer, piece, layer, dtypes[piece.tensor])
 
                     list(pool.map(one, ours))
@@ -109,13 +109,13 @@ def write_json(file: pathlib.Path, content: dict) -> None:
 
 
 def companions(directory: str | pathlib.Path) -> list[pathlib.Path]:
-    """Tokenizer, chat template and generation settings of a directory."""
+    """Returns the tokenizer, chat template and generation settings of a directory."""
     found = {file for name in COMPANIONS for file in pathlib.Path(directory).glob(name)}
     return sorted(found)
 
 
 def copy_companions(source: str | pathlib.Path, target: pathlib.Path) -> None:
-    """Copies them (and what links point to)."""
+    """Copies the tokenizer, chat template and generation settings; follows links."""
     for file in companions(source):
         (shutil.copytree if file.is_dir() else shutil.copyfile)(file, target / file.name)
 
@@ -126,25 +126,25 @@ def _descends(config: ModelConfig, like: str | pathlib.Path) -> dict:
     if differing:
         raise ValueError(
             f"{like} differs from the model in {', '.join(differing)}; give the checkpoint that "
-            "it was imported from, or none"
+            "it was imported from, or omit `like`"
         )
     if "num_nextn_predict_layers" in content:
-        content["num_nextn_predict_layers"] = 0  # layers behind the last one were not kept
+        content["num_nextn_predict_layers"] = 0  # layers after the last one were not kept
     return content
 
 
 def _layers(value: jax.Array, part: list[Piece]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """A parameter on the host, layer by layer, so that no more than one is there at a time."""
+    """Yields a parameter layer by layer, so that the host holds one layer at a time."""
     (device, *others) = value.sharding.device_set
     whole = None
     if device.platform == "cpu" and not others:
-        whole = np.asarray(value)  # the very memory of the array
+        whole = np.asarray(value)  # shares memory with the array
     for index in dict.fromkeys(piece.index[:1] for piece in part):
         yield index, whole[index] if whole is not None else np.asarray(value[index])
 
 
 def _write(writer: TensorWriter, piece: Piece, layer: np.ndarray, dtype: np.dtype) -> None:
-    """Turns one piece and writes it."""
+    """Converts one piece to its layout and type in the checkpoint, and writes it."""
     source = layer[piece.index[1:]]
     if piece.transposed:
         source = source.reshape(piece.columns, piece.rows).T

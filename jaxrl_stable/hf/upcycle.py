@@ -1,10 +1,11 @@
-"""A dense checkpoint becomes a mixture of experts that computes the same function.
+"""Turns a dense checkpoint into a mixture of experts that computes the same function.
 
-The feed-forward layer is cut into S segments of its width, and every segment is copied m times: an
-expert is one copy of one segment. The router scores copies and gives all segments of a copy the
-same weights, so that a token takes whole copies, one of m for each segment ("virtual groups", He
-et al. 2024, arXiv:2410.07524, §4.2). With gates that sum to one over the C · S experts of C chosen
-copies, each segment has 1 / S of the weight of its copy; factor S on the last matrix restores it:
+The feed-forward layer is split into S segments of its width, and every segment is copied m times.
+An expert is one copy of one segment. The router scores copies and has the same weights for all
+segments of a copy, so a token takes whole copies, one of m for each segment ("virtual groups", He
+et al. 2024, arXiv:2410.07524, §4.2). The gates sum to one over the C · S experts of the C chosen
+copies, so each segment gets 1 / S of the weight of its copy. A factor S on the last matrix restores
+it:
 
     Σ_c g_c Σ_s (S · segment_s(x)) / S  =  Σ_c g_c · dense(x)  =  dense(x)
 
@@ -27,7 +28,7 @@ from jaxrl_stable.hf.load import plan_of
 from jaxrl_stable.hf.save import copy_companions, write_json
 from jaxrl_stable.model.transformer import init_model
 
-_ROUTER_STD = 0.02  # logits of order one behind a norm, of hidden sizes in the thousands
+_ROUTER_STD = 0.02  # logits are of order one after a norm, for hidden sizes in the thousands
 
 
 def upcycle(
@@ -37,32 +38,33 @@ def upcycle(
     copies: int,
     chosen: int = 1,
     segments: int = 1,
-    noise: float = 0.0,
+    noise: int | float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Writes a Qwen3-MoE checkpoint that computes what a dense Qwen3 one does.
+    """Writes a Qwen3-MoE checkpoint that computes the function of a dense Qwen3 checkpoint.
 
-    It has `copies * segments` experts, `chosen * segments` per token, each of the dense width over
-    `segments`. Equal up to rounding with `noise=0`; exactly so in the weights when `segments` is a
-    power of two.
+    It has `copies * segments` experts, `chosen * segments` per token, each with 1/`segments` of the
+    dense width. With `noise=0`, the outputs are equal up to rounding; if `segments` is a power of
+    two, scaling the weights is exact.
 
     Args:
       source: directory of the dense checkpoint.
       target: directory to write; must be new or empty.
-      copies: m, copies of the feed-forward layer.
-      chosen: C, copies that a token passes.
-      segments: S, parts of each copy; divides the dense width.
-      noise: standard deviation of what is added to each copy's matrices, relative to the root mean
-        square of the matrix; lets copies part before training does.
-      seed: of routers and noise.
+      copies: m, number of copies of the feed-forward layer.
+      chosen: C, number of copies per token.
+      segments: S, number of parts of each copy; must divide the dense width.
+      noise: standard deviation of the noise on each copy's matrices, relative to the root mean
+        square of the matrix. It makes copies differ before training does.
+      seed: seed of routers and noise.
 
     Raises:
-      FileNotFoundError, ValueError: the source is not a sound dense checkpoint, the sizes do not
-        fit, or the target is not empty. Nothing is left behind.
+      FileNotFoundError: if a file of the source is missing.
+      ValueError: if the source is not a valid dense checkpoint, the sizes do not fit, or the target
+        is not empty. Nothing is left behind.
     """
     dense = read_config(source)
     if dense.num_experts:
-        raise ValueError(f"{source} has experts already; give a dense checkpoint")
+        raise ValueError(f"{source} already has experts; give a dense checkpoint")
     if not 1 <= chosen <= copies or segments < 1 or dense.intermediate_size % segments:
         raise ValueError(
             f"copies={copies}, chosen={chosen}, segments={segments} do not fit: chosen must be "
@@ -98,9 +100,9 @@ Made = tuple[tuple[int, ...], str, Callable[[], np.ndarray]]
 
 
 def _tensors(
-    files: TensorFiles, layers: int, copies: int, segments: int, noise: float, seed: int
+    files: TensorFiles, layers: int, copies: int, segments: int, noise: int | float, seed: int
 ) -> dict[str, Made]:
-    """Shape, type and maker of every new tensor; nothing is read before a maker is called."""
+    """Returns shape, type and maker of every new tensor. Only a call of the maker reads data."""
     made: dict[str, Made] = {}
     for name, shape in files.shapes.items():
         if ".mlp." not in name:
@@ -120,14 +122,19 @@ def _tensors(
                 factor = segments if axis else 1
                 key = (seed, layer, kind, copy, segment)
 
-                def value(source=source, ranges=ranges, factor=factor, key=key) -> np.ndarray:
+                def value(
+                    source: str = source,
+                    ranges: tuple[slice, slice] = ranges,
+                    factor: int = factor,
+                    key: tuple[int, ...] = key,
+                ) -> np.ndarray:
                     return _perturbed(files.view(source)[ranges], factor, noise, key)
 
                 name = f"{prefix}experts.{expert}.{matrix}.weight"
                 made[name] = (shape, files.codes[source], value)
         hidden = files.shapes[f"{prefix}gate_proj.weight"][1]
 
-        def router(layer=layer, hidden=hidden) -> np.ndarray:
+        def router(layer: int = layer, hidden: int = hidden) -> np.ndarray:
             rng = np.random.default_rng((seed, layer))
             return np.repeat(rng.normal(0, _ROUTER_STD, (copies, hidden)), segments, axis=0)
 
@@ -136,8 +143,8 @@ def _tensors(
     return made
 
 
-def _perturbed(x: np.ndarray, factor: int, noise: float, key: tuple[int, ...]) -> np.ndarray:
-    """The segment times `factor`, with noise relative to its root mean square."""
+def _perturbed(x: np.ndarray, factor: int, noise: int | float, key: tuple[int, ...]) -> np.ndarray:
+    """Returns the segment times `factor`, plus noise relative to its root mean square."""
     if factor == 1 and not noise:
         return x
     wide = x.astype(np.float32) * factor

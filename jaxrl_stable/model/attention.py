@@ -1,6 +1,6 @@
-"""Attention: the frame that all layers share, norms, and grouped queries (Qwen3, OLMoE, Mixtral).
+"""Grouped-query attention (Qwen3, OLMoE, Mixtral), its norms, and the frame all layers share.
 
-Latent attention (DeepSeek-V3) has a file of its own and the same call.
+Latent attention (DeepSeek-V3) is in `latent_attention` and has the same call signature.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from jaxrl_stable.sharding.layout import ONE_DEVICE, Layout
 
 
 class Frame(NamedTuple):
-    """What all layers of one forward share: rotations of the positions, and who sees whom.
+    """Inputs that all layers of one forward pass share: rotations and the attention mask.
 
     Attributes:
-      cos, sin: of the rotations.
-      segment_ids: 0 is padding.
+      cos, sin: cosine and sine of the rotary angles.
+      segment_ids: segment of each token; 0 is padding.
       real: False on padding.
-      mask: True where a token (T) sees a column (S); None where the kernel makes its own.
-      layout: where rows and columns live.
+      mask: True where a token (T) attends to a column (S); None if the kernel builds its own mask.
+      layout: placement of rows and columns on the mesh.
     """
 
     cos: Float[Array, "B T half"]
@@ -49,10 +49,10 @@ def make_frame(
     cache: Cache | None,
     layout: Layout = ONE_DEVICE,
 ) -> Frame:
-    """Rotations and mask. A token sees the columns up to its own that share its segment.
+    """Builds rotations and mask: a token attends to its segment's columns up to its own.
 
-    Columns, not positions, decide what is past: left padding and packing then need no special case.
-    The splash kernel makes its own mask of them, whenever all the columns that exist are new.
+    Causality follows columns, not positions, so left padding and packing need no special case.
+    The splash kernel builds the mask itself if all existing columns are new, so none is made then.
     """
     shared = *rotations(config, positions), segment_ids, segment_ids != 0
     width = positions.shape[1] if cache is None else cache.segment_ids.shape[1]
@@ -72,9 +72,11 @@ def make_frame(
 
 
 class Norm(nnx.Module):
-    """RMSNorm in float32 over the named axes (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+    """RMSNorm over the named axes in float32 (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4)."""
 
-    def __init__(self, axes: Mapping[str, int], eps: float, dtype: str, stack: int | None = None):
+    def __init__(
+        self, axes: Mapping[str, int], eps: float, dtype: str, stack: int | None = None
+    ) -> None:
         self.weight = scale(axes, stack=stack, dtype=dtype)
         self.axes = tuple(range(-len(axes), 0))
         self.eps = eps
@@ -88,7 +90,7 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention without biases (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, H, G, hd = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         options = dict(stack=stack, dtype=config.param_dtype)
         self.config = config
@@ -111,23 +113,33 @@ class Attention(nnx.Module):
             self.key_norm = Norm(({"kv_heads": G} if whole else {}) | {"head_dim": hd}, **norm)
 
     def __call__(
-        self, x: Float[Array, "B T D"], frame: Frame, cache: Cache | None, layer: Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        frame: Frame,
+        cache: Cache | None,
+        layer: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         config = self.config
-        q, k, v = (product(x, param) for param in (self.query, self.key, self.value))
-        if config.query_key_norm != "none":
-            q, k = self.query_norm(q), self.key_norm(k)
-        if config.clip_qkv is not None:
-            q, k, v = (jnp.clip(y, min=-config.clip_qkv, max=config.clip_qkv) for y in (q, k, v))
-        q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
+        with jax.named_scope("qkv"):
+            q, k, v = (product(x, param) for param in (self.query, self.key, self.value))
+            if config.query_key_norm != "none":
+                q, k = self.query_norm(q), self.key_norm(k)
+            if config.clip_qkv is not None:
+                bound = config.clip_qkv
+                q, k, v = (jnp.clip(y, min=-bound, max=bound) for y in (q, k, v))
+        with jax.named_scope("rope"):
+            q, k = rotate(q, frame.cos, frame.sin), rotate(k, frame.cos, frame.sin)
         if cache is not None:
-            cache = cache.write(layer, k, v)
-            if frame.mask is not None:
-                k, v = cache.keys[layer], cache.values[layer]
+            with jax.named_scope("cache"):
+                cache = cache.write(layer, k, v)
+                if frame.mask is not None:
+                    k, v = cache.keys[layer], cache.values[layer]
         y = attend(config, q, k, v, frame)
-        return product(y, self.out), cache
+        with jax.named_scope("out"):
+            return product(y, self.out), cache
 
 
+@jax.named_scope("attended")
 def attend(
     config: ModelConfig,
     q: Float[Array, "B T H hd"],
@@ -135,14 +147,14 @@ def attend(
     v: Float[Array, "B S G vd"],
     frame: Frame,
 ) -> Float[Array, "B T H vd"]:
-    """softmax(scale · q kᵀ) v over the columns that a token sees."""
+    """Computes softmax(scale · q kᵀ) v over the columns that each token attends to."""
     q, k, v = (checkpoint_name(y, n) for y, n in ((q, "query"), (k, "key"), (v, "value")))
     layout, scale = frame.layout, softmax_scale(config)
     if frame.mask is None:
         y = splash_attention(q * scale, k, v, frame.segment_ids, layout)
         return checkpoint_name(y, "attended")
     implementation = attention_implementation(config)
-    # cuDNN takes neither columns nor unequal shares of the heads over devices.
+    # cuDNN supports neither columns nor unevenly split heads over devices.
     unequal = layout.columns or k.shape[2] % layout.size(("tensor",))
     if implementation == "splash" or unequal:
         implementation = "xla"
@@ -154,7 +166,7 @@ def attend(
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """head_dim^−½, times what YaRN adds where the model's authors say so."""
+    """Returns head_dim^−½, times YaRN's extra factor if the model sets one."""
     extra = config.rope_scaling.softmax_scale if config.rope_scaling else 1.0
     return config.head_dim**-0.5 * extra
 
@@ -162,12 +174,15 @@ def softmax_scale(config: ModelConfig) -> float:
 def attention_implementation(config: ModelConfig, backend: str | None = None) -> str:
     """Resolves "auto": splash on TPU, cuDNN for half precision on NVIDIA GPUs, else plain XLA.
 
-    Heads wider than 128, as those of latent attention are, only some GPUs can do with cuDNN. A
-    decode step, whose columns lie in a cache, is plain XLA on a TPU.
+    Only some GPUs support heads wider than 128 (as in latent attention) with cuDNN, so these use
+    XLA. On TPU a decode step, whose columns are in a cache, also runs as plain XLA.
 
     Args:
-      config: of the model.
-      backend: "cpu", "gpu" or "tpu"; this machine's by default.
+      config: configuration of the model.
+      backend: "cpu", "gpu" or "tpu"; the backend of this machine by default.
+
+    Returns:
+      "splash", "cudnn" or "xla".
     """
     if config.attention != "auto":
         return config.attention

@@ -1,12 +1,13 @@
-"""Key/value cache of a decode: fixed shape, one write column for all rows.
+"""Key/value cache for decoding: fixed shape, one write column for all rows.
 
 Prompts are left-padded, so every row appends at the same column and the write is one
-`dynamic_update_slice`. Validity lives in `segment_ids` (0 is padding), never in the values.
+`dynamic_update_slice`. Only `segment_ids` marks validity (0 is padding), never the values.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,18 @@ from jaxtyping import Array, Float, Int
 from jaxrl_stable.model.config import ModelConfig
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of all layers (dense ones too).
+    """Keys and values of all layers, dense layers included.
 
-    Latent attention stores less: the one rotated key of all heads as `keys`, the latent that the
-    rest is made of as `values`.
+    Latent attention stores less: `keys` holds the one rotated key that all heads share, `values`
+    the latent from which the rest is computed.
 
     Attributes:
-      keys, values: what was written so far; columns from `length` on are zero.
-      segment_ids: 0 where a column holds padding or nothing yet.
+      keys, values: columns written so far; columns from `length` on are zero.
+      segment_ids: segment of each column; 0 if it holds padding or is not yet written.
       length: number of columns written.
     """
 
@@ -35,17 +37,17 @@ class Cache:
     length: Int[Array, ""]
 
     def extend(self, segment_ids: Int[Array, "B T"]) -> Cache:
-        """Announces T new columns; the layers then `write` them. `length` does not move yet."""
+        """Marks T new columns, which the layers then `write`. Leaves `length` unchanged."""
         marks = jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, self.length))
         return dataclasses.replace(self, segment_ids=marks)
 
     def write(
         self,
-        layer: Int[Array, ""],
+        layer: Int[Array, ""] | int,
         keys: Float[Array, "B T G kd"],
         values: Float[Array, "B T G vd"],
     ) -> Cache:
-        """Stores the T new columns of one layer."""
+        """Writes the T new columns of one layer."""
         start = (layer, 0, self.length, 0, 0)
         return dataclasses.replace(
             self,
@@ -54,11 +56,11 @@ class Cache:
         )
 
     def advance(self, columns: int) -> Cache:
-        """Moves the write column, once all layers have written."""
+        """Advances the write column after all layers have written."""
         return dataclasses.replace(self, length=self.length + columns)
 
     def widen(self, columns: int) -> Cache:
-        """The same content with room for `columns` columns."""
+        """Returns the same content with room for `columns` columns."""
         more = columns - self.segment_ids.shape[1]
         room = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
         return dataclasses.replace(
@@ -70,7 +72,7 @@ class Cache:
 
 
 def empty_cache(config: ModelConfig, batch: int, columns: int) -> Cache:
-    """A cache with room for `columns` columns."""
+    """Creates an empty cache with room for `columns` columns."""
     heads, key_dim, value_dim = config.num_kv_heads, config.head_dim, config.head_dim
     if config.latent:
         heads, key_dim, value_dim = 1, config.latent.rotary_dim, config.latent.key_value_rank

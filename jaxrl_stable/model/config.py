@@ -1,4 +1,4 @@
-"""Architecture of the policy, and how its layers repeat.
+"""Architecture of the policy, and the repeating pattern of its layers.
 
 One set of fields covers Qwen3 (dense and MoE), OLMoE, Mixtral and DeepSeek-V3; `hf.architectures`
 reads them from a Hugging Face `config.json`.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
+from typing import Any
 
-# Fields that say how a model is computed, not what it computes: two configs that differ in these
-# alone can share a checkpoint.
+# Fields that determine how a model is computed, not what it computes. Configs that differ only in
+# these can share a checkpoint.
 EXECUTION_FIELDS = (
     "dtype",
     "param_dtype",
@@ -29,14 +31,14 @@ class Yarn:
     """Rotary frequencies stretched to longer contexts (Peng et al. 2023, arXiv:2309.00071).
 
     Attributes:
-      factor: new context over old one.
-      original_context: positions that the model was trained on before.
-      beta_fast, beta_slow: rotations over that context above which a frequency stays, and below
-        which it is divided by `factor`; between them a linear ramp.
+      factor: ratio of the new context length to the original one.
+      original_context: context length of the original training, in positions.
+      beta_fast, beta_slow: rotations over the original context above which a frequency is kept,
+        and below which it is divided by `factor`; frequencies between them follow a linear ramp.
       rotation_scale: factor on cosines and sines.
       softmax_mscale: m in the factor (0.1 m ln(factor) + 1)² on the scale of attention logits
-        (DeepSeek-V3: `mscale_all_dim`); 0 leaves it.
-      truncate: round the ends of the ramp outwards to whole dimensions.
+        (DeepSeek-V3: `mscale_all_dim`); 0 leaves the scale unchanged.
+      truncate: whether to round the ends of the ramp outwards to whole dimensions.
     """
 
     factor: float
@@ -53,15 +55,15 @@ class Yarn:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentAttention:
+class LatentSizes:
     """Sizes of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1).
 
     Attributes:
-      key_value_rank: width of the latent that keys and values are made of.
-      rotary_dim: part of each query and key head that is rotated; the rest has no position.
+      key_value_rank: width of the latent from which keys and values are computed.
+      rotary_dim: rotated dimensions of each query and key head; the others carry no position.
       value_dim: size of one value head.
-      query_rank: width of the queries' own latent; None projects them directly.
-      interleaved: rotated pairs are neighbours (0, 1), (2, 3), …; else they are half a head apart.
+      query_rank: width of the queries' own latent; None projects queries directly.
+      interleaved: whether rotated pairs are neighbours (0, 1), (2, 3), … or half a head apart.
     """
 
     key_value_rank: int
@@ -73,52 +75,54 @@ class LatentAttention:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer, dense or with experts; the defaults are those of Qwen3-MoE.
+    """A decoder-only transformer, dense or with experts; defaults follow Qwen3-MoE.
 
     Attributes:
       vocab_size: V, size of the vocabulary.
-      hidden_size: D.
+      hidden_size: D, width of the model.
       num_layers: depth, dense layers included.
-      num_heads: H, query heads.
-      num_kv_heads: G, key/value heads; divides H.
-      head_dim: size of one query or key head; H * head_dim need not be D.
+      num_heads: H, number of query heads.
+      num_kv_heads: G, number of key/value heads; divides H.
+      head_dim: size of one query or key head; H * head_dim need not equal D.
       intermediate_size: width of the dense feed-forward layers.
-      num_experts: E; 0 makes every layer dense.
-      num_experts_per_token: K.
+      num_experts: E, experts per MoE layer; 0 makes every layer dense.
+      num_experts_per_token: K, experts chosen per token.
       moe_intermediate_size: F, width of one expert.
-      norm_topk_prob: gates are renormalised over the chosen experts.
+      norm_topk_prob: whether gates are renormalised over the chosen experts.
       router_score: "softmax" over all experts, or "sigmoid" of each.
-      selection_bias: a bias per expert that takes part in the choice, never in the gates. Nothing
-        here trains it (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
-      expert_groups, chosen_groups: experts stand in groups, and only those of the groups with the
-        largest sums of two best scores can be chosen.
+      selection_bias: whether each expert has a bias that affects the choice but never the gates.
+        It is not trained here (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
+      expert_groups: number of equal groups into which the experts are divided.
+      chosen_groups: number of groups to choose experts from: those whose two best scores have the
+        largest sum.
       routed_scaling: factor on the gates.
-      num_shared_experts: experts that every token passes; they are one dense layer of their width.
-      decoder_sparse_step: layer i (from 0) is MoE when (i + 1) is a multiple of it.
-      mlp_only_layers: layers that are dense whatever the step says.
+      num_shared_experts: experts applied to every token; computed as one dense layer of their total
+        width.
+      decoder_sparse_step: layer i (from 0) is MoE if (i + 1) is a multiple of it.
+      mlp_only_layers: layers that are dense regardless of `decoder_sparse_step`.
       query_key_norm: RMSNorm of queries and keys over each "head" (Qwen3), over all heads of the
         "layer" (OLMoE), or "none" (Mixtral).
       clip_qkv: bound on |query|, |key|, |value| before the rotation, or None.
-      latent: sizes of latent attention instead of grouped queries, or None.
+      latent: sizes of latent attention, or None for grouped-query attention.
       rope_theta: base of the rotary embedding.
-      rope_scaling: how it is stretched, or None.
+      rope_scaling: YaRN stretching of the rotary embedding, or None.
       rms_norm_eps: epsilon of every norm.
-      tie_embeddings: the output head is the transposed embedding.
+      tie_embeddings: whether the output head is the transposed embedding.
       dtype: type of activations and of weights in products. Router, norms, attention weights and
-        log-probabilities are float32 whatever it is.
-      param_dtype: type in which parameters are stored; they are optimised in float32.
-      scan_layers: scan over repeated layers (one compiled body) or unroll them.
-      remat: what a block keeps for the backward pass: "none" keeps all, "dots" the products that
-        cost most (queries, keys, values, attention, the experts' hidden layer), "block" its input
-        alone, "offload" that input in the host's memory.
+        log-probabilities are always float32.
+      param_dtype: storage type of parameters; the optimiser works in float32.
+      scan_layers: whether to scan over repeated layers (one compiled body) or to unroll them.
+      remat: activations that a block keeps for the backward pass: "none" keeps all of them,
+        "dots" keeps the most expensive products (queries, keys, values, attention, the experts'
+        hidden layer), "block" only its input, "offload" that input in host memory.
       attention: "auto", "xla", "cudnn" or "splash".
       experts: grouped matrix product: "auto", "ragged", "blocked", "megablox", "tokamax", or
-        "dense" (every expert on every token: the oracle of tests).
+        "dense" (every expert on every token: the test oracle).
       experts_exchange: how tokens reach experts on other devices: "all_gather" or
         "ragged_all_to_all"; see `expert_parallel`.
-      experts_rows: room of a device's buffer of (token, choice) pairs, in rows of D numbers; tokens
-        pass the experts in as many lots as that takes.
-      head_chunk: tokens of a device whose logits exist at a time; rounded to whole columns.
+      experts_rows: capacity of a device's buffer of (token, choice) pairs, in rows of D numbers;
+        tokens that exceed it pass through the experts in several chunks.
+      head_chunk: tokens per device whose logits exist at a time; rounded to whole columns.
     """
 
     vocab_size: int
@@ -142,7 +146,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     query_key_norm: str = "head"
     clip_qkv: float | None = None
-    latent: LatentAttention | None = None
+    latent: LatentSizes | None = None
     rope_theta: float = 1_000_000.0
     rope_scaling: Yarn | None = None
     rms_norm_eps: float = 1e-6
@@ -157,7 +161,7 @@ class ModelConfig:
     experts_rows: int = 262_144
     head_chunk: int = 2048
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {
             "router_score": ("softmax", "sigmoid"),
             "query_key_norm": ("head", "layer", "none"),
@@ -183,8 +187,8 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
-                f"ModelConfig rotates {self.rotary_dim} of head_dim {self.head_dim}; rotary pairs "
-                "need an even number, at most head_dim"
+                f"ModelConfig rotates {self.rotary_dim} of head_dim {self.head_dim}; use an even "
+                "number of at most head_dim"
             )
         if any(not 0 <= layer < self.num_layers for layer in self.mlp_only_layers):
             raise ValueError(
@@ -198,13 +202,13 @@ class ModelConfig:
             )
         if self.router_score == "softmax" and (self.selection_bias or self.expert_groups > 1):
             raise ValueError(
-                "ModelConfig.selection_bias and expert_groups are defined for router_score "
-                "'sigmoid' alone"
+                "ModelConfig.selection_bias and expert_groups need router_score='sigmoid', not "
+                "'softmax'"
             )
         if self.expert_groups > 1:
             self._check_groups()
 
-    def _check_groups(self):
+    def _check_groups(self) -> None:
         size, rest = divmod(self.num_experts, self.expert_groups)
         if rest or size < 2:
             raise ValueError(
@@ -220,11 +224,11 @@ class ModelConfig:
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a query or key head that carry the position."""
+        """Number of rotated dimensions per query or key head."""
         return self.latent.rotary_dim if self.latent else self.head_dim
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) has experts (the rule of `Qwen3MoeDecoderLayer`)."""
+        """Returns whether layer `layer` (from 0) has experts, as in `Qwen3MoeDecoderLayer`."""
         return (
             self.num_experts > 0
             and layer not in self.mlp_only_layers
@@ -233,18 +237,18 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """L, the number of layers that have a router."""
+        """L, the number of layers with a router."""
         return sum(map(self.is_moe, range(self.num_layers)))
 
     def architecture(self) -> dict[str, object]:
-        """The fields that a checkpoint depends on."""
+        """Returns the fields that a checkpoint depends on."""
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS}
 
     @classmethod
-    def from_architecture(cls, fields: dict, **execution) -> ModelConfig:
-        """The inverse of `architecture`, also after a journey through JSON."""
-        nested = {"latent": LatentAttention, "rope_scaling": Yarn}
+    def from_architecture(cls, fields: dict[str, Any], **execution: Any) -> ModelConfig:
+        """Inverse of `architecture`; also accepts fields that went through JSON."""
+        nested = {"latent": LatentSizes, "rope_scaling": Yarn}
         built = {
             name: nested[name](**value) if name in nested and value else value
             for name, value in fields.items()
@@ -254,12 +258,12 @@ class ModelConfig:
 
 
 def layer_plan(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
-    """Splits the depth into repeated patterns, so that each can be one scan.
+    """Splits the depth into repeated patterns, each of which becomes one scan.
 
     Returns:
-      `(pattern, repeats)` pairs in depth order; a pattern says for each of its layers whether it is
-      MoE. All-MoE gives `[((True,), 48)]`, three leading dense layers `[((False,), 3), ((True,),
-      58)]`, alternation `[((False, True), 24)]`.
+      `(pattern, repeats)` pairs in depth order. A pattern has one entry per layer, True if the
+      layer is MoE. All-MoE gives `[((True,), 48)]`, three leading dense layers give
+      `[((False,), 3), ((True,), 58)]`, alternating layers give `[((False, True), 24)]`.
     """
     kinds = [config.is_moe(i) for i in range(config.num_layers)]
     plan, start = [], 0
@@ -278,8 +282,8 @@ def layer_plan(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
     return plan
 
 
-def tiny(**overrides) -> ModelConfig:
-    """A policy of a few hundred thousand parameters, for tests and laptops."""
+def tiny(**overrides: Any) -> ModelConfig:
+    """Returns a policy of a few hundred thousand parameters, for tests and laptops."""
     fields = dict(
         vocab_size=128,
         hidden_size=64,
@@ -297,8 +301,8 @@ def tiny(**overrides) -> ModelConfig:
     return ModelConfig(**(fields | overrides))
 
 
-def qwen3_30b_a3b(**overrides) -> ModelConfig:
-    """Qwen3-30B-A3B (its public `config.json`)."""
+def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
+    """Returns Qwen3-30B-A3B (from its public `config.json`)."""
     fields = dict(
         vocab_size=151_936,
         hidden_size=2_048,
@@ -316,8 +320,8 @@ def qwen3_30b_a3b(**overrides) -> ModelConfig:
     return ModelConfig(**(fields | overrides))
 
 
-def qwen3_235b_a22b(**overrides) -> ModelConfig:
-    """Qwen3-235B-A22B (its public `config.json`)."""
+def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
+    """Returns Qwen3-235B-A22B (from its public `config.json`)."""
     fields = dict(
         vocab_size=151_936,
         hidden_size=4_096,
@@ -333,3 +337,15 @@ def qwen3_235b_a22b(**overrides) -> ModelConfig:
         remat="block",
     )
     return ModelConfig(**(fields | overrides))
+
+
+def __getattr__(name: str) -> Any:
+    """Resolves the former name of `LatentSizes`, which older gin files bind."""
+    if name == "LatentAttention":
+        warnings.warn(
+            "model.config.LatentAttention is now called LatentSizes; write model.LatentSizes",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return LatentSizes
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,9 @@
 """Grouped products: rows sorted by expert, each expert's rows multiplied by its own matrix.
 
-Tokens are never dropped. Pairs that belong to no expert here (padding, or an expert of another
-device) come last and stay out of every group. Groups may be padded to a multiple of `block` rows,
-so that a block has one expert: a batched product over blocks then replaces the ragged one. That
-form exists for the CPU, where `jax.lax.ragged_dot` multiplies every row by every expert's matrix.
+Tokens are never dropped. Pairs without a local expert (padding, or an expert on another device)
+sort last and belong to no group. Groups may be padded to a multiple of `block` rows, so that each
+block has one expert; a batched product over blocks then replaces the ragged one. The blocked form
+is for CPUs, where `jax.lax.ragged_dot` multiplies every row by every expert's matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.parameters import Quantized
@@ -24,11 +25,11 @@ from jaxrl_stable.model.products import multiply
 
 
 class ExpertWeights(NamedTuple):
-    """The matrices of a layer's SwiGLU experts; E counts those that are here.
+    """Matrices of a layer's SwiGLU experts; E counts the local experts.
 
     Attributes:
-      gate, up: into the experts; in the compute type, or `Quantized` where activations are, too.
-      down: out of them.
+      gate, up: input projections in the compute type; `Quantized` if activations are quantised.
+      down: output projection, likewise.
     """
 
     gate: Float[Array, "E D F"] | Quantized
@@ -37,13 +38,13 @@ class ExpertWeights(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Where each (token, choice) pair stands in the sorted buffer of R rows.
+    """Placement of each (token, choice) pair in the sorted buffer of R rows.
 
     Attributes:
-      source: pair that fills a row; N * K where none does.
-      slot: row of each pair; R for a pair that has none.
-      sizes: rows of each expert, block padding included.
-      block: rows of a block; 1 when groups are not padded.
+      source: pair held by each row; N * K if the row is unfilled.
+      slot: row of each pair; R if the pair has no row.
+      sizes: rows per expert, block padding included.
+      block: rows per block; 1 if groups are not padded.
     """
 
     source: Int[Array, "R"]
@@ -61,31 +62,35 @@ def apply_experts(
     config: ModelConfig,
     across: tuple[str, ...] = (),
 ) -> Float[Array, "N D"]:
-    """Weighted sum of what the chosen experts make of each token.
+    """Returns the gate-weighted sum of the chosen experts' outputs per token.
 
     Args:
-      weights: the experts that are here.
+      weights: matrices of the local experts.
       tokens: activations.
-      real: False on padding, which comes out as zero.
-      chosen: experts of each token, different ones; ids outside of 0 to E − 1 are not here and add
-        nothing.
+      real: False on padding, whose output is zero.
+      chosen: distinct experts per token; ids outside 0 to E − 1 are not local and add nothing.
       gates: weight of each choice.
-      config: says how the products are computed.
-      across: inside `jax.shard_map`, mesh axes that the experts' width F is cut over.
+      config: selects the implementation of the products.
+      across: inside `jax.shard_map`, mesh axes over which the expert width F is sharded.
     """
     E, (n, k) = weights.gate.shape[0], chosen.shape
     chosen = chosen.astype(jnp.int32)
     implementation = experts_implementation(config)
     if implementation == "dense":
-        outputs = _every_expert(weights, tokens, chosen, across)
-        here = (chosen >= 0) & (chosen < E) & real[:, None]
-        return jnp.einsum("nkd,nk->nd", outputs, jnp.where(here, gates, 0))
-    pairs = n * min(k, E)  # experts of a token differ: no more of them can be here
+        with jax.named_scope("experts"):
+            outputs = _every_expert(weights, tokens, chosen, across)
+        with jax.named_scope("combine"):
+            here = (chosen >= 0) & (chosen < E) & real[:, None]
+            return jnp.einsum("nkd,nk->nd", outputs, jnp.where(here, gates, 0))
+    pairs = n * min(k, E)  # a token's experts are distinct, so at most this many pairs are local
     block = block_rows(pairs, E) if implementation == "blocked" else 1
-    groups = group_by_expert(chosen, real, E, block, pairs)
-    rows = scatter_rows(tokens, groups.source, groups.slot)
-    rows = _swiglu(weights, rows, groups, implementation, across)
-    return jnp.einsum("nkd,nk->nd", gather_rows(rows, groups.source, groups.slot), gates)
+    with jax.named_scope("dispatch"):
+        groups = group_by_expert(chosen, real, E, block, pairs)
+        rows = scatter_rows(tokens, groups.source, groups.slot)
+    with jax.named_scope("experts"):
+        rows = _swiglu(weights, rows, groups, implementation, across)
+    with jax.named_scope("combine"):
+        return jnp.einsum("nkd,nk->nd", take_rows(rows, groups.source, groups.slot), gates)
 
 
 def apply_rows(
@@ -95,22 +100,41 @@ def apply_rows(
     config: ModelConfig,
     across: tuple[str, ...] = (),
 ) -> Float[Array, "N D"]:
-    """Each row through its one expert; rows of an expert that is not here come out as zero."""
+    """Applies to each row its one expert; the output is zero if that expert is not local."""
     gates = jnp.ones_like(rows, shape=(rows.shape[0], 1))
     real = jnp.ones_like(expert, dtype=bool)
     return apply_experts(weights, rows, real, expert[:, None], gates, config, across)
 
 
-def _swiglu(weights: ExpertWeights, rows, groups: Groups, implementation: str, across):
-    gate = checkpoint_name(grouped_matmul(rows, weights.gate, groups, implementation), "gate")
-    up = checkpoint_name(grouped_matmul(rows, weights.up, groups, implementation), "up")
-    return grouped_matmul(jax.nn.silu(gate) * up, weights.down, groups, implementation, across)
+def _swiglu(
+    weights: ExpertWeights,
+    rows: Float[Array, "R D"],
+    groups: Groups,
+    implementation: str,
+    across: tuple[str, ...],
+) -> Float[Array, "R D"]:
+    with jax.named_scope("gate"):
+        gate = checkpoint_name(grouped_matmul(rows, weights.gate, groups, implementation), "gate")
+    with jax.named_scope("up"):
+        up = checkpoint_name(grouped_matmul(rows, weights.up, groups, implementation), "up")
+    with jax.named_scope("down"):
+        return grouped_matmul(jax.nn.silu(gate) * up, weights.down, groups, implementation, across)
 
 
-def _every_expert(weights: ExpertWeights, tokens, chosen, across) -> Float[Array, "N K D"]:
-    """Every expert on every token: the oracle of tests."""
+def _every_expert(
+    weights: ExpertWeights,
+    tokens: Float[Array, "N D"],
+    chosen: Int[Array, "N K"],
+    across: tuple[str, ...],
+) -> Float[Array, "N K D"]:
+    """Applies every expert to every token; the test oracle."""
 
-    def each(equation, x, w, across=()):
+    def each(
+        equation: str,
+        x: Float[Array, "..."],
+        w: Float[Array, "..."] | Quantized,
+        across: tuple[str, ...] = (),
+    ) -> Float[Array, "N E width"]:
         dot = lambda x, w, dtype: jnp.einsum(equation, x, w, preferred_element_type=dtype)  # noqa: E731
         return multiply(dot, x, w, lambda scale: scale[:, 0], across=across)
 
@@ -127,14 +151,14 @@ def group_by_expert(
     block: int = 1,
     most: int | None = None,
 ) -> Groups:
-    """Sorts (token, choice) pairs by expert, stably; pairs without an expert here have no row.
+    """Sorts (token, choice) pairs by expert, stably; pairs without a local expert get no row.
 
     Args:
-      experts: ids; those outside of 0 to E − 1 are not here.
+      experts: expert ids; ids outside 0 to E − 1 are not local.
       real: False on padding tokens.
-      num_experts: E.
-      block: see `Groups`.
-      most: pairs that can be here at once; all by default.
+      num_experts: E, number of local experts.
+      block: rows per block, see `Groups`.
+      most: upper bound on the number of local pairs; all pairs by default.
     """
     n, k = experts.shape
     most = n * k if most is None else most
@@ -154,9 +178,9 @@ def group_by_expert(
 
 
 def stable_argsort(ids: Int[Array, "n"], largest: int) -> Int[Array, "n"]:
-    """`jnp.argsort(ids, stable=True)` of ids from 0 to `largest`.
+    """Returns `jnp.argsort(ids, stable=True)` for ids from 0 to `largest`.
 
-    A key that holds the place beside the id is sorted alone, which costs a CPU a sixth.
+    Sorts a single key that combines id and position, which takes a CPU a sixth of the time.
     """
     n = ids.shape[0]
     if (largest + 1) * n > jnp.iinfo(jnp.int32).max:
@@ -170,44 +194,52 @@ def scatter_rows(
 ) -> Float[Array, "R D"]:
     """Copies each token into its K rows of the buffer; unfilled rows are zero.
 
-    Forward and backward are both gathers: the cotangent of a token is the sum over its K rows, so
-    no scatter-add (slow on TPU, unordered on GPU) is ever built.
+    Forward and backward are both gathers: the cotangent of a token is the sum over its K rows. This
+    avoids scatter-add, which is slow on TPU and unordered on GPU.
     """
     return x.at[source // slot.shape[1]].get(mode="fill", fill_value=0)
 
 
-def _scatter_rows_fwd(x, source, slot):
+def _scatter_rows_fwd(
+    x: Float[Array, "N D"], source: Int[Array, "R"], slot: Int[Array, "N K"]
+) -> tuple[Float[Array, "R D"], tuple[Int[Array, "R"], Int[Array, "N K"]]]:
     return scatter_rows(x, source, slot), (source, slot)
 
 
-def _scatter_rows_bwd(residuals, g):
+def _scatter_rows_bwd(
+    residuals: tuple[Int[Array, "R"], Int[Array, "N K"]], g: Float[Array, "R D"]
+) -> tuple[Float[Array, "N D"], np.ndarray, np.ndarray]:
     source, slot = residuals
-    return gather_rows(g, source, slot).sum(1), _no_gradient(source), _no_gradient(slot)
+    return take_rows(g, source, slot).sum(1), _no_gradient(source), _no_gradient(slot)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=())
-def gather_rows(
+def take_rows(
     y: Float[Array, "R D"], source: Int[Array, "R"], slot: Int[Array, "N K"]
 ) -> Float[Array, "N K D"]:
-    """Brings the K rows of each token back: the transpose of `scatter_rows`, before its sum.
+    """Takes the K rows of each token from the buffer; pairs without a row yield zero.
 
-    What has no row here is zero.
+    Summed over K, this is the transpose of `scatter_rows`.
     """
     return y.at[slot].get(mode="fill", fill_value=0)
 
 
-def _gather_rows_fwd(y, source, slot):
-    return gather_rows(y, source, slot), (source, slot)
+def _take_rows_fwd(
+    y: Float[Array, "R D"], source: Int[Array, "R"], slot: Int[Array, "N K"]
+) -> tuple[Float[Array, "N K D"], tuple[Int[Array, "R"], Int[Array, "N K"]]]:
+    return take_rows(y, source, slot), (source, slot)
 
 
-def _gather_rows_bwd(residuals, g):
+def _take_rows_bwd(
+    residuals: tuple[Int[Array, "R"], Int[Array, "N K"]], g: Float[Array, "N K D"]
+) -> tuple[Float[Array, "R D"], np.ndarray, np.ndarray]:
     source, slot = residuals
     pairs = g.reshape(-1, g.shape[-1]).at[source].get(mode="fill", fill_value=0)
     return pairs, _no_gradient(source), _no_gradient(slot)
 
 
 scatter_rows.defvjp(_scatter_rows_fwd, _scatter_rows_bwd)
-gather_rows.defvjp(_gather_rows_fwd, _gather_rows_bwd)
+take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)
 
 
 def _no_gradient(indices: Int[Array, "..."]) -> np.ndarray:
@@ -223,14 +255,14 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """Multiplies each group of rows by its expert's matrix.
 
-    Rows outside every group come out as zero whatever the kernel leaves there.
+    Rows outside all groups are set to zero, since kernels may leave anything there.
 
     Args:
       x: rows sorted by group.
-      w: a matrix for each group, as `products.operand` gives it.
-      groups: which rows.
-      implementation: as `experts_implementation` names it.
-      across: mesh axes that D is cut over, see `apply_experts`.
+      w: one matrix per group, as returned by `products.operand`.
+      groups: placement of the rows.
+      implementation: one of the names that `experts_implementation` returns.
+      across: mesh axes over which D is sharded, see `apply_experts`.
     """
     if isinstance(w, Quantized) and implementation == "tokamax":
         # Its kernels for two quantised operands are few and differ between chips.
@@ -240,18 +272,25 @@ def grouped_matmul(
 
 
 def _owner(groups: Groups, rows: int, block: int = 1) -> Int[Array, "blocks"]:
-    """The expert of each block of rows; the last one past the last group."""
+    """Returns the expert of each block of rows; past the last group, the last expert."""
     ends = jnp.cumsum(groups.sizes) // block
     owner = jnp.searchsorted(ends, jnp.arange(rows // block), side="right")
     return jnp.minimum(owner, groups.sizes.shape[0] - 1)
 
 
-def _grouped_dot(x, w, dtype, *, groups: Groups, implementation: str) -> Array:
-    """The product itself, with sums of type `dtype`, or that of x."""
+def _grouped_dot(
+    x: Num[Array, "R D"],
+    w: Num[Array, "E D F"],
+    dtype: DTypeLike | None,
+    *,
+    groups: Groups,
+    implementation: str,
+) -> Num[Array, "R F"]:
+    """Computes the product with sums of type `dtype`; None means the type of `x`."""
     if implementation == "blocked":
         blocks = x.reshape(-1, groups.block, x.shape[-1])
-        owner = _owner(groups, x.shape[0], groups.block)  # rows past the last group hold zeros
-        # A product with 0 and 1: a CPU gathers matrices number by number, several times slower.
+        owner = _owner(groups, x.shape[0], groups.block)  # rows past the last group are zero
+        # A one-hot product: a CPU gathers matrices element by element, several times slower.
         picked = jax.nn.one_hot(owner, w.shape[0], dtype=w.dtype)
         each = jnp.einsum("ne,edf->ndf", picked, w)
         y = jnp.einsum("nbd,ndf->nbf", blocks, each, preferred_element_type=dtype)
@@ -261,7 +300,7 @@ def _grouped_dot(x, w, dtype, *, groups: Groups, implementation: str) -> Array:
     if implementation == "tokamax":
         import tokamax
 
-        # Kernels only: left to itself it would fall back to the plain op without a word.
+        # Kernels only: by default tokamax silently falls back to the plain op.
         kernels = ("mosaic", "triton") if jax.default_backend() == "gpu" else ("mosaic",)
         y = tokamax.ragged_dot(x, w, sizes, implementation=kernels, **sums)
     elif implementation == "megablox" and dtype is None:
@@ -274,16 +313,19 @@ def _grouped_dot(x, w, dtype, *, groups: Groups, implementation: str) -> Array:
 
 
 def experts_implementation(config: ModelConfig, backend: str | None = None) -> str:
-    """Resolves "auto": blocks on CPU, tokamax's kernels on TPU and GPU where it is installed.
+    """Resolves "auto": blocks on CPU, tokamax's kernels on TPU and GPU if installed.
 
-    On a TPU JAX has kernels of its own.
+    Without tokamax a TPU uses JAX's own kernels ("megablox").
 
     Args:
-      config: of the model.
-      backend: "cpu", "gpu" or "tpu"; this machine's by default.
+      config: configuration of the model.
+      backend: "cpu", "gpu" or "tpu"; the backend of this machine by default.
+
+    Returns:
+      A value of `ModelConfig.experts` other than "auto".
 
     Raises:
-      RuntimeError: on a GPU without tokamax, where `jax.lax.ragged_dot` is some sixty times slower.
+      RuntimeError: on a GPU without tokamax, where `jax.lax.ragged_dot` is about 60 times slower.
     """
     if config.experts != "auto":
         return config.experts
@@ -304,8 +346,8 @@ def experts_implementation(config: ModelConfig, backend: str | None = None) -> s
 
 
 def block_rows(pairs: int, num_experts: int) -> int:
-    """Rows of a block: a power of two near a quarter of the mean group, between 8 and 128.
+    """Returns the rows per block: a power of two near a quarter of the mean group, 8 to 128.
 
-    On average half a block per expert is multiplied in vain; a quarter keeps that near an eighth.
+    On average half a block per expert is padding, so a quarter keeps the waste near one eighth.
     """
     return int(2 ** np.clip(np.floor(np.log2(max(pairs // (4 * num_experts), 1))), 3, 7))

@@ -1,4 +1,4 @@
-"""Embedding lookup on a mesh: ids travel to the table, its rows travel back."""
+"""Embedding lookup on a mesh: ids are sent to the table shards, and rows are sent back."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from jaxrl_stable.sharding import mesh_axes, spec
 from jaxrl_stable.sharding.layout import Layout
 
 
+@jax.named_scope("embed")
 def lookup(
     table: nnx.Param, tokens: Int[Array, "B T"], dtype: str, layout: Layout
 ) -> Float[Array, "B T D"]:
-    """Row `tokens[b, t]` of the table, in the compute type.
+    """Returns row `tokens[b, t]` of the table, in the compute type.
 
-    A device holds some columns of the table (and some rows, under `tensor`). It looks up its part
-    for the tokens of all devices among which the columns are divided, and an all-to-all hands
-    every device the whole rows of its own tokens. So D numbers travel for a token, never the
-    table; and the gradient adds up in float32, where a row is stored.
+    Each device stores some columns of the table (and some rows, under `tensor`). It looks up its
+    part for the tokens of all devices that share the columns; an all-to-all then gives each device
+    the whole rows of its own tokens. The traffic is D numbers per token, never the table, and the
+    gradient is summed in float32 on the device that stores the row.
 
     Args:
-      table: axes ("vocab", "embed").
-      tokens: ids.
-      dtype: of the result.
-      layout: where rows and columns of `tokens` live.
+      table: embedding with axes ("vocab", "embed").
+      tokens: token ids.
+      dtype: type of the result.
+      layout: placement of the rows and columns of `tokens` on the mesh.
     """
     value = table.get_value()
     if not layout.shape:
@@ -33,7 +34,9 @@ def lookup(
     partition = spec(table.get_metadata()["axes"], value.shape, jax.sharding.get_abstract_mesh())
     tensor, stored = map(mesh_axes, partition)
 
-    def local(table, tokens):
+    def local(
+        table: Float[Array, "v d"], tokens: Int[Array, "b t"]
+    ) -> Float[Array, "b t D"]:  # sizes on one device
         ids = tokens.reshape(-1)
         if stored:
             ids = jax.lax.all_gather(ids, stored, tiled=True)

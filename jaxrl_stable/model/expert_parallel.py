@@ -1,26 +1,27 @@
-"""Experts spread over devices: tokens travel to the experts and back, inside one `jax.shard_map`.
+"""Expert parallelism: tokens are sent to the experts and back, inside one `jax.shard_map`.
 
-Two forms of the journey, equal in what they compute; in both no token is dropped:
+Two exchanges compute the same result and drop no token:
 
-- "all_gather": every device sees the tokens of all devices that its experts serve, works on those
-  that chose one of its experts, and a reduce-scatter sums what comes back. Two plain collectives;
-  a device receives D numbers for every token of its group, whatever was chosen.
-- "ragged_all_to_all": only chosen tokens travel, K times each, to the device of their expert. Less
-  traffic once a group has more devices than a token has experts, for two sorts instead of one.
+- "all_gather": each device receives the tokens of all devices in its expert group, computes those
+  that chose one of its experts, and a reduce-scatter sums the results. It needs two plain
+  collectives; each device receives D numbers per token of its group, regardless of the choices.
+- "ragged_all_to_all": each token is sent only to the devices of its K experts. This needs less
+  traffic once a group has more devices than a token has experts, but two sorts instead of one.
 
-Either way the buffers have room for the worst case, in which one device serves every choice; tokens
-pass in several lots where that room would exceed `ModelConfig.experts_rows`.
+The buffers have room for the worst case, in which one device serves every choice. If that exceeds
+`ModelConfig.experts_rows`, tokens are processed in several chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt
 
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.dispatch import (
@@ -28,9 +29,9 @@ from jaxrl_stable.model.dispatch import (
     apply_experts,
     apply_rows,
     experts_implementation,
-    gather_rows,
     group_by_expert,
     scatter_rows,
+    take_rows,
 )
 from jaxrl_stable.model.parameters import Quantized
 from jaxrl_stable.model.products import operand
@@ -48,22 +49,22 @@ def mixture(
     config: ModelConfig,
     layout: Layout,
 ) -> Float[Array, "B T D"]:
-    """Weighted sum of the chosen experts' outputs; zero for padding tokens.
+    """Returns the gate-weighted sum of the chosen experts' outputs; zero for padding tokens.
 
     Args:
-      params: gate, up and down of one layer, as stored.
+      params: gate, up and down matrices of one layer, as stored.
       x: activations.
-      real: False on padding, which no expert sees.
+      real: False on padding, which is sent to no expert.
       chosen: experts of each token.
-      gates: their weights.
-      config: of the model.
-      layout: where rows and columns live.
+      gates: weight of each choice.
+      config: configuration of the model.
+      layout: placement of rows and columns on the mesh.
     """
     stored = [param.get_value() for param in params]
     if not layout.shape:
         weights = ExpertWeights(*(operand(w, x.dtype) for w in stored))
         apply = partial(apply_experts, config=config)
-        return _in_lots(apply, weights, x, real, chosen, gates, config, 1)
+        return _in_chunks(apply, weights, x, real, chosen, gates, config, 1)
 
     mesh = jax.sharding.get_abstract_mesh()
     partitions = [
@@ -71,21 +72,27 @@ def mixture(
         for p, value in zip(params, stored)
     ]
 
-    # The output of a kernel does not say over which axes it varies.
+    # The output type of a kernel lacks the mesh axes over which it varies.
     checked = experts_implementation(config) not in ("megablox", "tokamax")
     held = {axis for entry in _of_values(partitions[0]) for axis in mesh_axes(entry)}
     copied = tuple(a for a in layout.rows + layout.columns if a not in held)
 
-    def local(stored, x, real, chosen, gates):
-        if checked and copied:  # gradients of copies then add up where they are stored, as stored
+    def local(
+        stored: list[Array | Quantized],
+        x: Float[Array, "b t D"],
+        real: Bool[Array, "b t"],
+        chosen: UInt[Array, "b t K"],
+        gates: Float[Array, "b t K"],
+    ) -> Float[Array, "b t D"]:
+        if checked and copied:  # sums gradients of the copies in the storage type
             stored = jax.lax.pcast(stored, copied, to="varying")
         bring = zip(stored, partitions)
         weights = ExpertWeights(*(_bring(operand(w, x.dtype), p) for w, p in bring))
         experts, _, tensor = map(mesh_axes, _of_values(partitions[0]))
         travel = partial(_travel, config=config, experts=experts, tensor=tensor, layout=layout)
-        return _in_lots(travel, weights, x, real, chosen, gates, config, layout.size(experts))
+        return _in_chunks(travel, weights, x, real, chosen, gates, config, layout.size(experts))
 
-    chosen = chosen.astype(expert_dtype(config.num_experts))  # a byte travels, not four
+    chosen = chosen.astype(expert_dtype(config.num_experts))  # sends one byte per choice, not four
     rows = layout.spec()
     each = layout.spec(None)
     return jax.shard_map(
@@ -96,59 +103,86 @@ def mixture(
     )(stored, x, real, chosen, gates)
 
 
-def _travel(weights, tokens, real, chosen, gates, config, experts, tensor, layout):
-    """One device's part: its tokens go out, what the experts made of them comes back.
+def _travel(
+    weights: ExpertWeights,
+    tokens: Float[Array, "N D"],
+    real: Bool[Array, "N"],
+    chosen: UInt[Array, "N K"],
+    gates: Float[Array, "N K"],
+    config: ModelConfig,
+    experts: tuple[str, ...],
+    tensor: tuple[str, ...],
+    layout: Layout,
+) -> Float[Array, "N D"]:
+    """Sends this device's tokens to their experts and returns the combined outputs.
 
     Args:
-      weights: the experts of this device, whole but for `tensor`.
-      tokens, real, chosen, gates: of this device, `[N, ...]`; `chosen` counts all E experts.
-      config: of the model.
-      experts: mesh axes that the experts are spread over, as rows are.
-      tensor: mesh axes that their width is spread over.
-      layout: sizes of these axes.
+      weights: experts of this device, whole except over `tensor`.
+      tokens, real, chosen, gates: local inputs, `[N, ...]`; `chosen` are global expert ids.
+      config: configuration of the model.
+      experts: mesh axes over which experts (and rows) are sharded.
+      tensor: mesh axes over which the expert width is sharded.
+      layout: sizes of the mesh axes.
     """
-    if tensor:  # every device of it has these tokens, and adds its own part
+    if tensor:  # all its devices have these tokens; each adds its part
         tokens, gates = jax.lax.pcast((tokens, gates), tensor, to="varying")
     if experts and config.experts_exchange == "ragged_all_to_all":
         y = _exchange(weights, tokens, real, chosen, gates, config, experts, tensor, layout)
         return jax.lax.psum(y, tensor) if tensor else y
     first = 0
     if experts:
-        first = jax.lax.axis_index(experts) * weights.gate.shape[0]
-        together = partial(jax.lax.all_gather, axis_name=experts, axis=0, tiled=True)
-        tokens, real, chosen, gates = map(together, (tokens, real, chosen, gates))
+        with jax.named_scope("dispatch"):
+            first = jax.lax.axis_index(experts) * weights.gate.shape[0]
+            together = partial(jax.lax.all_gather, axis_name=experts, axis=0, tiled=True)
+            tokens, real, chosen, gates = map(together, (tokens, real, chosen, gates))
     y = apply_experts(
         weights, tokens, real, chosen.astype(jnp.int32) - first, gates, config, tensor
     )
-    y = jax.lax.psum(y, tensor) if tensor else y
-    if experts:
-        y = jax.lax.psum_scatter(y, experts, scatter_dimension=0, tiled=True)
-    return y
+    with jax.named_scope("combine"):
+        y = jax.lax.psum(y, tensor) if tensor else y
+        if experts:
+            y = jax.lax.psum_scatter(y, experts, scatter_dimension=0, tiled=True)
+        return y
 
 
-def _exchange(weights, tokens, real, chosen, gates, config, axes, tensor, layout):
-    """`_travel` by `ragged_all_to_all`: K copies of a token go to the devices of their experts."""
+def _exchange(
+    weights: ExpertWeights,
+    tokens: Float[Array, "N D"],
+    real: Bool[Array, "N"],
+    chosen: UInt[Array, "N K"],
+    gates: Float[Array, "N K"],
+    config: ModelConfig,
+    axes: tuple[str, ...],
+    tensor: tuple[str, ...],
+    layout: Layout,
+) -> Float[Array, "N D"]:
+    """Like `_travel`, with `ragged_all_to_all`: K copies per token go to its experts' devices."""
     size = layout.size(axes)
     E, here = config.num_experts, weights.gate.shape[0]
-    pairs = group_by_expert(chosen.astype(jnp.int32), real, E)  # sorted by expert, hence by device
-    counts = jax.lax.all_gather(pairs.sizes, axes).reshape(size, size, here)  # from, to, expert
-    received = tokens.shape[0] * size * min(config.num_experts_per_token, here)
-    out = _journey(counts.sum(-1), axes)
-    back = _journey(counts.sum(-1).T, axes)
+    with jax.named_scope("dispatch"):
+        # Pairs are sorted by expert, hence by device.
+        pairs = group_by_expert(chosen.astype(jnp.int32), real, E)
+        counts = jax.lax.all_gather(pairs.sizes, axes).reshape(size, size, here)  # from, to, expert
+        received = tokens.shape[0] * size * min(config.num_experts_per_token, here)
+        out = _journey(counts.sum(-1), axes)
+        back = _journey(counts.sum(-1).T, axes)
 
-    rows = _ragged(scatter_rows(tokens, pairs.source, pairs.slot), received, out, axes)
-    # What arrives is sorted by sender, then by expert.
-    arrived = counts[:, jax.lax.axis_index(axes)].reshape(-1)
-    run = jnp.searchsorted(jnp.cumsum(arrived), jnp.arange(received), side="right")
-    expert = jnp.where(run < arrived.size, run % here, here)
+        rows = _ragged(scatter_rows(tokens, pairs.source, pairs.slot), received, out, axes)
+        # Received rows are sorted by sender, then by expert.
+        arrived = counts[:, jax.lax.axis_index(axes)].reshape(-1)
+        run = jnp.searchsorted(jnp.cumsum(arrived), jnp.arange(received), side="right")
+        expert = jnp.where(run < arrived.size, run % here, here)
     rows = apply_rows(weights, rows, expert, config, tensor)
-    rows = _ragged(rows, pairs.source.shape[0], back, axes)
-    outputs = gather_rows(rows, pairs.source, pairs.slot)
-    return jnp.einsum("nkd,nk->nd", outputs, gates)
+    with jax.named_scope("combine"):
+        rows = _ragged(rows, pairs.source.shape[0], back, axes)
+        outputs = take_rows(rows, pairs.source, pairs.slot)
+        return jnp.einsum("nkd,nk->nd", outputs, gates)
 
 
-def _journey(counts: Int[Array, "from to"], axes: tuple[str, ...]) -> tuple[Array, ...]:
-    """Offsets and sizes of this device's slices, as `jax.lax.ragged_all_to_all` wants them."""
+def _journey(
+    counts: Int[Array, "size size"], axes: tuple[str, ...]
+) -> tuple[Int[Array, "size"], ...]:
+    """Returns this device's offsets and sizes in the order of `jax.lax.ragged_all_to_all`."""
     me = jax.lax.axis_index(axes)
     sent, received = counts[me], counts[:, me]
     here = jnp.cumsum(sent) - sent
@@ -156,18 +190,25 @@ def _journey(counts: Int[Array, "from to"], axes: tuple[str, ...]) -> tuple[Arra
     return here, sent, there, received
 
 
-def _ragged(rows: Float[Array, "N D"], size: int, journey: tuple[Array, ...], axes) -> Array:
-    """Rows to their devices, `size` of them at most; unfilled rows are zero."""
+def _ragged(
+    rows: Float[Array, "N D"],
+    size: int,
+    journey: tuple[Int[Array, "devices"], ...],
+    axes: tuple[str, ...],
+) -> Float[Array, "{size} D"]:
+    """Sends rows to their devices and returns `size` rows; unfilled ones are zero."""
     buffer = jnp.zeros_like(rows, shape=(size, rows.shape[1]))
 
-    def collective(rows, *journey):
+    def collective(
+        rows: Float[Array, "N D"], *journey: Int[Array, "devices"]
+    ) -> Float[Array, "R D"]:
         return jax.lax.ragged_all_to_all(rows, buffer, *journey, axis_name=axes)
 
-    def plain(rows, *journey):
-        """The same by an all-gather, for the CPU, which has no such collective."""
+    def plain(rows: Float[Array, "N D"], *journey: Int[Array, "devices"]) -> Float[Array, "R D"]:
+        """Emulates the collective by an all-gather, for CPUs, which lack it."""
         here, _, _, received = journey
         every = jax.lax.all_gather(rows, axes)
-        starts = jax.lax.all_to_all(here, axes, 0, 0, tiled=True)  # of our slice at each sender
+        starts = jax.lax.all_to_all(here, axes, 0, 0, tiled=True)  # our slice at each sender
         ends = jnp.cumsum(received)
         index = jnp.arange(size)
         sender = jnp.searchsorted(ends, index, side="right")
@@ -177,31 +218,40 @@ def _ragged(rows: Float[Array, "N D"], size: int, journey: tuple[Array, ...], ax
     return jax.lax.platform_dependent(rows, *journey, cpu=plain, default=collective)
 
 
-def _in_lots(function, weights, x, real, chosen, gates, config, senders: int) -> Array:
-    """Applies a function of tokens to as many at a time as the experts' buffer has room for.
+def _in_chunks(
+    function: Callable[..., Float[Array, "n D"]],
+    weights: ExpertWeights,
+    x: Float[Array, "B T D"],
+    real: Bool[Array, "B T"],
+    chosen: Integer[Array, "B T K"],
+    gates: Float[Array, "B T K"],
+    config: ModelConfig,
+    senders: int,
+) -> Float[Array, "B T D"]:
+    """Applies `function` to chunks of tokens that fit the experts' buffer.
 
-    A lot keeps nothing but its input for the backward pass: else there would be no room saved.
+    A chunk keeps only its input for the backward pass; otherwise chunking would save no memory.
     """
     n, k = real.size, chosen.shape[-1]
     most = n * senders * min(k, weights.gate.shape[0])
-    lots = -(-most // config.experts_rows)
+    chunks = -(-most // config.experts_rows)
     flat = (x.reshape(n, -1), real.reshape(n), chosen.reshape(n, k), gates.reshape(n, k))
-    if lots == 1:
+    if chunks == 1:
         return function(weights, *flat).reshape(x.shape)
-    padding = -n % lots  # tokens that are not real
+    padding = -n % chunks  # padding tokens, with `real` False
     cut = [jnp.pad(a, ((0, padding), *[(0, 0)] * (a.ndim - 1))) for a in flat]
-    cut = [a.reshape(lots, -1, *a.shape[1:]) for a in cut]
-    exact = ExpertWeights(*(operand(w, jnp.float32) for w in weights))  # gradients add up in it
+    cut = [a.reshape(chunks, -1, *a.shape[1:]) for a in cut]
+    exact = ExpertWeights(*(operand(w, jnp.float32) for w in weights))  # sums gradients in float32
 
     @jax.checkpoint
-    def one(lot):
-        return function(ExpertWeights(*(operand(w, x.dtype) for w in exact)), *lot)
+    def one(chunk: list[Array]) -> Float[Array, "n D"]:
+        return function(ExpertWeights(*(operand(w, x.dtype) for w in exact)), *chunk)
 
     return jax.lax.map(one, cut).reshape(n + padding, -1)[:n].reshape(x.shape)
 
 
 def _bring(w: Array | Quantized, partition: P | Quantized) -> Array | Quantized:
-    """Gathers the parts of a weight that are cut for storage alone; the experts stay apart."""
+    """Gathers a weight over the axes that shard it only for storage; experts stay sharded."""
     if isinstance(w, Quantized):
         return jax.tree.map(_bring, w, partition)
     for axis, entry in enumerate(_of_values(partition)):

@@ -1,4 +1,4 @@
-"""Feed-forward layers: the dense SwiGLU, and the mixture of experts behind its router."""
+"""Feed-forward layers: the dense SwiGLU and the mixture of experts with its router."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jaxrl_stable.sharding.layout import ONE_DEVICE, Layout
 
 
 class RouterOutput(NamedTuple):
-    """What the routers did, of all layers (leading `L`) or of one (without).
+    """Routing of one layer, or of all L MoE layers (with a leading `L`).
 
     Attributes:
-      experts: the experts used, in slot order.
-      live: the live router's own choice; equals `experts` where nothing was replayed.
-      confidence: share of the sum of all E scores that the experts used have.
-      load: number of (token, choice) pairs of each expert; padding is left out.
+      experts: experts used, in slot order.
+      live: choice of the live router; equals `experts` unless a choice was replayed.
+      confidence: sum of the scores of the experts used, as a share of the sum of all E scores.
+      load: number of (token, choice) pairs per expert, padding excluded.
     """
 
     experts: UInt[Array, "*L B T K"]
@@ -38,7 +38,7 @@ class RouterOutput(NamedTuple):
 class FeedForward(nnx.Module):
     """Dense SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs, stack: int | None) -> None:
         D, F = config.hidden_size, width
         options = dict(stack=stack, dtype=config.param_dtype)
         gain = (2 * config.num_layers) ** -0.5
@@ -47,15 +47,18 @@ class FeedForward(nnx.Module):
         self.down = matrix(rngs, {"mlp": F, "embed": D}, ("mlp",), gain=gain, **options)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = checkpoint_name(product(x, self.gate), "gate")
-        up = checkpoint_name(product(x, self.up), "up")
-        return product(jax.nn.silu(gate) * up, self.down)
+        with jax.named_scope("gate"):
+            gate = checkpoint_name(product(x, self.gate), "gate")
+        with jax.named_scope("up"):
+            up = checkpoint_name(product(x, self.up), "up")
+        with jax.named_scope("down"):
+            return product(jax.nn.silu(gate) * up, self.down)
 
 
 class Experts(nnx.Module):
-    """Router, SwiGLU experts, and the experts that every token shares; no token is dropped."""
+    """Router, SwiGLU experts and shared experts; no token is dropped."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
         options = dict(stack=stack, dtype=config.param_dtype)
         gain = (2 * config.num_layers) ** -0.5
@@ -77,28 +80,31 @@ class Experts(nnx.Module):
         replay: Routing | None,
         layout: Layout = ONE_DEVICE,
     ) -> tuple[Float[Array, "B T D"], RouterOutput]:
-        """Applies the experts; `replay` is the routing of this layer (no leading `L`)."""
+        """Routes tokens and applies the experts; `replay` is this layer's routing, without `L`."""
         config = self.config
-        logits = jnp.einsum(
-            "btd,de->bte",
-            x.astype(jnp.float32),
-            read(self.router, jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        bias = read(self.selection_bias, jnp.float32) if config.selection_bias else None
-        live = choose(logits, bias, config)
-        chosen = live
-        if replay is not None:
-            chosen = jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
-        gates, confidence = gate_weights(logits, chosen, config)
+        with jax.named_scope("route"):
+            logits = jnp.einsum(
+                "btd,de->bte",
+                x.astype(jnp.float32),
+                read(self.router, jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            bias = read(self.selection_bias, jnp.float32) if config.selection_bias else None
+            live = choose(logits, bias, config)
+            chosen = live
+            if replay is not None:
+                chosen = jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
+            gates, confidence = gate_weights(logits, chosen, config)
         params = self.gate, self.up, self.down
         y = mixture(params, x, real, chosen, gates.astype(x.dtype), config, layout)
         if config.num_shared_experts:
-            y = y + self.shared(x)
+            with jax.named_scope("shared"):
+                y = y + self.shared(x)
         dtype = expert_dtype(config.num_experts)
-        # Not `bincount`: it flattens what is spread over rows and columns, and so gathers it.
-        counted = jnp.where(real[..., None], chosen, config.num_experts)
-        load = jnp.zeros(config.num_experts, jnp.int32).at[counted].add(1, mode="drop")
+        with jax.named_scope("load"):
+            # Not `bincount`: it flattens the sharded rows and columns, which gathers them.
+            counted = jnp.where(real[..., None], chosen, config.num_experts)
+            load = jnp.zeros(config.num_experts, jnp.int32).at[counted].add(1, mode="drop")
         return y, RouterOutput(
             chosen.astype(dtype), live.astype(dtype), confidence, load.astype(jnp.float32)
         )

@@ -1,8 +1,8 @@
-"""Output head: log-probabilities and entropy in float32, a chunk of columns at a time.
+"""Output head: log-probabilities and entropy in float32, one chunk of columns at a time.
 
-`[B, T, V]` is never held: the logits of a chunk live inside one scan step, and `jax.checkpoint`
-recomputes them in the backward pass. On a mesh every device scores its own tokens; the vocabulary
-may be cut over `tensor`, and only sums over it travel.
+`[B, T, V]` never exists as a whole: each scan step computes the logits of one chunk, and
+`jax.checkpoint` recomputes them in the backward pass. On a mesh each device scores its own tokens.
+The vocabulary may be sharded over `tensor`; only sums over it are communicated.
 """
 
 from __future__ import annotations
@@ -19,35 +19,40 @@ from jaxrl_stable.sharding.layout import layout
 
 
 class HeadOutput(NamedTuple):
-    """Log-probability of each target (nats), and entropy of the full distribution (nats)."""
+    """Log-probability of each target and entropy of the full distribution, both in nats."""
 
     logp: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
 
 
+@jax.named_scope("head")
 def logits(
-    model: Transformer, hidden: Float[Array, "... D"], temperature: float
+    model: Transformer, hidden: Float[Array, "... D"], temperature: float | Float[Array, ""]
 ) -> Float[Array, "... V"]:
-    """Float32 logits of the distribution that is sampled: divided by the temperature."""
+    """Returns float32 logits divided by the temperature, as used for sampling."""
     weight = gathered(model.head_weight().astype(hidden.dtype), model.head_axes())
     return _logits(hidden, weight, temperature)
 
 
+@jax.named_scope("head")
 def token_log_probs(
     model: Transformer,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> HeadOutput:
     """Scores `targets[b, t]` under the distribution that `hidden[b, t]` predicts.
 
         log π(y) = z_y − log Σ_v exp z_v,    H = log Σ_v exp z_v − Σ_v π(v) z_v
 
     Args:
-      model: supplies the head weight and `config.head_chunk`.
+      model: source of the head weight and of `config.head_chunk`.
       hidden: final hidden states.
       targets: token ids to score.
-      temperature: the sampler's; both sides of an importance ratio must use the same.
+      temperature: temperature of the sampler; both sides of an importance ratio must use the same.
+
+    Returns:
+      Log-probability and entropy per token.
     """
     weight, chunk = model.head_weight(), model.config.head_chunk
     where = layout(*targets.shape, sampling=False)
@@ -58,10 +63,12 @@ def token_log_probs(
     stored = tuple(a for a in stored if a in STORED)
     copied = tuple(a for a in where.rows + where.columns if a not in stored)
 
-    def local(weight, hidden, targets):
-        if copied:  # gradients of copies then add up once, not for every chunk
+    def local(
+        weight: Float[Array, "d v"], hidden: Float[Array, "b t D"], targets: Int[Array, "b t"]
+    ) -> HeadOutput:  # sizes on one device
+        if copied:  # sums gradients of the copies once, not per chunk
             weight = jax.lax.pcast(weight, copied, to="varying")
-        if stored:  # cast first: half the bytes travel
+        if stored:  # cast first to send half the bytes
             weight = weight.astype(hidden.dtype)
             weight = jax.lax.all_gather(weight, stored, tiled=True)
         return _score(weight.astype(jnp.float32), hidden, targets, temperature, chunk, tensor)
@@ -78,11 +85,13 @@ def next_token_log_probs(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     first: int,
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> HeadOutput:
-    """Scores `tokens[b, t]` from column `first` on, by the hidden state of column t − 1; 0 before.
+    """Scores `tokens[b, t]` for t ≥ `first` with the hidden state of column t − 1.
 
-    Columns that lie on several devices stay there: those before `first` are then scored too.
+    Returns:
+      Log-probability and entropy per token, 0 before column `first`. Columns that are sharded over
+      devices stay in place, so those before `first` are then computed as well.
     """
     if layout(*tokens.shape, sampling=False).columns:
         scored = token_log_probs(model, hidden, jnp.roll(tokens, -1, axis=1), temperature)
@@ -92,14 +101,21 @@ def next_token_log_probs(
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (first, 0))), scored)
 
 
-def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput:
+def _score(
+    weight: Float[Array, "D V"],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    temperature: float | Float[Array, ""],
+    chunk: int,
+    tensor: tuple[str, ...] = (),
+) -> HeadOutput:
     """Scores the tokens of one device.
 
     Args:
-      weight: float32, so that its gradient adds up over chunks in it.
+      weight: head weight; float32, so that its gradient is summed over chunks in float32.
       hidden, targets, temperature: see `token_log_probs`.
-      chunk: tokens whose logits exist at a time.
-      tensor: mesh axes that the vocabulary is cut over.
+      chunk: number of tokens whose logits exist at a time.
+      tensor: mesh axes over which the vocabulary is sharded.
     """
     B, T, D = hidden.shape
     chunk = min(max(chunk // B, 1), T)
@@ -114,7 +130,9 @@ def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput
         return jax.lax.psum(x, tensor) if tensor else x
 
     @jax.checkpoint
-    def score(_, columns):
+    def score(
+        _: None, columns: tuple[Float[Array, "B chunk D"], Int[Array, "B chunk"]]
+    ) -> tuple[None, HeadOutput]:
         h, y = columns
         z = _logits(h, weight, temperature)
         highest = jax.lax.stop_gradient(z.max(-1))
@@ -123,7 +141,7 @@ def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput
             over_vocabulary(jnp.sum(jnp.exp(z - highest[..., None]), axis=-1))
         )
         target = jnp.take_along_axis(z, y[..., None], axis=-1, mode="clip")[..., 0]
-        if tensor:  # on one of the devices alone
+        if tensor:  # only one device holds the target
             target = jnp.where((y >= 0) & (y < z.shape[-1]), target, 0.0)
         expected = over_vocabulary(jnp.sum(jnp.exp(z - normaliser[..., None]) * z, axis=-1))
         return None, HeadOutput(over_vocabulary(target) - normaliser, normaliser - expected)
@@ -137,9 +155,11 @@ def _score(weight, hidden, targets, temperature, chunk, tensor=()) -> HeadOutput
 
 
 def _logits(
-    hidden: Float[Array, "... D"], weight: Float[Array, "D V"], temperature: float
+    hidden: Float[Array, "... D"],
+    weight: Float[Array, "D V"],
+    temperature: float | Float[Array, ""],
 ) -> Float[Array, "... V"]:
-    # Cast here, inside a chunk: the weight's gradient then adds up over chunks as it came.
+    # Casting inside a chunk sums the weight's gradient over chunks in the original type.
     weight = weight.astype(hidden.dtype)
     product = jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
     return product / temperature

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1; DeepSeek-V3, arXiv:2412.19437).
 
-Keys and values of all heads are made of one narrow latent per token, and the rotated part of the
-keys is shared by all heads. The cache holds these two alone.
+Keys and values of all heads are computed from one narrow latent per token, and all heads share the
+rotated part of the keys. The cache holds only these two.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jaxrl_stable.model.parameters import matrix, read
 from jaxrl_stable.model.products import product, rounded
 from jaxrl_stable.model.rotary import rotate
 
-# The latents' norms have this epsilon whatever the config says of the others (transformers
+# Epsilon of the latents' norms, independent of `ModelConfig.rms_norm_eps` (transformers
 # `DeepseekV3RMSNorm`, and the authors' own code).
 LATENT_NORM_EPS = 1e-6
 
 
 class LatentAttention(nnx.Module):
-    """Queries from x or from a latent of their own; keys and values from a shared latent."""
+    """Attention with keys and values from a shared latent; queries from x or their own latent."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, H, hd, sizes = config.hidden_size, config.num_heads, config.head_dim, config.latent
         rank, rotary = sizes.key_value_rank, sizes.rotary_dim
         options = dict(stack=stack, dtype=config.param_dtype)
@@ -53,45 +53,67 @@ class LatentAttention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], frame: Frame, cache: Cache | None, layer: Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        frame: Frame,
+        cache: Cache | None,
+        layer: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         sizes, plain = self.config.latent, self.config.head_dim - self.config.latent.rotary_dim
         turn = dict(cos=frame.cos, sin=frame.sin, interleaved=sizes.interleaved)
-        q = x
-        if sizes.query_rank:
-            q = self.query_norm(product(x, self.query_down))
-        q = product(q, self.query)
-        q = jnp.concatenate([q[..., :plain], rotate(q[..., plain:], **turn)], axis=-1)
-        down = product(x, self.down)
-        latent = self.norm(down[..., : sizes.key_value_rank])
-        rotated = rotate(down[..., None, sizes.key_value_rank :], **turn)
+        with jax.named_scope("qkv"):
+            q = x
+            if sizes.query_rank:
+                q = self.query_norm(product(x, self.query_down))
+            q = product(q, self.query)
+            down = product(x, self.down)
+            latent = self.norm(down[..., : sizes.key_value_rank])
+        with jax.named_scope("rope"):
+            q = jnp.concatenate([q[..., :plain], rotate(q[..., plain:], **turn)], axis=-1)
+            rotated = rotate(down[..., None, sizes.key_value_rank :], **turn)
         if cache is not None:
-            cache = cache.write(layer, rotated, latent[:, :, None])
-            if frame.mask is not None:
-                rotated, latent = cache.keys[layer], cache.values[layer][:, :, 0]
+            with jax.named_scope("cache"):
+                cache = cache.write(layer, rotated, latent[:, :, None])
+                if frame.mask is not None:
+                    rotated, latent = cache.keys[layer], cache.values[layer][:, :, 0]
         decoding = cache is not None and x.shape[1] == 1
         y = (self._absorbed if decoding else self._expanded)(q, latent, rotated, frame)
-        return product(y, self.out), cache
+        with jax.named_scope("out"):
+            return product(y, self.out), cache
 
-    def _expanded(self, q, latent, rotated, frame):
-        """Makes keys and values of every head, then attends as usual."""
+    def _expanded(
+        self,
+        q: Float[Array, "B T H hd"],
+        latent: Float[Array, "B S rank"],
+        rotated: Float[Array, "B S 1 rotary"],
+        frame: Frame,
+    ) -> Float[Array, "B T H vd"]:
+        """Expands keys and values of every head, then attends as usual."""
         plain, H = q.shape[-1] - rotated.shape[-1], q.shape[2]
-        up = product(latent, self.up)
-        rotated = jnp.broadcast_to(rotated, (*rotated.shape[:2], H, rotated.shape[3]))
-        k, v = jnp.concatenate([up[..., :plain], rotated], axis=-1), up[..., plain:]
-        # `dot_product_attention` wants one width for all three.
+        with jax.named_scope("qkv"):
+            up = product(latent, self.up)
+            rotated = jnp.broadcast_to(rotated, (*rotated.shape[:2], H, rotated.shape[3]))
+            k, v = jnp.concatenate([up[..., :plain], rotated], axis=-1), up[..., plain:]
+        # `dot_product_attention` needs the same width for all three.
         width = max(k.shape[-1], v.shape[-1])
         q, k, padded = (
             jnp.pad(y, ((0, 0), (0, 0), (0, 0), (0, width - y.shape[-1]))) for y in (q, k, v)
         )
         return attend(self.config, q, k, padded, frame)[..., : v.shape[-1]]
 
-    def _absorbed(self, q, latent, rotated, frame):
-        """The same in the latent's space: one column is decoded without expanding the cache.
+    @jax.named_scope("attended")
+    def _absorbed(
+        self,
+        q: Float[Array, "B 1 H hd"],
+        latent: Float[Array, "B S rank"],
+        rotated: Float[Array, "B S 1 rotary"],
+        frame: Frame,
+    ) -> Float[Array, "B 1 H vd"]:
+        """Like `_expanded`, in the latent's space: decodes one column without expanding the cache.
 
-        q · (W_k c) = (W_kᵀ q) · c, and Σ p (W_v c) = W_v Σ p c (arXiv:2405.04434, §2.1.2). Where
-        products quantise activations, c is what the expanded product would see; W_k and W_v are
-        dequantised, as their scales belong to the axis that is summed over here.
+        q · (W_k c) = (W_kᵀ q) · c, and Σ p (W_v c) = W_v Σ p c (arXiv:2405.04434, §2.1.2). If
+        products quantise activations, c is rounded as the expanded product would round it. W_k and
+        W_v are dequantised, since their scales belong to the axis summed over here.
         """
         latent = rounded(latent, self.up)
         plain = q.shape[-1] - rotated.shape[-1]
@@ -101,7 +123,7 @@ class LatentAttention(nnx.Module):
         logits += jnp.einsum(
             "bthk,bsk->bhts", q[..., plain:], rotated[:, :, 0], preferred_element_type=jnp.float32
         )
-        # Finite, so that rows without any column (finished ones) do not become NaN.
+        # Finite, so that rows without any visible column (finished rows) do not become NaN.
         lowest = 0.7 * jnp.finfo(jnp.float32).min
         logits = jnp.where(frame.mask, logits * softmax_scale(self.config), lowest)
         mixed = jnp.einsum("bhts,bsr->bthr", jax.nn.softmax(logits).astype(q.dtype), latent)

@@ -1,8 +1,9 @@
-"""Grouped products on TPU, all three of them by kernels: forward, and both gradients.
+"""Grouped products on TPU with kernels for all three products: forward and both gradients.
 
-XLA for TPU has a kernel for `jax.lax.ragged_dot` and its gradient in the rows. For the gradient in
-the matrices it has none: libtpu 0.0.42 multiplies all rows by a mask for every expert, which for E
-experts costs E times the product. That one is JAX's own kernel here (`pallas.ops.tpu.megablox`).
+XLA for TPU has a kernel for `jax.lax.ragged_dot` and for its gradient in the rows, but not for the
+gradient in the matrices: libtpu 0.0.42 multiplies all rows by a mask per expert, which for E
+experts costs E times the product. This module computes that gradient with JAX's
+`pallas.ops.tpu.megablox`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float, Int
 
-ROWS = 256  # of a tile
-WIDTH = 1024  # of a tile at most; two tiles, their products and copies share 16 MiB on the chip
+ROWS = 256  # rows of a tile
+WIDTH = 1024  # largest width of a tile; two tiles, product and copies share 16 MiB of VMEM
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -26,22 +27,28 @@ def ragged_dot(
     sizes: Int[Array, "E"],
     interpret: bool = False,
 ) -> Float[Array, "R F"]:
-    """`jax.lax.ragged_dot`; inside `jax.shard_map` only with `check_vma=False`.
+    """Like `jax.lax.ragged_dot`; inside `jax.shard_map` it needs `check_vma=False`.
 
     Args:
-      x: rows sorted by group; those past the last group belong to none.
-      w: a matrix for each group.
-      sizes: rows of each group.
-      interpret: run the kernel on any device, slowly: for tests.
+      x: rows sorted by group; rows past the last group are ignored.
+      w: one matrix per group.
+      sizes: number of rows per group.
+      interpret: run the kernel on any device, slowly; for tests.
     """
     return jax.lax.ragged_dot(x, w, sizes)
 
 
-def _forward(x, w, sizes, interpret):
+def _forward(
+    x: Float[Array, "R D"], w: Float[Array, "E D F"], sizes: Int[Array, "E"], interpret: bool
+) -> tuple[Float[Array, "R F"], tuple[Array, Array, Array]]:
     return ragged_dot(x, w, sizes), (x, w, sizes)
 
 
-def _backward(interpret, residuals, g):
+def _backward(
+    interpret: bool,
+    residuals: tuple[Float[Array, "R D"], Float[Array, "E D F"], Int[Array, "E"]],
+    g: Float[Array, "R F"],
+) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], np.ndarray]:
     x, w, sizes = residuals
     padding = (0, -x.shape[0] % ROWS), (0, 0)
     rows, columns = jnp.pad(x, padding), jnp.pad(g, padding)
@@ -55,5 +62,5 @@ ragged_dot.defvjp(_forward, _backward)
 
 
 def _tile(size: int) -> int:
-    """The largest multiple of 128 up to WIDTH that divides a size; all of it where none does."""
+    """Returns the largest multiple of 128 up to WIDTH that divides `size`, else `size`."""
     return max((n for n in range(128, WIDTH + 1, 128) if size % n == 0), default=size)

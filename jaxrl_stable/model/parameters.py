@@ -1,36 +1,38 @@
-"""Parameters: shape, logical axes and initialiser of a weight, declared once and side by side.
+"""Parameters: shape, logical axes and initialiser of a weight, declared once and together.
 
-A weight is an `nnx.Param` with two pieces of metadata: `axes`, its logical axis names (sharding
-rules map them to mesh axes), and `inputs`, the axes that a product with it sums over (they set the
-scale of its initialiser and the channels of its quantised copy; None for what is no matrix).
+A weight is an `nnx.Param` with two pieces of metadata. `axes` are its logical axis names, which
+sharding rules map to mesh axes. `inputs` are the axes that a product with it sums over; they set
+the scale of its initialiser and the channels of its quantised copy. `inputs` is None for vectors.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from jaxrl_stable.sharding import gathered
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """A matrix on a coarse grid, with one float32 scale per output channel: `values * scale`.
 
     Attributes:
-      values: int8, int4 or float8_e4m3fn, in that type or a wider one.
-      scale: of each output channel; the axes that a product sums over have size one.
-      products: how activations meet it, static: "weight_only" dequantises the matrix; "native" and
-        "emulated" put the activations on the same grid, see `products`.
-      stored_wider: name of the grid when `values` has another type than it, static; see
-        `quantize.expanded`.
+      values: grid values (int8, int4 or float8_e4m3fn), stored in that type or a wider one.
+      scale: scale per output channel; axes that a product sums over have size one.
+      products: static; "weight_only" dequantises the matrix, "native" and "emulated" put the
+        activations on the same grid, see `products`.
+      stored_wider: static; name of the grid if `values` has a wider type, see `quantize.expanded`.
     """
 
     values: Num[Array, "..."]
@@ -40,14 +42,14 @@ class Quantized:
 
     @property
     def grid(self) -> jnp.dtype:
-        """int8, int4 or float8_e4m3fn."""
+        """Type of the grid: int8, int4 or float8_e4m3fn."""
         return jnp.dtype(self.stored_wider or self.values.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def dequantize(self, dtype: jnp.dtype) -> Float[Array, "..."]:
+    def dequantize(self, dtype: DTypeLike) -> Float[Array, "..."]:
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
@@ -60,12 +62,12 @@ def matrix(
     gain: float = 1.0,
     dtype: str = "float32",
 ) -> nnx.Param:
-    """A weight drawn from N(0, gain² / fan_in), with a leading `layers` axis when stacked.
+    """Draws a weight from N(0, gain² / fan_in), with a leading `layers` axis if stacked.
 
     Args:
-      rngs: source of the key.
+      rngs: source of the random key.
       axes: logical name and size of each axis, in order.
-      inputs: the axes that are summed over; their sizes multiply to fan_in.
+      inputs: axes that a product sums over; their sizes multiply to fan_in.
       stack: number of layers that share this declaration, or None.
       gain: factor on the standard deviation.
       dtype: storage type.
@@ -79,27 +81,27 @@ def matrix(
 def scale(
     axes: Mapping[str, int], *, stack: int | None = None, dtype: str = "float32"
 ) -> nnx.Param:
-    """A multiplicative vector that starts at one (the weight of a norm)."""
+    """Creates a multiplicative vector of ones (the weight of a norm)."""
     names, shape = _stacked(axes, stack)
     return nnx.Param(jnp.ones(shape, dtype), axes=names, inputs=None)
 
 
 def offset(axes: Mapping[str, int], *, stack: int | None = None) -> nnx.Param:
-    """An additive vector that starts at zero, always float32."""
+    """Creates an additive vector of zeros, always float32."""
     names, shape = _stacked(axes, stack)
     return nnx.Param(jnp.zeros(shape, jnp.float32), axes=names, inputs=None)
 
 
-def read(param: nnx.Param, dtype: str | jnp.dtype) -> Float[Array, "..."]:
-    """The value of a parameter in the compute type, whole on every device but for `tensor`.
+def read(param: nnx.Param, dtype: DTypeLike) -> Float[Array, "..."]:
+    """Returns a parameter in the compute type, gathered on every device except over `tensor`.
 
-    The cast comes first: half the bytes travel. What is `Quantized` is dequantised.
+    The cast precedes the gather, which halves the bytes sent. `Quantized` values are dequantised.
     """
     return gathered(cast(param.get_value(), dtype), param.get_metadata()["axes"])
 
 
-def cast(value: Array | Quantized, dtype: str | jnp.dtype) -> Float[Array, "..."]:
-    """A stored value in the compute type."""
+def cast(value: Array | Quantized, dtype: DTypeLike) -> Float[Array, "..."]:
+    """Casts a stored value to the compute type; dequantises it if needed."""
     if isinstance(value, Quantized):
         return value.dequantize(jnp.dtype(dtype))
     return value.astype(dtype)

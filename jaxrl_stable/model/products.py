@@ -1,70 +1,79 @@
 """Products of activations with stored matrices, in the compute type or on a coarse grid.
 
-Quantisation is symmetric, and the same for weights and activations: `x ≈ values · scale`, with the
-scale that puts the largest |x| of a channel (of a weight) or of a token (of activations, found
-anew for each) on the largest value of the grid. Of two such operands the scales leave the sum:
+Weights and activations use the same symmetric quantisation, `x ≈ values · scale`. The scale maps
+the largest |x| of a channel (weights) or of a token (activations, computed anew for each token) to
+the largest value of the grid. In a product of two such operands the scales factor out of the sum:
 
     y[t, f] = scale_x[t] · scale_w[f] · Σ_d x[t, d] · w[d, f]
 
-where x and w are grid values. "native" hands these to the device in their own type, for its int8 or
-fp8 units, which add up in int32 or float32. "emulated" converts them to the compute type, float32
-or bfloat16, which holds every value of these grids exactly, and adds up in float32. So both give
-the same sum but for the rounding of its float32 additions; int8 has none up to 2²⁴ = 1,040 · 127².
+where x and w are grid values. "native" passes these to the device's int8 or fp8 units in their own
+type and sums in int32 or float32. "emulated" converts them to the compute type, float32 or
+bfloat16, which represents every value of these grids exactly, and sums in float32. Both give the
+same sum up to float32 rounding; for int8 the sum is exact up to 2²⁴ = 1,040 · 127².
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from jaxrl_stable.model.parameters import Quantized, cast, read
 from jaxrl_stable.sharding import gathered
 
-# The largest value of each grid; symmetric, so that −128 and −8 are never used. float8_e4m3fn has
-# no infinity (Micikevicius et al. 2022, arXiv:2209.05433, table 1).
+# Largest value of each grid. Grids are symmetric, so −128 and −8 are never used. float8_e4m3fn
+# lacks an infinity (Micikevicius et al. 2022, arXiv:2209.05433, table 1).
 LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0}
 
-Dot = Callable[[Array, Array, jnp.dtype | None], Array]  # x, w, type of the sums (None: that of x)
+Dot = Callable[[Array, Array, DTypeLike | None], Array]  # x, w, type of the sums (None: of x)
 
 
 def to_grid(
-    x: Float[Array, "..."],
+    x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"],
     axes: tuple[int, ...],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     across: tuple[str, ...] = (),
-) -> tuple[Num[Array, "..."], Float[Array, "..."]]:
-    """Values of a grid, rounded to nearest even, and their float32 scale; no gradient flows back.
+) -> tuple[Num[Array, "*shape"], Float[Array, "..."]]:
+    """Rounds `x` to a grid, ties to even, without passing gradients back.
 
     Args:
-      x: weights or activations; what is not finite makes its scale so, and hence the product.
-      axes: those that share a scale; kept, with size one.
-      dtype: one of LARGEST.
-      across: inside `jax.shard_map`, mesh axes that these axes are cut over.
+      x: weights or activations; a non-finite value makes its scale, and so the product, non-finite.
+      axes: axes that share a scale; they are kept with size one.
+      dtype: type of the grid, one of LARGEST.
+      across: inside `jax.shard_map`, mesh axes over which `axes` are sharded.
+
+    Returns:
+      Grid values in `dtype`, and their float32 scale.
     """
     values, scale = _scaled(x, axes, dtype, across)
     return nearest(values, dtype).astype(dtype), scale
 
 
-def nearest(x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """The nearest value of a grid, ties to even; x is float32 and not beyond the grid's largest.
+def nearest(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """Rounds float32 `x`, within the range of the grid, to its nearest value, ties to even.
 
-    Arithmetic alone: XLA converts to float8 by way of float16, which takes a CPU longer.
+    Uses arithmetic only: XLA converts to float8 by way of float16, which is slower on a CPU.
     """
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.round(x)
-    # e4m3: three bits behind the leading one, and steps of 2^-9 below 2^-6.
+    # e4m3: three bits after the leading one, and steps of 2^-9 below 2^-6.
     small = jnp.round(x * 2.0**9) * 2.0**-9
     return jnp.where(jnp.abs(x) < 2.0**-6, small, jax.lax.reduce_precision(x, 8, 3))
 
 
 def _scaled(
-    x: Float[Array, "..."], axes: tuple[int, ...], dtype: jnp.dtype, across: tuple[str, ...]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """`to_grid` before its rounding."""
+    x: Float[Array, "*shape"] | Float[np.ndarray, "*shape"],
+    axes: tuple[int, ...],
+    dtype: DTypeLike,
+    across: tuple[str, ...],
+) -> tuple[Float[Array, "*shape"], Float[Array, "..."]]:
+    """Returns `to_grid` before rounding: the scaled values and their scale."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     most = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
     if across:
@@ -75,10 +84,10 @@ def _scaled(
 
 
 def product(x: Float[Array, "..."], param: nnx.Param) -> Float[Array, "..."]:
-    """Sums the last axes of activations over the `inputs` of a parameter, its first ones.
+    """Contracts the last axes of `x` with the `inputs` of a parameter, which are its first axes.
 
     Returns:
-      In the type of `x`, the other axes of `x` and then those of the parameter.
+      The product in the type of `x`: remaining axes of `x`, then remaining axes of the parameter.
     """
     metadata = param.get_metadata()
     summed = len(metadata["inputs"])
@@ -88,7 +97,9 @@ def product(x: Float[Array, "..."], param: nnx.Param) -> Float[Array, "..."]:
     else:
         w = read(param, x.dtype)
 
-    def dot(x, w, dtype):
+    def dot(
+        x: Num[Array, "..."], w: Num[Array, "..."], dtype: DTypeLike | None
+    ) -> Num[Array, "..."]:
         return jnp.tensordot(x, w, summed, preferred_element_type=dtype)
 
     return multiply(dot, x, w, lambda scale: scale.reshape(scale.shape[summed:]), summed)
@@ -102,15 +113,15 @@ def multiply(
     summed: int = 1,
     across: tuple[str, ...] = (),
 ) -> Float[Array, "..."]:
-    """`dot(x, w)`; of a `Quantized` matrix with the activations on its grid.
+    """Computes `dot(x, w)`; if `w` is `Quantized`, with the activations on its grid.
 
     Args:
-      dot: the product; its result begins with the axes of `x` that it does not sum over.
-      x: activations; a row of them (a token) shares a scale.
-      w: as `operand` gives it.
-      channels: brings the scale of `w` into a shape that fits the last axes of the result.
-      summed: number of axes of `x`, its last ones, that `dot` sums over.
-      across: see `to_grid`.
+      dot: the product; its result starts with the axes of `x` that it does not sum over.
+      x: activations, with one scale per row (token).
+      w: matrix as returned by `operand`.
+      channels: reshapes the scale of `w` to broadcast against the last axes of the result.
+      summed: number of last axes of `x` that `dot` sums over.
+      across: mesh axes over which these axes are sharded, see `to_grid`.
     """
     if not isinstance(w, Quantized):
         return dot(x, w, None)
@@ -127,13 +138,13 @@ def multiply(
     return (y * scale * channels(w.scale)).astype(x.dtype)
 
 
-def operand(value: Array | Quantized, dtype: jnp.dtype) -> Array | Quantized:
-    """A stored matrix as `multiply` takes it: in the compute type, unless activations join it."""
+def operand(value: Array | Quantized, dtype: DTypeLike) -> Array | Quantized:
+    """Returns a stored matrix for `multiply`: cast, unless activations are quantised too."""
     return value if quantizes_activations(value) else cast(value, dtype)
 
 
 def rounded(x: Float[Array, "... D"], param: nnx.Param) -> Float[Array, "... D"]:
-    """Activations as `product(x, param)` sees them, in their own type."""
+    """Rounds activations as `product(x, param)` does, and returns them in their own type."""
     w = param.get_value()
     if not quantizes_activations(w):
         return x
@@ -142,20 +153,20 @@ def rounded(x: Float[Array, "... D"], param: nnx.Param) -> Float[Array, "... D"]
 
 
 def quantizes_activations(value: Array | Quantized) -> bool:
-    """Whether products with a stored matrix put the activations on its grid."""
+    """Returns whether products with a stored matrix put the activations on its grid."""
     return isinstance(value, Quantized) and value.products != "weight_only"
 
 
-def products_implementation(dtype: str, device: jax.Device | None = None) -> str:
-    """What "auto" stands for: "native" where the device has units for the type, else "emulated".
+def products_implementation(dtype: str, device: Any = None) -> str:
+    """Resolves "auto": "native" if the device has units for the type, else "emulated".
 
     int8: TPUs, and NVIDIA GPUs from compute capability 7.5. float8_e4m3fn: TPU7x, and NVIDIA GPUs
-    from 8.9; XLA converts it on other devices. tokamax's grouped kernels are "emulated" whatever is
-    asked for, see `dispatch.grouped_matmul`.
+    from 8.9; XLA converts it on other devices. tokamax's grouped kernels are always "emulated", see
+    `dispatch.grouped_matmul`.
 
     Args:
       dtype: "int8" or "float8_e4m3fn".
-      device: this process's first by default.
+      device: `jax.Device` to multiply on; the first device of this process by default.
     """
     device = device or jax.devices()[0]
     if device.platform == "tpu":

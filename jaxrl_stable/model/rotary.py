@@ -14,14 +14,14 @@ from jaxrl_stable.model.config import ModelConfig, Yarn
 def rotations(
     config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosine and sine of each position and pair: angle = position · frequency."""
+    """Returns cosine and sine per position and pair, for angle = position · frequency."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(config)
     scale = config.rope_scaling.rotation_scale if config.rope_scaling else 1.0
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def frequencies(config: ModelConfig) -> Float[np.ndarray, "half"]:
-    """Radians per position of each pair: θ^(−2i/d), stretched where the config says so."""
+    """Returns the radians per position of each pair: θ^(−2i/d), stretched if configured."""
     dim = config.rotary_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     plain = 1.0 / np.float32(config.rope_theta) ** exponents
@@ -31,10 +31,10 @@ def frequencies(config: ModelConfig) -> Float[np.ndarray, "half"]:
 
 
 def _stretched(plain: np.ndarray, theta: float, yarn: Yarn) -> np.ndarray:
-    """Divides slow frequencies by the factor and leaves fast ones (arXiv:2309.00071, eq. 23).
+    """Divides slow frequencies by the factor and keeps fast ones (arXiv:2309.00071, eq. 23).
 
-    A pair turns `context · frequency / 2π` times over the old context; solved for the pair, this
-    gives the ends of the ramp.
+    A pair turns `context · frequency / 2π` times over the original context. Solving this for the
+    pair gives the ends of the ramp.
     """
     dim = 2 * len(plain)
 
@@ -45,7 +45,7 @@ def _stretched(plain: np.ndarray, theta: float, yarn: Yarn) -> np.ndarray:
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    width = high - low or 0.001  # a ramp of no width would divide by zero
+    width = high - low or 0.001  # avoids division by zero for an empty ramp
     slow = np.clip((np.arange(len(plain), dtype=np.float32) - low) / width, 0, 1)
     return (plain / yarn.factor * slow + plain * (1 - slow)).astype(np.float32)
 
@@ -57,11 +57,11 @@ def rotate(
     *,
     interleaved: bool = False,
 ) -> Float[Array, "B T H d"]:
-    """Turns each pair of dimensions by its angle, in float32.
+    """Rotates each pair of dimensions by its angle, in float32.
 
-    Pairs are (i, i + d/2), the layout of Hugging Face, or neighbours when `interleaved`; the result
-    has the first members of all pairs before the second ones in both cases, which the product of a
-    query with a key does not see.
+    Pairs are (i, i + d/2), the layout of Hugging Face, or neighbours if `interleaved`. In both
+    cases the result holds the first members of all pairs, then the second members; this order does
+    not affect the product of a query with a key.
     """
     wide = x.astype(jnp.float32)
     if interleaved:

@@ -1,8 +1,8 @@
-"""Routers: which experts a token takes, and with which weights.
+"""Routers: the choice of experts per token, and their gate weights.
 
-The two questions have two functions, because replay answers the first alone: gates are always
-gathered from the live, dense scores at the chosen indices, never from a masked copy. An index that
-the live router would not have picked still has a non-zero gate and passes its gradient on.
+Choice and gates are separate functions because replay replaces only the choice. Gates are always
+gathered from the live, dense scores at the chosen indices, never from a masked copy, so an index
+that the live router would not have chosen still has a non-zero gate and receives a gradient.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jaxrl_stable.model.config import ModelConfig
 def choose(
     logits: Float[Array, "... E"], bias: Float[Array, "E"] | None, config: ModelConfig
 ) -> Int[Array, "... K"]:
-    """The live choice: the K best experts, best first.
+    """Returns the live choice: the K best experts, best first.
 
-    Softmax routers rank by logits (the softmax keeps their order). Sigmoid routers rank by
-    σ(s) + bias; with groups, only among the experts of the `chosen_groups` groups whose two best
-    biased scores have the largest sums (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
+    Softmax routers rank by logits, which the softmax keeps in order. Sigmoid routers rank by
+    σ(s) + bias. With groups, only the `chosen_groups` groups whose two best biased scores have the
+    largest sums are eligible (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
     """
     ranked = logits if config.router_score == "softmax" else jax.nn.sigmoid(logits)
     if bias is not None:
@@ -38,22 +38,22 @@ def choose(
 def gate_weights(
     logits: Float[Array, "... E"], chosen: Int[Array, "... K"], config: ModelConfig
 ) -> tuple[Float[Array, "... K"], Float[Array, "..."]]:
-    """Gates of the chosen experts from the live scores, in float32.
+    """Computes the gates of the chosen experts from the live scores, in float32.
 
         p = softmax(s)  or  σ(s)         g_k = p_{i_k} / Σ_j p_{i_j}   or   g_k = p_{i_k}
 
-    by `router_score` and `norm_topk_prob`, times `routed_scaling`. Bias and groups of the choice
-    take no part (the arithmetic of transformers' `Qwen3MoeTopKRouter` and `DeepseekV3TopkRouter`).
+    depending on `router_score` and `norm_topk_prob`, times `routed_scaling`. Bias and groups do not
+    affect the gates, as in transformers' `Qwen3MoeTopKRouter` and `DeepseekV3TopkRouter`.
 
-    Normalised gates are a softmax over K logarithms: equal in exact arithmetic, and finite when
-    replayed experts have vanishing scores, so that DeepSeek's 1e-20 in the denominator has nothing
-    to guard (Ma et al., arXiv:2510.11370).
+    Normalised gates are a softmax over K logarithms. This is equal in exact arithmetic and stays
+    finite if replayed experts have vanishing scores, so DeepSeek's 1e-20 in the denominator is not
+    needed (Ma et al., arXiv:2510.11370).
 
     Returns:
       The gates, and the chosen experts' share of the sum of all E scores.
     """
     softmax = config.router_score == "softmax"
-    log_scores = logits if softmax else jax.nn.log_sigmoid(logits)  # a softmax's but for a constant
+    log_scores = logits if softmax else jax.nn.log_sigmoid(logits)  # up to a constant
     total = jax.nn.logsumexp(log_scores, axis=-1, keepdims=True)
     picked = jnp.take_along_axis(log_scores, chosen, axis=-1)
     share = jnp.exp(picked - total).sum(-1)

@@ -1,12 +1,11 @@
-"""Splash attention on TPU: a kernel that never holds `[T, T]`, also with columns over devices.
+"""Splash attention on TPU, which never materialises `[T, T]`; supports context parallelism.
 
 The kernel is JAX's own (`jax.experimental.pallas.ops.tpu.splash_attention`). Under context
-parallelism every device gathers the keys and values of all columns (few heads, under grouped
-queries) and attends for its own queries. Causal attention costs a column as much as stands before
-it, so that with runs of columns in order the last device would do twice the mean. Cut into 2c
-chunks, device i of c therefore attends for chunks i and 2c − 1 − i ("zig-zag"): queries and results
-change places for the duration of the kernel, and nothing outside of this file knows. In
-particular, routing is never permuted.
+parallelism each device gathers the keys and values of all columns (few heads, with grouped queries)
+and attends for its own queries. The cost of causal attention grows with the column, so with
+contiguous columns the last device would do twice the mean work. Columns are therefore divided into
+2c chunks, and device i of c attends for chunks i and 2c − 1 − i ("zig-zag"). Queries and results
+are permuted only around the kernel, invisibly to other modules; routing is never permuted.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from jaxtyping import Array, Float, Int
 from jaxrl_stable.sharding import gather_axis
 from jaxrl_stable.sharding.layout import Layout
 
-LANES = 128  # the kernel's blocks and heads are multiples of it
-BLOCK = 1024  # rows of a block at most
-FUSED = 8192  # columns up to which one kernel makes all gradients
+LANES = 128  # the kernel's blocks and heads are multiples of this
+BLOCK = 1024  # largest number of rows of a block
+FUSED = 8192  # largest number of columns for which one kernel computes all gradients
 
 
 def splash_attention(
@@ -40,24 +39,24 @@ def splash_attention(
     layout: Layout,
     interpret: bool = False,
 ) -> Float[Array, "B T H vd"]:
-    """softmax(q kᵀ) v over the columns up to its own that share a token's segment.
+    """Computes softmax(q kᵀ) v over each token's segment, up to its own column.
 
     Args:
       q: queries, already scaled.
       k, v: keys and values; G divides H.
-      segment_ids: 0 is padding, which sees padding.
-      layout: where rows and columns live.
-      interpret: run the kernel on any device, slowly: for tests.
+      segment_ids: segment of each token; 0 is padding, which attends to padding.
+      layout: placement of rows and columns on the mesh.
+      interpret: run the kernel on any device, slowly; for tests.
 
     Raises:
-      ValueError: columns over devices that do not divide into the kernel's blocks.
+      ValueError: if columns are sharded and do not divide into the kernel's blocks.
     """
     T, H, width = *q.shape[1:3], v.shape[-1]
     context, tensor = layout.size(layout.columns), layout.present(("tensor",))
     parts = layout.size(tensor)
     if H % parts:
         tensor, parts = (), 1
-    if k.shape[2] % parts:  # fewer key heads than devices: each gets the copy that it needs
+    if k.shape[2] % parts:  # fewer key heads than devices: give each device the head it needs
         k, v = (jnp.repeat(x, H // k.shape[2], axis=2) for x in (k, v))
     if context > 1 and T % (2 * context * LANES):
         raise ValueError(
@@ -70,14 +69,28 @@ def splash_attention(
     segment_ids = jnp.pad(segment_ids, ((0, 0), (0, columns)))
 
     kernel = _kernel(T + columns, H, context, parts, interpret)
-    y = _spread(kernel, q, k, v, segment_ids, layout, tensor)
+    y = _over_mesh(kernel, q, k, v, segment_ids, layout, tensor)
     return y[:, :T, :, :width]
 
 
-def _spread(kernel, q, k, v, segment_ids, layout: Layout, tensor: tuple[str, ...]) -> Array:
-    """The kernel on every device's own rows, columns and heads."""
+def _over_mesh(
+    kernel: kernels.SplashAttentionKernel,
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B T G hd"],
+    v: Float[Array, "B T G vd"],
+    segment_ids: Int[Array, "B T"],
+    layout: Layout,
+    tensor: tuple[str, ...],
+) -> Float[Array, "B T H vd"]:
+    """Runs the kernel on each device's own rows, columns and heads."""
 
-    def local(kernel, q, k, v, segments):
+    def local(
+        kernel: kernels.SplashAttentionKernel,
+        q: Float[Array, "b t h hd"],
+        k: Float[Array, "b t g hd"],
+        v: Float[Array, "b t g vd"],
+        segments: Int[Array, "b t"],
+    ) -> Float[Array, "b t h vd"]:  # sizes on one device
         ours = segments
         if layout.columns:
             k, v, segments = (gather_axis(x, layout.columns, 1) for x in (k, v, segments))
@@ -97,12 +110,12 @@ def _spread(kernel, q, k, v, segment_ids, layout: Layout, tensor: tuple[str, ...
         local,
         in_specs=(kernel.manual_sharding_spec(of_kernel), each, each, each, layout.spec()),
         out_specs=each,
-        check_vma=False,  # the kernel's outputs do not say over which axes they vary
+        check_vma=False,  # the kernel's output types lack the mesh axes they vary over
     )(kernel, q, k, v, segment_ids)
 
 
 def zigzag(x: Array, layout: Layout, back: bool = False) -> Array:
-    """Changes places: device i holds two neighbouring chunks, and gets `chunks(c)[i]`."""
+    """Permutes columns: device i holds two adjacent chunks and receives `chunks(c)[i]`."""
     c = layout.size(layout.columns)
     order = chunks(c)
     owner = {chunk: device for device, pair in enumerate(order) for chunk in pair}
@@ -117,15 +130,15 @@ def zigzag(x: Array, layout: Layout, back: bool = False) -> Array:
 
 
 def chunks(c: int) -> list[tuple[int, int]]:
-    """The two of 2c chunks that each device attends for: an even one, then an odd one."""
+    """Returns the two of 2c chunks that each device attends for, the even one first."""
     pairs = [(i, 2 * c - 1 - i) for i in range(c)]
     return [tuple(sorted(pair, key=lambda chunk: chunk % 2)) for pair in pairs]
 
 
 class _ZigZagMask(masks._ComputableMask):
-    """The causal mask with its rows in the order of `chunks`."""
+    """Causal mask with rows in the order of `chunks`."""
 
-    def __init__(self, columns: int, context: int):
+    def __init__(self, columns: int, context: int) -> None:
         super().__init__((columns, columns), lambda rows, cols: rows >= cols)
         if context > 1:
             order = np.array(chunks(context)).ravel()
@@ -141,10 +154,12 @@ class _ZigZagMask(masks._ComputableMask):
         return hash((type(self), self.shape, self.context))
 
 
-def _kernel(columns: int, heads: int, context: int, tensor: int, interpret: bool):
+def _kernel(
+    columns: int, heads: int, context: int, tensor: int, interpret: bool
+) -> kernels.SplashAttentionKernel:
     rows = _block(columns // context)
     keys = _block(columns)
-    # One backward kernel is faster, but holds a gradient of the queries for each block of keys.
+    # One backward kernel is faster, but stores a query gradient per block of keys.
     fused = columns <= FUSED
     sizes = kernels.BlockSizes(
         block_q=rows,
@@ -166,6 +181,6 @@ def _kernel(columns: int, heads: int, context: int, tensor: int, interpret: bool
 
 
 def _block(columns: int) -> int:
-    """The largest multiple of LANES up to BLOCK that divides the columns."""
+    """Returns the largest multiple of LANES up to BLOCK that divides `columns`."""
     units = columns // LANES
     return LANES * max(n for n in range(1, BLOCK // LANES + 1) if units % n == 0)

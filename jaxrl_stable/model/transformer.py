@@ -1,14 +1,16 @@
-"""The policy: embedding, scanned blocks with explicit router outputs, final norm."""
+"""The policy: embedding, scanned blocks with explicit router outputs, and a final norm."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_stable.model.attention import Attention, Frame, Norm, make_frame
 from jaxrl_stable.model.cache import Cache
@@ -20,7 +22,8 @@ from jaxrl_stable.model.parameters import matrix
 from jaxrl_stable.routing import Routing, check_layout, expert_dtype
 from jaxrl_stable.sharding.layout import layout
 
-PRODUCTS = ("query", "key", "value", "attended", "gate", "up")  # what remat "dots" keeps
+PRODUCTS = ("query", "key", "value", "attended", "gate", "up")  # kept by remat "dots"
+Body = Callable[[Any, Any], tuple[Any, Any]]  # of a scan
 
 
 class ModelOutput(NamedTuple):
@@ -28,8 +31,8 @@ class ModelOutput(NamedTuple):
 
     Attributes:
       hidden: final hidden states, after the last norm; `hidden[b, t]` predicts token t + 1.
-      router: what the routers of the L MoE layers did.
-      cache: the cache with the new columns written, or None when none was given.
+      router: routing of the L MoE layers.
+      cache: the given cache with the new columns written; None if no cache was given.
     """
 
     hidden: Float[Array, "B T D"]
@@ -38,9 +41,9 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block; `moe` decides the kind of its feed-forward part."""
+    """Pre-norm transformer block with experts (`moe`) or a dense feed-forward layer."""
 
-    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs, stack: int | None):
+    def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs, stack: int | None) -> None:
         self.moe = moe
         norm = dict(eps=config.rms_norm_eps, dtype=config.param_dtype, stack=stack)
         self.attention_norm = Norm({"embed": config.hidden_size}, **norm)
@@ -73,16 +76,16 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A decoder (transformers `Qwen3MoeModel` and kin), an immutable pytree once built.
+    """A decoder like transformers' `Qwen3MoeModel`; an immutable pytree once built.
 
     Layers are stored stacked: `stacks[i]` holds the blocks of one repeated pattern (`layer_plan`),
-    each parameter with a leading `layers` axis, and is applied by one `jax.lax.scan`.
+    each parameter with a leading `layers` axis, and is applied with one `jax.lax.scan`.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.config = config
-        # Summing over `embed` gives rows of norm one: unit logits when embeddings are tied.
+        # fan_in = `embed` gives rows of norm one, hence unit logits if embeddings are tied.
         self.embedding = matrix(
             rngs, {"vocab": V, "embed": D}, ("embed",), dtype=config.param_dtype
         )
@@ -96,9 +99,9 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"],
+        tokens: Int[Array | np.ndarray, "B T"],
+        positions: Int[Array | np.ndarray, "B T"],
+        segment_ids: Int[Array | np.ndarray, "B T"],
         *,
         replay: Routing | None = None,
         cache: Cache | None = None,
@@ -106,25 +109,26 @@ class Transformer(nnx.Module):
         """Runs T columns through all layers.
 
         Args:
-          tokens: token ids; the value at padding does not matter.
+          tokens: token ids; values at padding are ignored.
           positions: rotary positions, counted within a segment.
-          segment_ids: 0 is padding; tokens see only their own segment.
-          replay: experts to use instead of the live choice where valid; None is the ordinary path.
-          cache: when given, the columns are appended to it and see what it holds.
+          segment_ids: segment of each token, 0 is padding; tokens attend only to their own segment.
+          replay: experts that replace the live choice where valid; None uses the live choice.
+          cache: if given, the new columns are appended to it and attend to its content.
 
         Returns:
           Hidden states, router outputs, and the extended cache.
 
         Raises:
-          ValueError: `replay` has another shape or type than these tokens and routers need.
+          ValueError: if shape or type of `replay` do not fit the tokens and routers.
         """
         config = self.config
+        tokens, positions, segment_ids = map(jnp.asarray, (tokens, positions, segment_ids))
         if replay is not None:
             check_layout(replay, config.num_moe_layers, config.num_experts)
             shape = (*tokens.shape, config.num_experts_per_token)
             if replay.experts.shape[1:] != shape:
                 raise ValueError(
-                    f"replay.experts has shape {replay.experts.shape}; behind the layers these "
+                    f"replay.experts has shape {replay.experts.shape}; after the layer axis these "
                     f"tokens need {shape}"
                 )
         if cache is not None:
@@ -141,7 +145,9 @@ class Transformer(nnx.Module):
                 slices = slices.reshape(repeats, sum(pattern), *slices.shape[1:])
             first = layer + jnp.arange(repeats) * len(pattern)
 
-            def body(carry, xs):
+            def body(
+                carry: tuple[Array, Cache | None], xs: tuple[Any, ...]
+            ) -> tuple[tuple[Array, Cache | None], RouterOutput | None]:
                 x, cache = carry
                 blocks, experts, first = xs
                 routers = []
@@ -168,32 +174,33 @@ class Transformer(nnx.Module):
         router = jax.tree.map(lambda *r: jnp.concatenate(r), *outputs)
         if cache is not None:
             cache = cache.advance(tokens.shape[1])
-        return ModelOutput(self.norm(x), router, cache)
+        with jax.named_scope("final_norm"):
+            return ModelOutput(self.norm(x), router, cache)
 
     def head_weight(self) -> Float[Array, "D V"]:
-        """Output projection as stored; the transposed embedding when they are tied."""
+        """Returns the output projection as stored; the transposed embedding if tied."""
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
     def head_axes(self) -> tuple[str, ...]:
-        """Logical axes of `head_weight`."""
+        """Returns the logical axes of `head_weight`."""
         if self.config.tie_embeddings:
             return self.embedding.get_metadata()["axes"][::-1]
         return self.head.get_metadata()["axes"]
 
 
-def init_model(config: ModelConfig, seed: int) -> Transformer:
-    """A freshly initialised policy; `jax.eval_shape` of this gives its template."""
+def init_model(config: ModelConfig, seed: int | Key[Array, ""]) -> Transformer:
+    """Initialises a policy; `jax.eval_shape` of this gives its template."""
     return Transformer(config, nnx.Rngs(seed))
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters, from shapes alone."""
+    """Returns the number of parameters, computed from shapes only."""
     shapes = jax.eval_shape(lambda: init_model(config, 0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def _repeat(body, carry, xs, repeats: int, *, scan: bool):
-    """`jax.lax.scan`, or the same thing unrolled."""
+def _repeat(body: Body, carry: Any, xs: Any, repeats: int, *, scan: bool) -> tuple[Any, Any]:
+    """Runs `jax.lax.scan`, or the same loop unrolled."""
     if scan:
         return jax.lax.scan(body, carry, xs, length=repeats)
     ys = []
@@ -203,8 +210,8 @@ def _repeat(body, carry, xs, repeats: int, *, scan: bool):
     return carry, jax.tree.map(lambda *y: jnp.stack(y), *ys)
 
 
-def _rematerialised(body, config: ModelConfig):
-    """The body of the scan with what its backward pass keeps, by the names of `checkpoint_name`."""
+def _rematerialised(body: Body, config: ModelConfig) -> Body:
+    """Wraps the scan body in `jax.checkpoint`; policies refer to names of `checkpoint_name`."""
     if config.remat == "none":
         return body
     policies = jax.checkpoint_policies
@@ -218,12 +225,12 @@ def _rematerialised(body, config: ModelConfig):
             offload_dst="pinned_host",
         ),
     }[config.remat]
-    # A scan already keeps the compiler from merging the two forwards; unrolled code does not.
+    # Within a scan the compiler cannot merge the two forward passes; in unrolled code it can.
     return jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
 
 
 def _no_router(config: ModelConfig, tokens: Int[Array, "B T"]) -> RouterOutput:
-    """Outputs of zero layers: gives dense models the same output structure."""
+    """Returns outputs of zero layers, so that dense models have the same output structure."""
     B, T = tokens.shape
     experts = jnp.zeros((0, B, T, config.num_experts_per_token), expert_dtype(config.num_experts))
     return RouterOutput(

@@ -1,9 +1,9 @@
 """Objectives: arrays in, per-token loss out. They know no model, tokenizer or config object.
 
-One signature, `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`, and
-`aggregate` after it. Where a paper knows a single old policy, it is `logp_old`; called with
-`logp_old=logp_rollout` an objective takes its ratio to the sampler ("bypass"). `PUBLISHED` has the
-constants, the advantages and the reduction of each paper.
+All share one signature, `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`, and
+`aggregate` reduces the result. If a paper has a single old policy, it is `logp_old`; called with
+`logp_old=logp_rollout`, an objective takes its ratio to the sampler ("bypass"). `PUBLISHED` has the
+constants, advantages and reduction of each paper.
 """
 
 from jaxrl_stable.objectives.aggregation import MODES, aggregate, divide
@@ -19,7 +19,7 @@ from jaxrl_stable.objectives.regularizers import KL_ESTIMATORS, kl_penalty
 from jaxrl_stable.objectives.reinforce import dro, reinforce
 from jaxrl_stable.objectives.sequence import gmpo, gspo, luspo
 from jaxrl_stable.objectives.smooth import sapo, vespo
-from jaxrl_stable.objectives.token_loss import TokenLoss
+from jaxrl_stable.objectives.token_loss import TokenLoss, traits, traits_of
 
 __all__ = [
     "KL_ESTIMATORS",
@@ -44,5 +44,7 @@ __all__ = [
     "ppo",
     "reinforce",
     "sapo",
+    "traits",
+    "traits_of",
     "vespo",
 ]

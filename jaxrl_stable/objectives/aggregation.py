@@ -1,20 +1,17 @@
-"""From per-token losses to a scalar, as (total, count) so that denominators can be global.
+"""Reduction of per-token losses to (total, count), so that denominators can be global.
 
-Micro-batches and devices add totals and counts and divide once. Rows without any response token
-(padding rows) count nowhere. Rows whose tokens are all clipped do count: the clip mask silences
-gradients, it does not shrink the batch.
+Micro-batches and devices add totals and counts and divide once. Rows without response tokens
+(padding rows) do not count. Rows whose tokens are all clipped do count: clipping zeroes gradients
+but does not shrink the batch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import check_same_shape
 
 SEQ_MEAN_TOKEN_SUM = "seq-mean-token-sum"
 SEQ_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
@@ -36,7 +33,7 @@ def aggregate(
     mode: str = SEQ_MEAN_TOKEN_SUM,
     horizon: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Reduces a token loss; the scalar is total / count, each summed over the whole mini-batch.
+    """Reduces a per-token loss to a total and the count that divides it.
 
         seq-mean-token-sum        Σ_i Σ_t L         / number of sequences   (MiniRL)
         seq-mean-token-mean       Σ_i Σ_t L / |y_i| / number of sequences   (GRPO; its length-norm)
@@ -48,11 +45,26 @@ def aggregate(
       loss: per-token loss.
       mask: response tokens.
       mode: one of `MODES` (names as in verl's `agg_loss`).
-      horizon: H, a constant length such as the longest response allowed.
+      horizon: H, a constant length such as the maximum response length.
+
+    Returns:
+      (total, count). Sum each over the whole mini-batch, then `divide`.
 
     Raises:
-      ValueError: unknown mode, or "seq-mean-token-sum-norm" without a horizon.
+      ValueError: if the mode is unknown, "seq-mean-token-sum-norm" has no positive horizon, or the
+        shapes differ.
+
+    Example:
+      >>> loss = jnp.array([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]])
+      >>> mask = jnp.array([[True, True, False], [True, False, False]])
+      >>> for mode in ("seq-mean-token-sum", "seq-mean-token-mean", "token-mean"):
+      ...     total, count = aggregate(loss, mask, mode)
+      ...     print(float(total), float(count), float(divide(total, count)))
+      6.0 2.0 3.0
+      4.5 2.0 2.25
+      6.0 3.0 2.0
     """
+    check_same_shape("aggregate", "B T", loss=loss, mask=mask)
     loss = jnp.where(mask, at_least_float32(loss), 0.0)
     tokens = mask.sum(-1, dtype=loss.dtype)
     sequences = (tokens > 0).sum(dtype=loss.dtype)
@@ -64,7 +76,7 @@ def aggregate(
         if horizon is None or horizon <= 0:
             raise ValueError(
                 f"aggregation {mode!r} divides by a constant length but horizon is {horizon}; "
-                "give a positive one, such as the longest response allowed"
+                "set it to a positive length, such as the maximum response length"
             )
         return loss.sum() / horizon, sequences
     if mode == TOKEN_MEAN:
@@ -75,8 +87,8 @@ def aggregate(
 
 
 def divide(total: Float[Array, "*n"], count: Float[Array, ""]) -> Float[Array, "*n"]:
-    """total / count, and the total itself where nothing was counted.
+    """Returns total / count, or the total itself if the count is 0.
 
-    `total` may be a gradient: the gradient of the total, divided, is that of the mean.
+    `total` may be a gradient: the gradient of the total, divided, is the gradient of the mean.
     """
     return total / jnp.where(count > 0, count, 1.0)

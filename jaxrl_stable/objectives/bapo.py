@@ -1,28 +1,28 @@
-"""BAPO: PPO whose bounds adapt until positive tokens have their share of the loss."""
+"""BAPO: PPO with bounds that adapt until positive tokens have their share of the loss."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import LOG_RATIO_BOUND, at_least_float32
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_option,
+    check_shapes,
     clipped_surrogate,
     per_token,
     staleness,
+    traits,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 Steps = tuple[float, float, float]  # start, end, step
 
 
+@traits(whole_batch=True)
 def bapo(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -36,37 +36,44 @@ def bapo(
     target: float = 0.4,
     dual_clip: float | None = None,
 ) -> TokenLoss:
-    """L_t = −min( r Â, clip(r, c_low, c_high) Â ) with bounds found in each call (2510.18927).
+    """L_t = −min( r Â, clip(r, c_low, c_high) Â ), with bounds found in each call.
 
         paper:  raise c_high, then c_low, until  Σ_{Â>0} μ |ℓ| / Σ μ |ℓ| ≥ target,
                 ℓ = min( r Â, clip(r, c_low, c_high) Â ),  μ = μ_old(y_t)
         code:   raise c_low, then c_high, until  P / N ≥ target,
                 P = Σ_{Â>0} min(r, c_high) Â,  N = Σ_{Â<0} max(r, c_low) |Â|
 
-    The code is published with c_low .6 to .8, c_high 1.2 to 2, steps .05, target 1, dual_clip 3.
-    If the ends do not reach the target either, the ends are used. (As noted, raising c_low adds to
-    the negative side alone, so that it never is what reaches the target: doubt the note.)
+    Source: https://arxiv.org/abs/2510.18927. The published code uses c_low .6 to .8, c_high 1.2 to
+    2, steps of .05, target 1 and dual_clip 3. If even the last bounds miss the target, they are
+    used. (In the paper's form as noted, raising c_low only adds to the negative side, so it never
+    helps to reach the target: the note is doubtful.)
 
-    The paper's form is taken from a note on it (target .4; the authors' README says .5), the code's
-    from the authors' repository; they are different objectives. Decides on all the tokens it is
-    given, which have to be those of the whole mini-batch. Published with the token mean.
+    The paper's form follows a secondary note (target .4; the authors' README says .5), the code's
+    form follows the authors' repository; they are different objectives. Both decide on all tokens
+    in the call, so pass the whole mini-batch. Published with the token mean.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is for the paper's form.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`. Only the paper's form uses
+        `logp_rollout`.
       form: "paper" or "code".
       low, high: start, end and step of the absolute bounds c_low and c_high.
       target: share (paper) or quotient (code) of the positive tokens.
       dual_clip: see `ppo`.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: unknown form, or bounds that do not rise around a ratio of 1.
+      ValueError: if the form is unknown, the bounds do not rise (0 < start ≤ end, step > 0), or
+        `low` does not end below 1 or `high` does.
     """
+    check_shapes("bapo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("bapo", "form", form, ("paper", "code"))
     for name, (start, end, step) in {"low": low, "high": high}.items():
         if not (0 < start <= end and step > 0) or (end >= 1) != (name == "high"):
             raise ValueError(
-                f"bapo: {name}={(start, end, step)} is (start, end, step) of a bound that rises, "
-                "low below 1 and high above"
+                f"bapo: {name}={(start, end, step)} must be a rising (start, end, step), "
+                "positive, with low ending below 1 and high ending at 1 or above"
             )
     advantages = per_token(advantages, mask)
     log_r = staleness(logp, logp_old, mask)
@@ -79,7 +86,7 @@ def bapo(
     first, second = (1, 0) if form == "paper" else (0, 1)
 
     def bounds(i):
-        """The i-th pair of the search: the first bound rises to its end, then the second."""
+        """Returns pair i of the search: the first bound rises to its end, then the second."""
         taken = {first: jnp.minimum(i, counts[first]), second: jnp.maximum(i - counts[first], 0)}
         return tuple(
             jnp.minimum(start + step * taken[which].astype(r.dtype), end)
@@ -96,6 +103,3 @@ def bapo(
     found = jax.lax.while_loop(falls_short, lambda i: i + 1, jnp.zeros((), jnp.int32))
     log_low, log_high = map(jnp.log, bounds(found))
     return clipped_surrogate(log_r, advantages, mask, log_low, log_high, dual_clip)
-
-
-bapo.whole_batch = True

@@ -1,38 +1,36 @@
-"""CAPO: drop the tokens whose step of the output head would be curved or large.
+"""CAPO: drops tokens for which the step of the output head would be curved or large.
 
-A step Δψ of the head's matrix changes the logits of one token by u = h Δψ. With the softmax π of
-that token and its sampled entry a, everything that the paper's quadratic forms need is
+A step Δψ of the head's matrix changes the logits of one token by u = h Δψ. With the softmax π at
+that token and its sampled entry a, the paper's quadratic forms need only
 
     c = u_a − E_π[u],    E_π[(e_a − π)ᵀ u]² = c²,    uᵀ F u = Var_π[u]
 
-so that no Kronecker product is ever formed.
+so no Kronecker product is ever formed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float, Int
 from jaxrl_stable.importance import at_least_float32
 from jaxrl_stable.objectives.ppo import ppo
-from jaxrl_stable.objectives.token_loss import TokenLoss, per_token
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+from jaxrl_stable.objectives.token_loss import TokenLoss, check_shapes, per_token
 
 
 class CapoHead(NamedTuple):
-    """What the output head saw and where the optimiser is about to move it.
+    """Inputs of the output head and the step that the optimizer is about to take.
 
     Attributes:
-      hidden: its input for each scored token.
-      weight: ψ, logits are `hidden @ weight / temperature`.
-      step: Δψ, what the optimiser is about to add to ψ: α p̂ / (√q̂ + ε) of Adam's moments of the
-        objective's gradient, or minus that of a loss's.
+      hidden: input of the head at each scored token.
+      weight: ψ; the logits are `hidden @ weight / temperature`.
+      step: Δψ, the optimizer's next update of ψ: α p̂ / (√q̂ + ε) from Adam's moments of the
+        objective's gradient, negated for moments of a loss's gradient.
       tokens: the scored tokens.
-      temperature: of the policy.
+      temperature: sampling temperature of the policy.
     """
 
     hidden: Float[Array, "B T D"]
@@ -43,7 +41,7 @@ class CapoHead(NamedTuple):
 
 
 class Curvature(NamedTuple):
-    """Predicted effect of the step on one token: m_H of the objective, m_F of the policy."""
+    """Predicted effect of the step per token: m_H on the objective, m_F on the policy."""
 
     objective: Float[Array, "B T"]
     policy: Float[Array, "B T"]
@@ -52,17 +50,21 @@ class Curvature(NamedTuple):
 def curvature(
     head: CapoHead, advantages: Float[Array, "B"], mask: Bool[Array, "B T"], discount: float = 1.0
 ) -> Curvature:
-    """m_H = g̃ᵀΔψ + ½ ΔψᵀH̃Δψ and m_F = ½ ΔψᵀF̃Δψ, token by token (arXiv:2510.00819).
+    """Returns m_H = g̃ᵀΔψ + ½ ΔψᵀH̃Δψ and m_F = ½ ΔψᵀF̃Δψ per token.
 
         m_H = γ^t Â ( c + ½ (c² − Var_π[u]) ),    m_F = ½ c²
 
-    `[B, T, V]` logits are formed twice; give the rows in pieces where that is too much.
+    Source: https://arxiv.org/abs/2510.00819. Forms `[B, T, V]` logits twice; if that needs too much
+    memory, pass a few rows at a time.
 
     Args:
       head: input, weight and step of the output head.
-      advantages: one a response.
+      advantages: one per response, or one per token.
       mask: response tokens.
       discount: γ; t counts from the first response token.
+
+    Returns:
+      m_H and m_F, constants.
     """
     hidden, weight, step = map(at_least_float32, (head.hidden, head.weight, head.step))
     hidden = jnp.where(mask[..., None], hidden, 0.0)
@@ -81,7 +83,7 @@ def capo(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
     logp_rollout: Float[Array, "B T"],
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     head: CapoHead,
     *,
@@ -91,24 +93,29 @@ def capo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> TokenLoss:
-    """PPO's token loss on the tokens with δ_low ≤ m_H ≤ δ_high and m_F ≤ δ_F (arXiv:2510.00819).
+    """PPO's token loss on the tokens with δ_low ≤ m_H ≤ δ_high and m_F ≤ δ_F.
 
-    The one objective that arrays of log-probabilities do not suffice for; hence a signature of its
-    own. Published thresholds (δ_F / ±δ_H): CAPO (GRPO's loss) 1e-4 / .01, Dr.CAPO 1e-3 / 5e-4,
-    ReinCAPO 1e-5 / .1. Not fully known: a note on the paper and the authors' repository are the
-    sources. Rejected tokens stay in the denominators and count as clipped.
+    Source: https://arxiv.org/abs/2510.00819. The only objective that needs more than
+    log-probabilities, hence its own signature. Published thresholds (δ_F / ±δ_H): CAPO (GRPO's
+    loss) 1e-4 / .01, Dr.CAPO 1e-3 / 5e-4, ReinCAPO 1e-5 / .1. Not verified against the paper
+    itself: the sources are a secondary note and the authors' repository. Rejected tokens stay in
+    the denominators and count as clipped.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       head: see `CapoHead`; constants.
-      hessian: δ_low and δ_high of m_H.
-      fisher: δ_F of m_F.
+      hessian: δ_low and δ_high, bounds of m_H.
+      fisher: δ_F, bound of m_F.
       discount: γ.
       clip_low, clip_high: see `ppo`.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: bounds that are none.
+      ValueError: if the clip bounds are invalid (0 < clip_low < 1, clip_high > 0).
     """
+    check_shapes("capo", logp, logp_old, logp_rollout, advantages, mask)
     out = ppo(
         logp,
         logp_old,

@@ -1,23 +1,21 @@
-"""CISPO and MinPRO: the weight is clipped and every token keeps its gradient."""
+"""CISPO and MinPRO: the weight is clipped, and every token keeps its gradient."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_clip,
+    check_shapes,
     per_token,
     score_function,
     staleness,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 def cispo(
@@ -30,21 +28,25 @@ def cispo(
     clip_low: float | None = None,
     clip_high: float = 4.0,
 ) -> TokenLoss:
-    """L_t = −sg[ clip(r, 1 − ε_low, 1 + ε_high) ] Â log π_θ,  r = π_θ/π_old (arXiv:2506.13585).
+    """L_t = −sg[ clip(r, 1 − ε_low, 1 + ε_high) ] Â log π_θ,  r = π_θ/π_old.
 
-    That paper gives no value for the bounds. The defaults are ScaleRL's (arXiv:2510.13786): no
-    lower bound, and an upper bound of 5, which is ε_high = 4. Bounds are relative here; TRL's
-    `epsilon_high` is the absolute bound. Published with the token mean and std-normalised
-    advantages.
+    Source: https://arxiv.org/abs/2506.13585, which gives no values for the bounds. The defaults are
+    ScaleRL's (https://arxiv.org/abs/2510.13786): no lower bound, and an upper bound of 5, so ε_high
+    = 4. Bounds are relative here; TRL's `epsilon_high` is the absolute bound. Published with the
+    token mean and std-normalized advantages.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low: ε_low, or None for no lower bound.
       clip_high: ε_high.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: bounds that are none.
+      ValueError: if the clip bounds are invalid (0 < clip_low ≤ 1 or None, clip_high > 0).
     """
+    check_shapes("cispo", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("cispo", None if clip_low == 1 else clip_low, clip_high)
     log_r = jax.lax.stop_gradient(staleness(logp, logp_old, mask))
     return _clipped_weight(logp, log_r, advantages, mask, clip_low, clip_high)
@@ -60,23 +62,27 @@ def minpro(
     clip_low: float | None = None,
     clip_high: float = 4.0,
 ) -> TokenLoss:
-    """CISPO with the smallest earlier ratio as a stand-in for the weight of the prefix.
+    """CISPO with the smallest earlier ratio in place of the weight of the prefix.
 
         L_t = −sg[ clip( r_t · min_{s<t} r_s, 1 − ε_low, 1 + ε_high) ] Â log π_θ     (token mean)
 
-    The exact off-policy gradient weighs token t by Π_{s≤t} r_s (arXiv:2601.22718). Not fully known:
-    the form is that of two public write-ups which agree, the PDF was not read; for the first token
-    they say nothing (here the empty minimum is 1); the paper's ε are unknown, the defaults are
+    The exact off-policy gradient weighs token t by Π_{s≤t} r_s (https://arxiv.org/abs/2601.22718).
+    Not verified against the paper: the form is from two public write-ups that agree. They do not
+    cover the first token; its empty minimum is 1 here. The paper's ε are unknown; the defaults are
     CISPO's.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low: ε_low, or None for no lower bound.
       clip_high: ε_high.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: bounds that are none.
+      ValueError: if the clip bounds are invalid (0 < clip_low ≤ 1 or None, clip_high > 0).
     """
+    check_shapes("minpro", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("minpro", None if clip_low == 1 else clip_low, clip_high)
     log_r = jax.lax.stop_gradient(staleness(logp, logp_old, mask))
     so_far = jax.lax.cummin(jnp.where(mask, log_r, jnp.inf), axis=1)
@@ -85,7 +91,14 @@ def minpro(
     return _clipped_weight(logp, log_r + prefix, advantages, mask, clip_low, clip_high)
 
 
-def _clipped_weight(logp, log_weight, advantages, mask, clip_low, clip_high) -> TokenLoss:
+def _clipped_weight(
+    logp: Float[Array, "B T"],
+    log_weight: Float[Array, "B T"],
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    clip_low: float | None,
+    clip_high: float,
+) -> TokenLoss:
     lower = -math.inf if clip_low in (None, 1) else math.log1p(-clip_low)
     upper = math.log1p(clip_high)
     weight = jnp.exp(jnp.clip(log_weight, min=lower, max=upper))

@@ -1,18 +1,21 @@
-"""CPGD: the clip acts on the log-probability, and the ratio never multiplies the gradient."""
+"""CPGD: clips the log-probability; the ratio never multiplies the gradient."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32
-from jaxrl_stable.objectives.token_loss import TokenLoss, check_clip, per_token, staleness
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_clip,
+    check_shapes,
+    per_token,
+    staleness,
+)
 
 
 def cpgd(
@@ -27,24 +30,29 @@ def cpgd(
     drift: float = 1e-3,
     drift_cap: float = 2.0,
 ) -> TokenLoss:
-    """L_t = −Â ℓ̄ + α min( sg[r] − 1, cap ) log π_θ,  r = π_θ/π_old (arXiv:2505.12504).
+    """L_t = −Â ℓ̄ + α min( sg[r] − 1, cap ) log π_θ,  r = π_θ/π_old.
 
         ℓ̄ = min( log π_θ, log π_old + log(1 + ε_high) ) if Â > 0
             max( log π_θ, log π_old + log(1 − ε_low) )  else
 
-    The second term is a policy drift: without the cap its gradient is that of k3 = r − 1 − log r.
-    Not fully known: form and constants are those of siiRL's code, the paper's equation was not
-    read; the reduction differs between codes (token mean in siiRL, per response in LightRFT).
+    Source: https://arxiv.org/abs/2505.12504. The second term is a policy drift: without the cap,
+    its gradient is the gradient of k3 = r − 1 − log r. Not verified against the paper: form and
+    constants are from siiRL's code. The reduction differs between implementations (token mean in
+    siiRL, per response in LightRFT).
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high.
       drift: α.
       drift_cap: largest factor of the drift's gradient.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: bounds that are none.
+      ValueError: if the clip bounds are invalid (0 < clip_low < 1, clip_high > 0).
     """
+    check_shapes("cpgd", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("cpgd", clip_low, clip_high)
     advantages = per_token(advantages, mask)
     log_r = staleness(logp, logp_old, mask)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32, importance_weight, log_ratio
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_option,
+    check_shapes,
     per_token,
     score_function,
+    traits,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 TINY = 1e-8  # keeps the logarithms of the binary KL finite
 
 
+@traits(weighs_mismatch=True)
 def dppo(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -33,33 +33,40 @@ def dppo(
     threshold: float = 0.15,
     truncation: float | None = None,
 ) -> TokenLoss:
-    """L_t = −sg[ M_t min(ρ, C) ] Â log π_θ,  ρ = π_θ/μ_old (arXiv:2602.04879).
+    """L_t = −sg[ M_t min(ρ, C) ] Â log π_θ,  ρ = π_θ/μ_old.
 
         M_t = 0 if D > δ and the advantage pushes further: Â > 0 and ρ > 1, or Â < 0 and ρ < 1
         tv:  D = |π_θ(y_t) − μ_old(y_t)|
         kl:  D = p log p/q + (1 − p) log (1 − p)/(1 − q),  p = μ_old(y_t), q = π_θ(y_t)
 
-    Both divergences are those of "this token or another one", lower bounds of the full ones. A
-    ratio says little where the token is rare, and a difference of probabilities says little there
-    too, but permits the step. δ is .15 (study) or .2 (scaling) for tv and .05 for kl; C is none
-    (study) or 5 (scaling). The paper's top-20 variants need logits and are not here.
+    Source: https://arxiv.org/abs/2602.04879. Both divergences are between "this token" and "any
+    other token", which bounds the full divergence from below. For rare tokens a ratio is
+    uninformative; a difference of probabilities is too, but it permits the step. The paper uses δ =
+    .15 (study) or .2 (scaling) for tv and .05 for kl, and C = None (study) or 5 (scaling). Its
+    top-20 variants need logits and are not implemented.
 
     Args:
       logp: log π_θ.
-      logp_old: not looked at: the paper finds that the region must be anchored at the sampler.
+      logp_old: unused; the paper finds that the region must be anchored at the sampler.
       logp_rollout: log μ_old.
-      advantages: one a response, or one a token.
+      advantages: one per response, or one per token.
       mask: response tokens.
       divergence: "tv" or "kl".
       threshold: δ.
       truncation: C, or None.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: unknown divergence, or a threshold or truncation that is not positive.
+      ValueError: if the divergence is unknown, or the threshold or truncation is not positive.
     """
+    check_shapes("dppo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("dppo", "divergence", divergence, ("tv", "kl"))
     if threshold <= 0 or (truncation is not None and truncation <= 0):
-        raise ValueError(f"dppo: threshold={threshold}, truncation={truncation}; use positive ones")
+        raise ValueError(
+            f"dppo: threshold={threshold}, truncation={truncation}; use positive values"
+        )
     constant, rollout = jax.lax.stop_gradient((logp, logp_rollout))
     log_weight = log_ratio(constant, rollout, mask)
     q, p = (jnp.exp(jnp.where(mask, at_least_float32(x), 0.0)) for x in (constant, rollout))
@@ -79,12 +86,9 @@ def dppo(
 
 
 def _binary_kl(p: Float[Array, "B T"], q: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """KL between two coins that show this token with probability p and q."""
+    """Returns the KL divergence between two coins that show this token with probability p and q."""
 
-    def term(a, b):
+    def term(a: Float[Array, "B T"], b: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return a * (jnp.log(jnp.maximum(a, TINY)) - jnp.log(jnp.maximum(b, TINY)))
 
     return term(p, q) + term(1 - p, 1 - q)
-
-
-dppo.weighs_mismatch = True

@@ -1,19 +1,23 @@
-"""M2PO: drop the tokens that carry the second moment of the log-ratio above a threshold."""
+"""M2PO: drops the tokens that carry the second moment of the log-ratio above a threshold."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import log_ratio
-from jaxrl_stable.objectives.token_loss import TokenLoss, check_option, per_token, staleness
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_option,
+    check_shapes,
+    per_token,
+    staleness,
+    traits,
+)
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
-
+@traits(whole_batch=True, needs_mismatch=lambda moment, **_: moment == "mismatch")
 def m2po(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -24,27 +28,31 @@ def m2po(
     threshold: float = 0.04,
     moment: str = "mismatch",
 ) -> TokenLoss:
-    """L_t = −M_t r Â,  r = π_θ/π_old; M keeps the tokens of smallest d² whose mean is below τ.
+    """L_t = −M_t r Â,  r = π_θ/π_old; M keeps the most tokens of small d² with a mean below τ.
 
         mismatch:  d = log π_old/μ_old     (AReaL's code)
         full:      d = log π_θ/μ_old       (AReaL's documentation)
 
-    arXiv:2510.01161. The paper's own text was not read: the form is AReaL's, whose code and
-    documentation differ in d, and τ was not found in either; the default is a choice of ours.
-    Published with the token mean and std-normalised advantages. Decides on all the tokens it is
-    given, which have to be those of the whole mini-batch; masked ones count in no moment.
+    Source: https://arxiv.org/abs/2510.01161. Not verified against the paper: the form is AReaL's,
+    whose code and documentation differ in d. Neither gives τ; the default is our choice. Published
+    with the token mean and std-normalized advantages. Decides on all tokens in the call, so pass
+    the whole mini-batch; tokens outside the mask do not count in the moment.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`.
       threshold: τ, positive.
       moment: "mismatch" or "full".
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: unknown moment, or a threshold that is not positive.
+      ValueError: if the moment is unknown, or the threshold is not positive.
     """
+    check_shapes("m2po", logp, logp_old, logp_rollout, advantages, mask)
     check_option("m2po", "moment", moment, ("mismatch", "full"))
     if threshold <= 0:
-        raise ValueError(f"m2po: threshold is {threshold}; use a positive one")
+        raise ValueError(f"m2po: threshold is {threshold}; use a positive value")
     advantages = per_token(advantages, mask)
     log_r = staleness(logp, logp_old, mask)
     old = logp if logp_old is None or moment == "full" else logp_old
@@ -57,17 +65,13 @@ def m2po(
     return TokenLoss(loss, log_r, r, jnp.zeros_like(mask), high, low)
 
 
-m2po.whole_batch = True
-m2po.needs_mismatch = lambda moment="mismatch", **_: moment == "mismatch"
-
-
 def _smallest_below(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], threshold: float
 ) -> Bool[Array, "B T"]:
-    """The largest set of smallest entries within the mask whose mean is below the threshold."""
+    """Returns the most entries within the mask, smallest first, whose mean is below a threshold."""
     flat = jnp.where(mask, x, jnp.inf).ravel()
     order = jnp.argsort(flat)
     mean = jnp.cumsum(flat[order]) / jnp.arange(1, flat.size + 1)
-    # The mean of the smallest k grows with k, so that those below come first.
+    # The mean of the smallest k grows with k, so those below the threshold come first.
     kept = jnp.zeros(flat.shape, bool).at[order].set(mean < threshold)
     return kept.reshape(x.shape)

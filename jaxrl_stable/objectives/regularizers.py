@@ -1,17 +1,13 @@
-"""Terms beside the objective: distance to a reference policy. Per token, to be aggregated alike."""
+"""Per-token terms that are added to the loss: distance to a reference policy."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import bounded, log_ratio
-from jaxrl_stable.objectives.token_loss import check_option, staleness
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import check_option, check_same_shape, staleness
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "k3+")
 
@@ -31,21 +27,28 @@ def kl_penalty(
         k3          e^−d − 1 + d     1 − e^−d               that of KL(π_ref ‖ π_θ)
         k3+         e^−d − 1 + d     d                      unbiased (value of k3, gradient of k2)
 
-    (http://joschu.net/blog/kl-approx.html for the values; GRPO, arXiv:2402.03300, eq. 4, uses k3.)
-    All are for samples of π_θ. With `logp_old` the estimate is multiplied by r = π_θ/π_old, the
-    gradient flowing through r as well: value and gradient are then unbiased on samples of π_old,
-    for k1 and k3 (TRL's `use_bias_correction_kl`; DeepSeek-V3.2, arXiv:2512.02556).
+    Source of the values: http://joschu.net/blog/kl-approx.html; GRPO
+    (https://arxiv.org/abs/2402.03300, eq. 4) uses k3. All are for samples of π_θ. With `logp_old`
+    the estimate is multiplied by r = π_θ/π_old, and the gradient also flows through r: for k1 and
+    k3, value and gradient are then unbiased on samples of π_old (TRL's `use_bias_correction_kl`;
+    DeepSeek-V3.2, arXiv:2512.02556).
 
     Args:
       logp: log π_θ; carries the gradient.
       logp_reference: log π_ref; a constant.
-      mask: response tokens; the result is 0 elsewhere.
+      mask: response tokens.
       estimator: one of `KL_ESTIMATORS`.
       logp_old: log π_old, or None for no weight.
 
+    Returns:
+      The estimate per token, 0 outside the mask. Reduce it like the loss.
+
     Raises:
-      ValueError: unknown estimator, or one that a weight would bias.
+      ValueError: if the estimator is unknown, or is biased under a weight ("k2" and "k3+").
     """
+    check_same_shape(
+        "kl_penalty", "B T", logp=logp, logp_reference=logp_reference, logp_old=logp_old, mask=mask
+    )
     check_option("kl_penalty", "estimator", estimator, KL_ESTIMATORS)
     if logp_old is not None and estimator not in ("k1", "k3"):
         raise ValueError(

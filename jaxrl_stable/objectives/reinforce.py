@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-from jaxrl_stable.objectives.token_loss import TokenLoss, per_token, score_function, staleness
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+from jaxrl_stable.array_types import Array, Bool, Float
+from jaxrl_stable.objectives.token_loss import (
+    TokenLoss,
+    check_shapes,
+    per_token,
+    score_function,
+    staleness,
+)
 
 
 def reinforce(
@@ -22,9 +24,16 @@ def reinforce(
 ) -> TokenLoss:
     """L_t = −Â log π_θ(y_t) (Williams 1992), exact while π_θ is the policy that sampled.
 
-    With `advantages.leave_one_out` and the token sum it is RLOO (arXiv:2402.14740). The other two
-    policies are not looked at. Arguments: see `minirl`.
+    With `advantages.leave_one_out` and the token sum it is RLOO (https://arxiv.org/abs/2402.14740).
+
+    Args:
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_old` and
+        `logp_rollout` are unused.
+
+    Returns:
+      The token loss, before `aggregate`.
     """
+    check_shapes("reinforce", logp, logp_old, logp_rollout, advantages, mask)
     zeros = jnp.zeros(mask.shape, per_token(advantages, mask).dtype)
     return score_function(logp, zeros, zeros + 1.0, per_token(advantages, mask), mask)
 
@@ -38,15 +47,20 @@ def dro(
     *,
     beta: float = 0.05,
 ) -> TokenLoss:
-    """L_t = −( Â log π_θ − β/2 (log π_θ/π_old)² ): the ratio is kept near 1 by a square, unclipped.
+    """L_t = −( Â log π_θ − β/2 (log π_θ/π_old)² ): a square, not a clip, keeps r near 1.
 
     The token-level form of verl's `dro`, without the learned value function of direct reward
-    optimisation (arXiv:2405.19107); β has no published default, ours is that of verl's test.
+    optimization (https://arxiv.org/abs/2405.19107). β has no published default; ours is from verl's
+    test.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       beta: β, weight of the square.
+
+    Returns:
+      The token loss, before `aggregate`.
     """
+    check_shapes("dro", logp, logp_old, logp_rollout, advantages, mask)
     log_r = staleness(logp, logp_old, mask)
     plain = reinforce(logp, logp_old, logp_rollout, advantages, mask)
     loss = plain.loss + 0.5 * beta * jnp.square(log_r)

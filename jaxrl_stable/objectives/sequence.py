@@ -1,27 +1,25 @@
-"""GSPO, LUSPO and GMPO: one ratio a response, the geometric mean of its tokens' ratios."""
+"""GSPO, LUSPO and GMPO: one ratio per response, the geometric mean of its tokens' ratios."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32, response_mean
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
     check_clip,
     check_option,
+    check_shapes,
     clipped_surrogate,
     per_response,
     per_token,
     repeated,
     staleness,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 def gspo(
@@ -35,24 +33,29 @@ def gspo(
     clip_high: float = 4e-4,
     form: str = "sequence",
 ) -> TokenLoss:
-    """L_i = −min( s_i Â_i, clip(s_i, 1 − ε_low, 1 + ε_high) Â_i ) (arXiv:2507.18071, eqs. 5 and 7).
+    """L_i = −min( s_i Â_i, clip(s_i, 1 − ε_low, 1 + ε_high) Â_i ), with one ratio s_i per response.
 
         s_i = (π_θ(y_i) / π_old(y_i))^(1/|y_i|) = exp( mean_t log r_t )
         token form:  s_it = sg[s_i] π_θ/sg[π_θ], clipped token by token (eqs. 13 and 14)
 
-    ε 3e-4 / 4e-4 belong to this ratio: with PPO's ε nothing is ever clipped. With them users see 10
-    to 30 % of the tokens clipped, against .03 % for GRPO. Published with `seq-mean-token-mean` and
-    std-normalised advantages. Both forms have the same gradient if the advantages of a response
-    are equal.
+    Source: https://arxiv.org/abs/2507.18071, eqs. 5 and 7. ε of 3e-4 / 4e-4 belong to this ratio:
+    with PPO's ε nothing is ever clipped. With them users report 10 to 30 % of tokens clipped,
+    against .03 % for GRPO. Published with `seq-mean-token-mean` and std-normalized advantages. Both
+    forms have the same gradient if all advantages of a response are equal.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high.
-      form: "sequence", or "token", which takes one advantage a token as well.
+      form: "sequence", or "token", which also takes one advantage per token.
+
+    Returns:
+      The token loss, before `aggregate`.
 
     Raises:
-      ValueError: unknown form, bounds that are none, or an advantage a token in sequence form.
+      ValueError: if the form is unknown, the clip bounds are invalid (0 < clip_low < 1,
+        clip_high > 0), or the sequence form gets one advantage per token.
     """
+    check_shapes("gspo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("gspo", "form", form, ("sequence", "token"))
     check_clip("gspo", clip_low, clip_high)
     log_s = repeated(response_mean(staleness(logp, logp_old, mask), mask), mask)
@@ -78,16 +81,21 @@ def luspo(
 ) -> TokenLoss:
     """L_i = −|y_i| min( s_i Â_i, clip(s_i, 1 − ε_low, 1 + ε_high) Â_i ): GSPO times the length.
 
-    Form and ε are those of TRL and its documentation; the paper was not read. Reduce it
-    with `seq-mean-token-mean`.
+    Form and ε are from TRL and its documentation; the paper was not read. Reduce it with
+    `seq-mean-token-mean`.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: bounds that are none, or an advantage a token.
+      ValueError: if the clip bounds are invalid (0 < clip_low < 1, clip_high > 0), or there is one
+        advantage per token.
     """
+    check_shapes("luspo", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("luspo", clip_low, clip_high)
     advantages = per_response(advantages, mask, "luspo")
     log_s = repeated(response_mean(staleness(logp, logp_old, mask), mask), mask)
@@ -110,20 +118,24 @@ def gmpo(
 
         d = log π_θ/π_old,   d̃ = min(d, ε_high) if Â > 0, max(d, −ε_low) if Â < 0
 
-    arXiv:2507.20673; ε are bounds of the log-ratio, unlike everywhere else. The form is that of
-    verl's `geo_mean` and of TRL. Reduce it with `seq-mean-token-mean`.
+    Source: https://arxiv.org/abs/2507.20673. Here, unlike everywhere else, ε bound the log-ratio.
+    The form is that of verl's `geo_mean` and of TRL. Reduce it with `seq-mean-token-mean`.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high, positive.
 
+    Returns:
+      The token loss, before `aggregate`.
+
     Raises:
-      ValueError: an advantage a token, or bounds that are not positive.
+      ValueError: if there is one advantage per token, or the bounds are not positive.
     """
+    check_shapes("gmpo", logp, logp_old, logp_rollout, advantages, mask)
     if not (clip_low > 0 and clip_high > 0):
         raise ValueError(
             f"gmpo: clip_low={clip_low}, clip_high={clip_high} bound a log-ratio around 0; "
-            "use positive ones"
+            "use positive values"
         )
     advantages = per_response(advantages, mask, "gmpo")
     d = staleness(logp, logp_old, mask)

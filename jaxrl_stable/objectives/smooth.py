@@ -1,25 +1,24 @@
-"""SAPO and VESPO: smooth gates in the place of a clip."""
+"""SAPO and VESPO: smooth gates in place of a clip."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import LOG_RATIO_BOUND, bounded, log_ratio
 from jaxrl_stable.objectives.token_loss import (
     TokenLoss,
+    check_shapes,
     per_response,
     per_token,
     repeated,
     score_function,
     staleness,
+    traits,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
 
 
 def sapo(
@@ -34,20 +33,24 @@ def sapo(
 ) -> TokenLoss:
     """L_t = −(4/τ) σ( τ (r − 1) ) Â,  r = π_θ/π_old; τ = τ_high where Â > 0, else τ_low.
 
-    arXiv:2511.20347. The weight of the gradient is 4 σ (1 − σ) r, which is 1 at r = 1 and falls off
-    on both sides. Published with `seq-mean-token-mean`.
+    Source: https://arxiv.org/abs/2511.20347. The weight of the gradient is 4 σ (1 − σ) r, which is
+    1 at r = 1 and falls off on both sides. Published with `seq-mean-token-mean`.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; μ_old is not looked at.
-      temperature_high, temperature_low: τ, positive; a larger one is narrower.
+      logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
+      temperature_high, temperature_low: τ, positive; a larger τ makes a narrower gate.
+
+    Returns:
+      The token loss, before `aggregate`.
 
     Raises:
-      ValueError: a temperature that is not positive.
+      ValueError: if a temperature is not positive.
     """
+    check_shapes("sapo", logp, logp_old, logp_rollout, advantages, mask)
     if not (temperature_high > 0 and temperature_low > 0):
         raise ValueError(
             f"sapo: temperature_high={temperature_high}, temperature_low={temperature_low}; "
-            "use positive ones"
+            "use positive values"
         )
     advantages = per_token(advantages, mask)
     log_r = staleness(logp, logp_old, mask)
@@ -59,6 +62,7 @@ def sapo(
     return TokenLoss(-4 / tau * gate * advantages, log_r, weight, nowhere, nowhere, nowhere)
 
 
+@traits(weighs_mismatch=lambda tis_cap, **_: tis_cap is not None)
 def vespo(
     logp: Float[Array, "B T"],
     logp_old: Float[Array, "B T"] | None,
@@ -72,20 +76,24 @@ def vespo(
 ) -> TokenLoss:
     """L_t = −sg[ φ(W_i) ] Â log π_θ,  φ(W) = W^k e^{λ(1 − W)},  W_i = Π_t π_θ/π_old (token mean).
 
-    arXiv:2602.10693. W is the product, not a mean: the paper reports that normalising it by length
-    collapses. φ(1) = 1, and both ends fade: log φ = λ + k log W − λ W. (k, λ) are what the authors'
-    code uses; its docstring lists others (2, 1.5, 4, 2.5).
+    Source: https://arxiv.org/abs/2602.10693. W is the product, not a mean: the paper reports that
+    normalizing it by length collapses. φ(1) = 1, and both ends fade: log φ = λ + k log W − λ W.
+    (k, λ) are from the authors' code; its docstring lists others (2, 1.5, 4, 2.5).
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`.
       positive: (k, λ) where Â ≥ 0.
       negative: (k, λ) where Â < 0.
-      tis_cap: C; W is then multiplied by Π_t min(π_old/μ_old, C), the mismatch. None leaves μ_old
-        alone.
+      tis_cap: C; W is then multiplied by Π_t min(π_old/μ_old, C), the mismatch. None leaves
+        `logp_rollout` unused.
+
+    Returns:
+      The token loss, before `aggregate`.
 
     Raises:
-      ValueError: an advantage a token.
+      ValueError: if there is one advantage per token.
     """
+    check_shapes("vespo", logp, logp_old, logp_rollout, advantages, mask)
     log_r = jax.lax.stop_gradient(staleness(logp, logp_old, mask))
     if tis_cap is not None:
         old = logp if logp_old is None else logp_old
@@ -96,6 +104,3 @@ def vespo(
     k, decay = (jnp.where(advantages >= 0, *pair) for pair in zip(positive, negative))
     weight = jnp.exp(decay + k * bounded(log_W) - decay * jnp.exp(bounded(log_W)))
     return score_function(logp, log_W, weight, advantages, mask)
-
-
-vespo.weighs_mismatch = lambda tis_cap=None, **_: tis_cap is not None

@@ -1,32 +1,37 @@
-"""What every objective returns, and the few steps that all of them share."""
+"""What every objective returns and declares, and the steps that they share."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.importance import at_least_float32, bounded, log_ratio
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+F = TypeVar("F", bound=Callable)
 
 
 class TokenLoss(NamedTuple):
-    """Per-token loss and what was decided on the way; everything but `loss` is constant.
+    """Per-token loss and the decisions behind it; everything except `loss` is constant.
 
-    An objective whose ratio belongs to the response repeats the response's values in each of its
-    tokens; the mean over the tokens is then the response's loss.
+    An objective with one ratio per response repeats the response's values at each of its tokens;
+    their mean over the tokens is then the response's loss.
 
     Attributes:
-      loss: to be minimised after `aggregate`; 0 outside the mask.
-      log_weight: log of the importance ratio before any bound, 0 outside the mask.
-      weight: what stands before −Â ∇log π_θ where nothing is clipped: the ratio after its bounds.
-      truncated: tokens whose weight met a bound and keeps its gradient.
-      clipped_high: tokens with Â > 0 whose gradient is silenced.
-      clipped_low: the same with Â < 0.
+      loss: quantity to minimize after `aggregate`; 0 outside the mask.
+      log_weight: log of the importance ratio before any bound; 0 outside the mask.
+      weight: factor of −Â ∇log π_θ where nothing is clipped: the ratio after its bounds.
+      truncated: tokens whose weight hit a bound and that keep their gradient.
+      clipped_high: tokens with Â > 0 whose gradient is zeroed.
+      clipped_low: tokens with Â < 0 whose gradient is zeroed.
     """
 
     loss: Float[Array, "B T"]
@@ -37,10 +42,118 @@ class TokenLoss(NamedTuple):
     clipped_low: Bool[Array, "B T"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """Properties of an objective or a correction that decide what it can be combined with.
+
+    A trait that depends on options is a function of them, as keyword arguments.
+
+    Attributes:
+      weighs_mismatch: multiplies the gradient by π_old/μ_old, which must happen only once.
+      needs_mismatch: has no effect, or a wrong one, where π_old/μ_old is replaced by 1.
+      whole_batch: decides on all tokens of a mini-batch together, so it must see all of them.
+    """
+
+    weighs_mismatch: bool | Callable[..., bool] = False
+    needs_mismatch: bool | Callable[..., bool] = False
+    whole_batch: bool | Callable[..., bool] = False
+
+
+def traits(
+    *,
+    weighs_mismatch: bool | Callable[..., bool] = False,
+    needs_mismatch: bool | Callable[..., bool] = False,
+    whole_batch: bool | Callable[..., bool] = False,
+) -> Callable[[F], F]:
+    """Declares the `Traits` of the function that it decorates; `traits_of` reads them.
+
+    >>> @traits(weighs_mismatch=lambda weight, **_: weight != "none")
+    ... def loss(logp, *, weight="full"):
+    ...     return logp
+    >>> traits_of(loss).weighs_mismatch
+    True
+    >>> traits_of(functools.partial(loss, weight="none")).weighs_mismatch
+    False
+    """
+
+    def declare(function: F) -> F:
+        function.traits = Traits(weighs_mismatch, needs_mismatch, whole_batch)
+        return function
+
+    return declare
+
+
+def traits_of(function: Callable) -> Traits:
+    """Returns the traits of a function as booleans, given the options that `partial`s bind.
+
+    Options that are not bound have their defaults. A function without `traits` has none of them.
+
+    Raises:
+      ValueError: if a trait is set as an attribute of the function, as in older versions.
+    """
+    bound = {}
+    while isinstance(function, functools.partial):
+        bound, function = function.keywords | bound, function.func
+    old_style = [name for name in Traits.__dataclass_fields__ if hasattr(function, name)]
+    if old_style:
+        raise ValueError(
+            f"{function.__name__}.{old_style[0]} is set as an attribute; decorate the function "
+            f"with @objectives.traits({old_style[0]}=True) instead"
+        )
+    declared = getattr(function, "traits", Traits())
+    if not any(map(callable, vars(declared).values())):
+        return declared
+    parameters = inspect.signature(function).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | bound
+    return Traits(*(x(**options) if callable(x) else x for x in vars(declared).values()))
+
+
+def check_same_shape(function: str, axes: str, **arrays: Array | None) -> None:
+    """Checks that nothing would broadcast; reads shapes alone, so it also works while tracing.
+
+    Args:
+      function: name of the caller, for the error message.
+      axes: expected axes, such as "B T"; with a "*", any number of axes passes.
+      **arrays: arrays by argument name; None passes.
+
+    Raises:
+      ValueError: if the arrays have different shapes, or another number of axes.
+    """
+    shapes = {name: np.shape(x) for name, x in arrays.items() if x is not None}
+    first = next(iter(shapes.values()))
+    rank_differs = "*" not in axes and len(first) != len(axes.split())
+    if rank_differs or any(shape != first for shape in shapes.values()):
+        shown = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        expected = ", ".join(axes.split())
+        raise ValueError(f"{function}: arrays must have one shape [{expected}] but are {shown}")
+
+
+def check_shapes(
+    function: str,
+    logp: Array,
+    logp_old: Array | None,
+    logp_rollout: Array | None,
+    advantages: Array,
+    mask: Array,
+) -> None:
+    """Checks the shapes of the arrays that every objective and correction takes.
+
+    Raises:
+      ValueError: if advantages are neither [B] nor [B, T], or another array is not [B, T].
+    """
+    per_token = {"logp_old": logp_old, "logp_rollout": logp_rollout, "mask": mask}
+    check_same_shape(function, "B T", logp=logp, **per_token)
+    if np.shape(advantages) not in (np.shape(logp)[:1], np.shape(logp)):
+        raise ValueError(
+            f"{function}: advantages must have one value per response, [B], or per token, [B, T], "
+            f"but are {list(np.shape(advantages))} where logp is {list(np.shape(logp))}"
+        )
+
+
 def per_token(
     advantages: Float[Array, "B"] | Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Advantages as constants of every token, 0 outside the mask; one a response is repeated."""
+    """Returns constant advantages per token, 0 outside the mask; repeats one per response."""
     advantages = jax.lax.stop_gradient(at_least_float32(advantages))
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -50,15 +163,15 @@ def per_token(
 def per_response(
     advantages: Float[Array, "B"], mask: Bool[Array, "B T"], objective: str
 ) -> Float[Array, "B T"]:
-    """The same for objectives whose ratio belongs to the response.
+    """Like `per_token`, for objectives with one ratio per response.
 
     Raises:
-      ValueError: there is one advantage a token.
+      ValueError: if there is one advantage per token.
     """
     if advantages.ndim != 1:
         raise ValueError(
-            f"{objective}: advantages have shape {advantages.shape}; its ratio belongs to the "
-            "response, so give one a response, [B]"
+            f"{objective}: advantages have shape {list(advantages.shape)}, but its ratio belongs "
+            "to the response; give one advantage per response, [B]"
         )
     return per_token(advantages, mask)
 
@@ -66,16 +179,16 @@ def per_response(
 def staleness(
     logp: Float[Array, "B T"], logp_old: Float[Array, "B T"] | None, mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """log π_θ/π_old with the gradient of log π_θ; 0 everywhere if `logp_old` is None (π_old = π_θ).
+    """Returns log π_θ/π_old with the gradient of log π_θ; 0 if `logp_old` is None (π_old = π_θ).
 
-    Bounded at ±20, against overflow alone.
+    Bounded at ±20, only against overflow.
     """
     old = logp if logp_old is None else logp_old
     return bounded(log_ratio(logp, jax.lax.stop_gradient(old), mask))
 
 
 def repeated(x: Float[Array, "B"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    """What belongs to a response, in each of its tokens; 0 outside the mask."""
+    """Repeats one value per response at each of its tokens; 0 outside the mask."""
     return jnp.where(mask, x[:, None], 0.0)
 
 
@@ -94,10 +207,10 @@ def score_function(
       logp: log π_θ.
       log_weight: log of the ratio before any bound.
       weight: w_t.
-      advantages: one a token, 0 outside the mask.
+      advantages: one per token, 0 outside the mask.
       mask: response tokens.
-      truncated: see `TokenLoss`; None for none.
-      clipped: where M_t is 0; None for nowhere.
+      truncated: see `TokenLoss`; None if no weight is truncated.
+      clipped: tokens where M_t is 0; None if M_t is 1 everywhere.
     """
     nowhere = jnp.zeros_like(mask)
     truncated = nowhere if truncated is None else truncated & mask
@@ -119,13 +232,13 @@ def clipped_surrogate(
 ) -> TokenLoss:
     """PPO's pessimistic bound: L = −min(r Â, clip(r, lower, upper) Â) (arXiv:1707.06347, eq. 7).
 
-    The gradient flows through r. With `dual_clip` = c, L = min(L, −c Â) where Â < 0: r counts no
-    more than c there (arXiv:1912.09729, eq. 5). Decided in log space, where float32 resolves
-    bounds as near to 1 as GSPO's.
+    The gradient flows through r. With `dual_clip` = c, L = min(L, −c Â) where Â < 0: r counts at
+    most c there (arXiv:1912.09729, eq. 5). Clipping is decided in log space, where float32
+    resolves even bounds as close to 1 as GSPO's.
 
     Args:
       log_r: log r, bounded.
-      advantages: one a token, 0 outside the mask.
+      advantages: one per token, 0 outside the mask.
       mask: response tokens.
       log_lower, log_upper: logs of the bounds of r.
       dual_clip: c > 1, or None.
@@ -142,13 +255,13 @@ def clipped_surrogate(
 
 
 def check_option(objective: str, option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError if `value` is not one of `allowed`."""
+    """Checks that `value` is one of `allowed`; raises ValueError if not."""
     if value not in allowed:
         raise ValueError(f"{objective}: {option} {value!r} is unknown; use one of {allowed}")
 
 
 def check_clip(objective: str, clip_low: float | None, clip_high: float) -> None:
-    """Raises ValueError unless 1 − clip_low (None: no bound) and 1 + clip_high are around 1."""
+    """Checks that 1 − clip_low (None: no bound) < 1 < 1 + clip_high; raises ValueError if not."""
     if not ((clip_low is None or 0 < clip_low < 1) and clip_high > 0):
         raise ValueError(
             f"{objective}: clip_low={clip_low}, clip_high={clip_high} are ε around a ratio of 1; "

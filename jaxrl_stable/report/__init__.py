@@ -1,15 +1,15 @@
-"""The report of a run: one HTML file that needs nothing else, and its plots as PNG files.
+"""The report of a run: one self-contained HTML file, and its plots as PNG files.
 
     python -m jaxrl_stable.report --workdir=DIR
 
-Reads what a run wrote to its directory (`run`), draws its curves (`curves`), says what each metric
-means and whether it is healthy (`explanations`), shows sampled responses token by token (`samples`)
-and puts them on a page (`page`). Writes report.html and plots/*.png to the same directory.
+Reads the files of a run (`run`), draws its curves (`curves`), explains each metric and whether it
+is healthy (`explanations`), shows sampled responses token by token (`samples`), and puts all of it
+on a page (`page`). Writes report.html and plots/*.png to the directory of the run.
 
-`layout`, `drawing`, `text` and `samples` serve the page of a study (`jaxrl_stable.study`) as well.
+The page of a study (`jaxrl_stable.study`) also uses `layout`, `drawing`, `text` and `samples`.
 
-The page holds what a language model wrote. All of it is escaped, there is no script, and a content
-security policy forbids the page to load or run anything.
+The page contains text from a language model. All of it is escaped, the page has no scripts, and a
+content security policy forbids it to load or run anything.
 """
 
 from jaxrl_stable.report.page import write_report

@@ -1,22 +1,39 @@
-"""python -m jaxrl_stable.report --workdir=DIR"""
+"""Writes the report of a run: `python -m jaxrl_stable.report --workdir=DIR`."""
 
+import argparse
+import sys
 from collections.abc import Sequence
-
-from absl import app, flags
+from typing import NoReturn
 
 from jaxrl_stable.report import write_report
 
-# Here, where only this program comes by: the training program has its own flag of the same name.
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run to report on", required=True)
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exits with one line instead of the usage."""
+        self.exit(2, f"report: {message} ({self.prog} --help lists the arguments)\n")
 
 
-def main(_: Sequence[str]) -> None:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line."""
+    parser = _Parser(
+        prog="python -m jaxrl_stable.report",
+        description="Writes report.html and plots/*.png to the directory of a run.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="directory of the run")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Writes the report and prints its path."""
+    workdir = parse(arguments).workdir
     try:
-        path = write_report(WORKDIR.value)
+        path = write_report(workdir)
     except (OSError, ValueError) as error:
         raise SystemExit(f"report: {error}") from None
     print(path)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The curves of a run: what is drawn together, and how."""
+"""The curves of a run: which metrics are drawn together, and how."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import matplotlib
 import matplotlib.axes
 import matplotlib.figure
 import numpy as np
+from jaxtyping import Float
 
 from jaxrl_stable.report.drawing import COLORS, STYLE, Points, finish_axes, inline_svg, thin
 from jaxrl_stable.report.explanations import interval_names
@@ -23,12 +24,13 @@ class Panel:
     """One plot.
 
     Attributes:
-      name: of its PNG file.
-      title, unit: above it, and beside its axis.
-      lines: label of each metric; shown where there is more than one line.
-      style: "lines"; "band" adds a metric's interval; "depth" colours the layers of a metric from
-        first to last; "stack" adds the metrics up.
-      log: logarithmic axis. Of a metric that can be negative the absolute value is drawn.
+      name: name of its PNG file.
+      title: title above the plot.
+      unit: label of the vertical axis.
+      lines: metric to label; labels are shown if there is more than one line.
+      style: "lines"; "band", which adds a metric's interval; "depth", which colours the layers of a
+        metric from first to last; or "stack", which adds the metrics up.
+      log: whether the axis is logarithmic; it then shows the absolute value of negative values.
     """
 
     name: str
@@ -46,8 +48,8 @@ PAPER_PANELS = (
         "mismatch_kl",
         "Training–inference KL",
         "nats per token",
-        # Two estimators of one KL. The paper plots k1, whose mean over a batch can be below zero:
-        # on this axis it is drawn as |k1|. k3 = e^Δ − 1 − Δ is never negative.
+        # Two estimators of one KL. The paper plots k1, whose mean over a batch can be negative, so
+        # this axis shows |k1|. k3 = e^Δ − 1 − Δ is never negative.
         {"mismatch/kl_k3_token_mean": "k3", "mismatch/kl_k1_token_mean": "|k1|"},
         log=True,
     ),
@@ -149,7 +151,11 @@ MORE_PANELS = (
 
 
 def draw(run: Run, panel: Panel, path: pathlib.Path) -> str:
-    """Draws a panel to a PNG file and returns it as inline SVG; "" when its metrics are missing."""
+    """Draws a panel to a PNG file.
+
+    Returns:
+      The panel as inline SVG; "" if the run lacks its metrics.
+    """
     series = {
         label if layer == name else f"{label} {layer.removeprefix(name.removesuffix(LAYER))}": (
             run.series(layer)
@@ -185,10 +191,10 @@ def draw(run: Run, panel: Panel, path: pathlib.Path) -> str:
 
 
 def _plot_line(axes: matplotlib.axes.Axes, x: Points, y: Points, label: str, color: str) -> None:
-    """Few points as they are; many as a faint line under their running mean."""
+    """Plots few points as they are, many as a faint line with their running mean."""
     if len(x) <= 40:
         axes.plot(x, y, color=color, label=label, marker="o", markersize=3)
-    elif label == "|k1|":  # the mean of an absolute value would not be the KL
+    elif label == "|k1|":  # a running mean of absolute values would not estimate the KL
         axes.plot(*thin(x, y), color=color, label=label, alpha=0.45, linewidth=0.8, zorder=1.5)
     else:
         axes.plot(*thin(x, y), color=color, alpha=0.35, linewidth=0.8)
@@ -196,7 +202,7 @@ def _plot_line(axes: matplotlib.axes.Axes, x: Points, y: Points, label: str, col
 
 
 def _plot_by_depth(axes: matplotlib.axes.Axes, series: Mapping[str, tuple[Points, Points]]) -> None:
-    """Running means only, coloured from the first layer to the last."""
+    """Plots only running means, coloured from the first layer to the last."""
     ramp = matplotlib.colormaps["viridis"](np.linspace(0.25, 0.9, len(series)))
     for index, (label, (x, y)) in enumerate(series.items()):
         named = index in (0, len(series) - 1)
@@ -206,7 +212,7 @@ def _plot_by_depth(axes: matplotlib.axes.Axes, series: Mapping[str, tuple[Points
 def _finish(axes: matplotlib.axes.Axes, panel: Panel) -> None:
     finish_axes(axes, panel.log, panel.unit.startswith(("share", "seconds")))
     named = len(axes.get_legend_handles_labels()[1]) > 1
-    if named:  # in a row between title and plot, where it hides nothing
+    if named:  # in a row between title and plot, where it covers nothing
         legend = axes.legend(
             loc="lower left",
             bbox_to_anchor=(-0.02, 0.98),
@@ -214,12 +220,14 @@ def _finish(axes: matplotlib.axes.Axes, panel: Panel) -> None:
             columnspacing=1,
             handlelength=1.2,
         )
-        for handle in legend.get_lines():  # strong, also where the line is faint
+        for handle in legend.get_lines():  # opaque, even if the line is faint
             handle.set(alpha=1, linewidth=1.5)
     axes.set_title(panel.title, loc="left", pad=24 if named else 8)
     axes.set_xlabel("gradient steps")
     axes.set_ylabel(panel.unit)
 
 
-def _finite(x: Points, y: Points) -> tuple[Points, Points]:
+def _finite(
+    x: Points, y: Points
+) -> tuple[Float[np.ndarray, "finite"], Float[np.ndarray, "finite"]]:
     return x[np.isfinite(y)], y[np.isfinite(y)]

@@ -1,4 +1,4 @@
-"""How every page draws: colours, axes, and matplotlib's SVG made part of the page."""
+"""Common drawing code of all pages: colours, axes, and inline SVG from matplotlib."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jaxrl_stable.report.text import escape
 
 Points = Float[np.ndarray, "points"]
 
-# Mid-tones, legible on white and on the dark page. INK and GRID are replaced in the SVG by colours
-# of the page, so that the plots follow its light and dark mode.
+# Mid-tones, legible on the light and the dark page. In the SVG, colours of the page replace INK and
+# GRID, so that plots follow its light and dark mode.
 COLORS = ("#3a7fc8", "#d9792f", "#2f9d7b", "#9169c9", "#c9505f", "#8a929c")
 INK, GRID = "#24292e", "#d4d8de"
 STYLE = {
@@ -43,8 +43,8 @@ STYLE = {
 MAX_POINTS = 600
 
 
-def thin(x: Points, y: Points) -> tuple[Points, Points]:
-    """At most `MAX_POINTS` points, the lowest and highest of each stretch: spikes stay seen."""
+def thin(x: Points, y: Points) -> tuple[Float[np.ndarray, "kept"], Float[np.ndarray, "kept"]]:
+    """Keeps at most `MAX_POINTS` points: the extremes of each stretch, so spikes stay visible."""
     if len(x) <= MAX_POINTS:
         return x, y
     keep = {0, len(x) - 1}
@@ -57,14 +57,14 @@ def thin(x: Points, y: Points) -> tuple[Points, Points]:
 
 
 def finish_axes(axes: matplotlib.axes.Axes, log: bool = False, share: bool = False) -> None:
-    """Short ticks; on a logarithmic axis as many as fit. A share starts at 0 or above."""
+    """Formats ticks and limits. A logarithmic axis gets ticks that fit; a share starts at ≥ 0."""
     if log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         if high > 5 * low:
             subs = (1,) if high > 30 * low else (1, 2, 5)
             axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-        else:  # too little for powers of ten
+        else:  # the range is too small for powers of ten
             axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     elif share and axes.get_ylim()[0] < 0:
@@ -73,12 +73,12 @@ def finish_axes(axes: matplotlib.axes.Axes, log: bool = False, share: bool = Fal
     axes.yaxis.set_major_formatter(tick_log if log else tick)
 
 
-def tick(value: float, _: int) -> str:
+def tick(value: int | float, _: int | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:g}"
 
 
-def tick_log(value: float, _: int) -> str:
-    """1e-3 rather than 0.001, and 1e-5 rather than 1e-05."""
+def tick_log(value: int | float, _: int | None) -> str:
+    """Formats a tick as 1e-3 instead of 0.001, and as 1e-5 instead of 1e-05."""
     if not 0 < value < 0.01:
         return tick(value, _)
     mantissa, exponent = f"{value:e}".split("e")
@@ -86,17 +86,17 @@ def tick_log(value: float, _: int) -> str:
 
 
 def inline_svg(figure: matplotlib.figure.Figure, title: str) -> str:
-    """A figure as part of the page: no size or address, the page's font and colours.
+    """Returns a figure as inline SVG, without a fixed size, in the page's font and colours.
 
-    Draw it under `STYLE` with an `svg.hashsalt` of its own, so that no two plots share an id.
+    Draw it under `STYLE` with its own `svg.hashsalt`, so that no two plots share an id.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     box = re.search(r'viewBox="[^"]*"', text)[0]
-    text = text[text.index("<defs>") :]  # behind the header and the metadata
+    text = text[text.index("<defs>") :]  # skips the header and the metadata
     text = re.sub(r"<style.*?</style>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # group names, the same in every plot
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)  # group names repeat in every plot
     text = re.sub(r"font-family:[^;\"]*", "font-family: inherit", text)
     text = text.replace(INK, "currentColor").replace(GRID, "var(--line)")
     return f'<svg role="img" aria-label="{escape(title)}" {box}>{text}'

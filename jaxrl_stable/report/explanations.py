@@ -1,4 +1,4 @@
-"""What to watch: the last values, what is healthy, and when to look closer."""
+"""Tables of metrics: last values, healthy ranges, and what needs a closer look."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxrl_stable.report.text import escape, figure
 
 
 def metric_table(run: Run) -> str:
-    """What to watch: last values, a verdict on those that have a range, and how health looks."""
+    """Returns the table of watched metrics: last value, verdict (given a range), healthy state."""
     rows = []
     for metric in METRICS:
         layers = run.layers(metric.name)
@@ -37,7 +37,7 @@ def metric_table(run: Run) -> str:
 
 
 def other_metrics(run: Run) -> str:
-    """The rest: known ones without a healthy state, unknown ones, and those never finite."""
+    """Returns the table of all other metrics, including unknown ones and those never finite."""
     watched = {name for metric in METRICS if metric.healthy for name in run.layers(metric.name)}
     watched |= {end for name in watched for end in interval_names(name)}
     meanings = {metric.name: metric.meaning for metric in METRICS}
@@ -51,5 +51,5 @@ def other_metrics(run: Run) -> str:
 
 
 def interval_names(name: str) -> tuple[str, str]:
-    """The metrics that hold the ends of a metric's 95 % interval, where it has one."""
+    """Returns the names of the metrics for the ends of a metric's 95 % interval."""
     return f"{name}_low", f"{name}_high"

@@ -1,4 +1,4 @@
-"""What every page stands in: one HTML file with its style, which may load and run nothing."""
+"""The frame of every page: one HTML file with its style, which may not load or run anything."""
 
 from __future__ import annotations
 
@@ -59,7 +59,13 @@ dl{grid-template-columns:1fr}dd{margin-bottom:6px}.hide{display:none}}
 
 
 def document(title: str, body: Iterable[str], style: str = "") -> str:
-    """A page; the title is escaped here, the parts of the body are HTML, `style` is more CSS."""
+    """Returns a page.
+
+    Args:
+      title: plain text; it is escaped here.
+      body: parts of the body, as HTML.
+      style: additional CSS.
+    """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

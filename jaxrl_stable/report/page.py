@@ -1,4 +1,4 @@
-"""The page: header, curves, metrics, samples and configuration in one HTML file."""
+"""The page of a run: header, curves, metrics, samples and configuration in one HTML file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from jaxrl_stable.report.explanations import interval_names, metric_table, other
 from jaxrl_stable.report.layout import document
 from jaxrl_stable.report.run import Run, is_number, read_run
 from jaxrl_stable.report.samples import samples_section
-from jaxrl_stable.report.text import duration, escape, plain
+from jaxrl_stable.report.text import elapsed_time, escape, plain
 
-CURVES = "Faint: single steps. Strong: running mean over a twentieth of the run."
+CURVES = "Faint lines: single steps. Strong lines: running mean over a twentieth of the run."
 SECRET = re.compile(r"(?im)^(.*(secret|password|api_?key|(auth|access)_?token)\w*\s*=).*$")
 
 
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
-    """Writes `workdir/report.html` and `workdir/plots/*.png`; returns the path of the page.
+    """Writes `workdir/report.html` and `workdir/plots/*.png`.
+
+    Returns:
+      Path of the page.
 
     Raises:
-      ValueError: one line, when the directory or its metrics are missing, empty or damaged.
+      ValueError: if the directory or its metrics are missing, empty or damaged; one line.
     """
     workdir = pathlib.Path(workdir)
     run = read_run(workdir)
@@ -51,13 +54,13 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def header(run: Run) -> str:
-    """Name, key figures, and what else the summary holds."""
+    """Returns the name, the key figures, and the remaining entries of the summary."""
     last = run.rows[-1]
     updates, skipped = last.get("gradient_steps"), run.last("gradient/skipped")
     cards = [
         *score_cards(run),
         ("Steps", f"{last['step']:,}", f"{updates:,.0f} updates" if is_number(updates) else ""),
-        ("Wall time", duration(wall_time(run)), ""),
+        ("Wall time", elapsed_time(wall_time(run)), ""),
     ]
     if is_number(skipped):
         cards.append(("Skipped updates", f"{skipped:,.0f}", "not finite"))
@@ -74,7 +77,7 @@ def header(run: Run) -> str:
 
 
 def score_cards(run: Run) -> list[tuple[str, str, str]]:
-    """Held-out score of the first and the last evaluation, and the points gained between them."""
+    """Returns cards (title, value, note) of the held-out score and of the points gained."""
     score = "eval/avg_at_k"
     rows = [row for row in run.rows if is_number(row.get(score))]
     if not rows:
@@ -100,8 +103,8 @@ def score_cards(run: Run) -> list[tuple[str, str, str]]:
     return cards
 
 
-def estimate(value: Any) -> tuple[float, float, float] | None:
-    """(value, low, high) of a JSON object with these keys; NaN for a missing end."""
+def estimate(value: Any) -> tuple[int | float, int | float, int | float] | None:
+    """Returns (value, low, high) of a JSON object with these keys; NaN for missing ends."""
     if not isinstance(value, dict) or not is_number(value.get("value")):
         return None
     ends = [value.get(end) for end in ("low", "high")]
@@ -109,11 +112,11 @@ def estimate(value: Any) -> tuple[float, float, float] | None:
     return value["value"], low, high
 
 
-def wall_time(run: Run) -> float:
-    """Seconds the run took.
+def wall_time(run: Run) -> int | float:
+    """Returns the duration of a run in seconds.
 
-    The summary has those of the last process, cold start and compilation included; from the first
-    row to the last is longer where a run was resumed.
+    The summary has the seconds of the last process, including cold start and compilation. In a
+    resumed run, the time from the first row to the last is longer. The result is the maximum.
     """
     stamps = [row["time"] for row in run.rows if is_number(row.get("time"))]
     times = [stamps[-1] - stamps[0]] if stamps else []
@@ -122,7 +125,7 @@ def wall_time(run: Run) -> float:
 
 
 def configuration(text: str) -> str:
-    """The resolved configuration behind a fold, without what looks like a secret."""
+    """Returns the resolved configuration, folded, without values that look like secrets."""
     if not text:
         return ""
     text = escape(SECRET.sub(r"\1 (left out)", text))

@@ -1,13 +1,13 @@
-"""A run as it was recorded.
+"""Reads the records of a run.
 
-Below the run's directory lie:
+Files in the directory of a run:
 
-  metrics.jsonl   required; rows of the same step are merged, the later value wins
+  metrics.jsonl   required; rows of the same step are merged, and later values win
   samples.jsonl   sampled responses, see `MetricsWriter.samples`
   config.gin      the resolved configuration, shown as text
-  summary.json    an object. `name` is the title, `seconds` the time the program took, and `gain` a
-                  paired difference of the held-out score (value, low, high; fractions) that stands
-                  in for the one derived from the metrics. Everything else is listed as it is.
+  summary.json    an object. `name` is the title; `seconds` is the run time of the program; `gain`
+                  is a paired difference of the held-out score (value, low, high; fractions), which
+                  replaces the one derived from the metrics. Other entries are listed as they are.
 """
 
 from __future__ import annotations
@@ -22,16 +22,24 @@ from jaxtyping import Float
 
 from jaxrl_stable.files import read_json, read_jsonl
 
-# What `MetricsWriter` and the training loop put into every row beside the metrics. `time` is the
-# clock of the wall, in seconds; phases of a step are `time/…`.
+# Keys that `MetricsWriter` and the training loop add to every row of metrics. `time` is wall-clock
+# time in seconds; phases of a step are `time/…`.
 AXES = frozenset({"step", "time", "gradient_steps"})
-# Stands for the layer at the end of a metric's name, as in routing/agreement_layer_XX.
+# Placeholder for the layer at the end of a metric's name, as in routing/agreement_layer_XX.
 LAYER = "XX"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as read from its directory; `rows` has one mapping per step, in order."""
+    """A run as read from its directory.
+
+    Attributes:
+      name: title of the run.
+      rows: metrics, one mapping per step, in order.
+      samples: sampled responses, in order.
+      summary: content of summary.json.
+      config: text of config.gin.
+    """
 
     name: str
     rows: list[dict]
@@ -40,11 +48,11 @@ class Run:
     config: str
 
     def metrics(self) -> set[str]:
-        """Names of the metrics that hold at least one number."""
+        """Returns the names of the metrics that have at least one finite number."""
         return {k for row in self.rows for k, v in row.items() if is_number(v)} - AXES
 
     def layers(self, name: str) -> list[str]:
-        """The metric `name` if the run has it; of a name that ends in `LAYER`, one a layer."""
+        """Returns [name] if the run has that metric; if it ends in `LAYER`, one name per layer."""
         if not name.endswith(LAYER):
             return [name] if name in self.metrics() else []
         stem = name.removesuffix(LAYER)
@@ -52,25 +60,25 @@ class Run:
         return sorted((m for m, end in ends.items() if end.isdigit()), key=lambda m: int(ends[m]))
 
     def series(self, name: str) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
-        """(gradient steps, values) of the rows that have `name`; null becomes NaN.
+        """Returns (gradient steps, values) of the rows that have `name`; null becomes NaN.
 
-        Rows without a count of gradient steps (the cold start's) are one gradient step each.
+        Rows without a count of gradient steps (of the cold start) are one gradient step each.
         """
         rows = [row for row in self.rows if name in row]
         x = np.array([row.get("gradient_steps", row["step"]) for row in rows], float)
         y = np.array([row[name] if is_number(row[name]) else math.nan for row in rows], float)
         return x, y
 
-    def last(self, name: str) -> float:
-        """The newest finite value; NaN if there is none."""
+    def last(self, name: str) -> int | float:
+        """Returns the newest finite value, or NaN if none exists."""
         return next((r[name] for r in reversed(self.rows) if is_number(r.get(name))), math.nan)
 
 
 def read_run(workdir: pathlib.Path) -> Run:
-    """Reads a run.
+    """Reads a run from its directory.
 
     Raises:
-      ValueError: one line, when the directory or its metrics are missing, empty or damaged.
+      ValueError: if the directory or its metrics are missing, empty or damaged; one line.
     """
     if not workdir.is_dir():
         raise ValueError(f"{workdir}: no such directory; give the workdir of a training run")
@@ -95,5 +103,5 @@ def read_run(workdir: pathlib.Path) -> Run:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
+    """Returns whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

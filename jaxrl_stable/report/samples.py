@@ -1,4 +1,4 @@
-"""Sampled responses, each token on the colour of its weight between sampler and trainer."""
+"""Sampled responses; the background of each token shows its weight between sampler and trainer."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import numpy as np
 from jaxrl_stable.report.run import is_number
 from jaxrl_stable.report.text import escape, plain
 
-SPREAD, NEWEST = 4, 4  # samples shown: over the run, and of the last step
+SPREAD, NEWEST = 4, 4  # samples shown: spread over the run, and from the last step
 SHOWN_CHARACTERS, SHOWN_TOKENS = 20_000, 3_000
-NO_TEXT = "∎"  # a token that decodes to nothing, as the end of the response does
+NO_TEXT = "∎"  # shown for a token that decodes to nothing, such as EOS
 LEGEND = {
     "log_weight": (
         "Background: π_old/μ, the mismatch part of the importance weight, "
         '<span class="t" style="background:rgba(var(--warm),.5)">above 1</span> or '
         '<span class="t" style="background:rgba(var(--cool),.5)">below 1</span>, '
-        "deepest from a factor of 2 on."
+        "deepest for factors of 2 and more."
     ),
     "clipped": '<span class="t clipped">Underlined</span>: clipped, no gradient.',
     "differs": '<span class="t routed">Framed</span>: the experts of sampler and trainer differ.',
-    "tokens": f"{NO_TEXT}: a token without text. Point at a token for its figures.",
+    "tokens": f"{NO_TEXT}: a token without text. Hover over a token for its values.",
 }
 
 
 def samples_section(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Samples of the last recorded step, and behind a fold a few from before."""
+    """Returns samples of the last recorded step and, folded, a few earlier ones."""
     if not rows:
         return ""
     last = rows[-1].get("step")
@@ -44,18 +44,18 @@ def samples_section(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def legend(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the marks on tokens mean, of those that the rows have."""
+    """Returns the meaning of the token marks that occur in the rows."""
     notes = [note for key, note in LEGEND.items() if any(row.get(key) for row in rows)]
     return f'<p class="soft">{" ".join(notes)}</p>' if notes else ""
 
 
 def articles(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Samples, those of one problem together."""
+    """Returns samples, grouped by problem."""
     return "".join(article(list(group)) for _, group in itertools.groupby(rows, _problem))
 
 
 def article(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Responses to one problem: the prompt, each response under its score, the reference answer."""
+    """Returns one problem: its prompt, each response with its score, and the reference answer."""
     parts = [f"<small>prompt</small><pre>{block(rows[0].get('prompt'))}</pre>"]
     for row in rows:
         score = row.get("score")
@@ -74,7 +74,7 @@ def article(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def response(row: Mapping[str, Any]) -> str:
-    """The response by its tokens where they were recorded, else as it is."""
+    """Returns the response token by token if tokens were recorded, else as text."""
     tokens = row.get("tokens")
     if not isinstance(tokens, list) or not tokens:
         return block(row.get("response"))
@@ -88,19 +88,22 @@ def response(row: Mapping[str, Any]) -> str:
 
 
 def token_span(
-    text: str, log_weight: float | None, clipped: bool | None, differs: int | list[int] | None
+    text: str,
+    log_weight: int | float | None,
+    clipped: bool | None,
+    differs: int | list[int] | None,
 ) -> str:
-    """A token with what happened to it.
+    """Returns a token with its marks.
 
     Args:
-      text: the token, decoded.
-      log_weight: log π_old − log μ, nats.
-      clipped: the objective silenced its gradient.
-      differs: the layers in which sampler and trainer chose different experts, or their number.
+      text: the decoded token.
+      log_weight: log π_old − log μ, in nats.
+      clipped: whether the objective's clipping removed its gradient.
+      differs: layers in which sampler and trainer chose different experts, or their number.
     """
     style, notes = "", []
     if is_number(log_weight):
-        # The square root makes everyday differences of a few per cent visible.
+        # The square root makes typical differences of a few percent visible.
         depth = 0.6 * math.sqrt(min(1.0, abs(log_weight) / math.log(2)))
         style = f"background:rgba(var(--{'warm' if log_weight > 0 else 'cool'}),{depth:.2f})"
         notes.append(f"weight {math.exp(min(log_weight, 50.0)):.3g}")
@@ -116,7 +119,7 @@ def token_span(
 
 
 def block(value: Any) -> str:
-    """Text of any length, cut where it gets too long to read."""
+    """Returns a text, truncated if it is too long to read."""
     text = plain(value)
     rest = len(text) - SHOWN_CHARACTERS
     tail = f" <i>… {rest:,} more characters</i>" if rest > 0 else ""
@@ -124,7 +127,7 @@ def block(value: Any) -> str:
 
 
 def _layers(differs: int | list[int]) -> str:
-    """ "2 layers" of a number, "layers 0, 3" of a list."""
+    """Returns "2 layers" for a number, "layers 0, 3" for a list."""
     if isinstance(differs, list):
         return f"layer{'s' * (len(differs) != 1)} {', '.join(map(plain, differs))}"
     return f"{plain(differs)} layer{'s' * (differs != 1)}"

@@ -1,4 +1,4 @@
-"""Values as text of the page."""
+"""Formats values as text of the page."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jaxrl_stable.text import visible
 
 
 def escape(text: str) -> str:
-    """Text that is safe between tags and in quoted attributes, with control characters shown."""
+    """Escapes text for use between tags or in quoted attributes; shows control characters."""
     return html.escape(visible(text), quote=True)
 
 
 def plain(value: Any) -> str:
-    """A JSON value for a reader; not escaped."""
+    """Formats a JSON value for a reader; does not escape it."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -26,14 +26,15 @@ def plain(value: Any) -> str:
     return "–" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def figure(value: float) -> str:
-    """Three significant digits, or a whole number with its thousands set apart."""
+def figure(value: int | float) -> str:
+    """Formats a number with three significant digits, or as an integer with thousands commas."""
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
+def elapsed_time(seconds: int | float) -> str:
+    """Formats a time as hours and minutes, or as minutes and seconds if it is below an hour."""
     if not math.isfinite(seconds):
         return "–"
     minutes, seconds = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Reward functions that a policy cannot make run code, hang or crash the trainer."""
+"""Reward functions; a response cannot make them run code, hang or crash the trainer."""
 
 from jaxrl_stable.rewards.exact import exact_reward
 from jaxrl_stable.rewards.numeric import numeric_reward, parse_number

@@ -1,6 +1,6 @@
-"""Finds the final answer in a response. Reads a bounded tail; nothing is ever evaluated."""
+"""Finds the final answer in a response. Reads a bounded tail and never evaluates it."""
 
-# A response may have megabytes; its final answer is in its last characters.
+# Longest tail that is read: a response may have megabytes, but its answer is at the end.
 MAX_CHARACTERS = 2_000
 
 _MARKER = "####"
@@ -8,10 +8,12 @@ _BOXED = "\\boxed"
 
 
 def marked_answer(text: str) -> str | None:
-    r"""Returns the line after the last `####`, else what the last balanced `\boxed{...}` holds.
+    r"""Returns the line after the last `####`, else the content of the last balanced `\boxed{...}`.
 
-    Only the last 2,000 characters count. A box that comes after the last `####` wins over it.
-    None where there is neither.
+    Only the last 2,000 characters count. A box after the last `####` takes precedence.
+
+    Returns:
+      The answer, or None if the text has neither mark.
     """
     tail = text[-MAX_CHARACTERS:]
     _, marker, after = tail.rpartition(_MARKER)
@@ -22,7 +24,10 @@ def marked_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """One pass with a stack: linear in the text, also where that is all braces."""
+    """Returns the content of the last balanced box.
+
+    One pass with a stack takes linear time, even if the text consists of braces.
+    """
     answer, answer_start = None, -1
     open_braces: list[int] = []
     escaped = False

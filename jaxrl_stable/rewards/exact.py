@@ -1,16 +1,24 @@
 """Compares final answers as strings."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxrl_stable.rewards.answer import MAX_CHARACTERS, marked_answer
 from jaxrl_stable.rewards.verdict import Verdict
 
 
 def normalise(text: str, *, casefold: bool = True) -> str | None:
-    """Returns the final answer, each run of white space made one space; None where it is empty.
+    """Returns the final answer with each run of white space replaced by one space.
 
-    The answer is what `marked_answer` finds, else the whole text, which may then have no more than
-    2,000 characters.
+    The answer is the result of `marked_answer`, else the whole text.
+
+    Args:
+      text: a response or a reference.
+      casefold: whether to ignore case.
+
+    Returns:
+      The normalised answer. None if it is empty, or if the text has no marked answer and more than
+      2,000 characters.
     """
     answer = marked_answer(text)
     if answer is None:
@@ -21,11 +29,12 @@ def normalise(text: str, *, casefold: bool = True) -> str | None:
     return (answer.casefold() if casefold else answer) or None
 
 
-def exact_reward(problem: Mapping[str, str], response: str, *, casefold: bool = True) -> Verdict:
+def exact_reward(problem: Mapping[str, Any], response: str, *, casefold: bool = True) -> Verdict:
     """Scores 1 if `response` and `problem["answer"]` have the same normalised answer, else 0.
 
     Raises:
-      ValueError: the reference is empty or too long; `check_references` finds this before a run.
+      ValueError: if the reference is empty or too long; `check_references` detects this before a
+        run.
     """
     reference = normalise(problem["answer"], casefold=casefold)
     if reference is None:

@@ -1,9 +1,9 @@
 r"""Compares final answers as mathematics (LaTeX), with math-verify.
 
-Symbolic comparison can take for ever and can fail in many ways, so this runs in a worker process
-only (`load_reward("math")`). There the wall clock of the parent is what ends it; math-verify's own
-time limits, which rest on SIGALRM, are switched off. Only its LaTeX parser is used: its parser for
-plain expressions goes through sympy's `parse_expr`, which evaluates Python.
+Symbolic comparison may never finish and can fail in many ways, so it runs only in a worker process
+(`load_reward("math")`), which the parent kills by its wall clock. math-verify's own time limits,
+which need SIGALRM, are switched off. Only its LaTeX parser is used: its parser for plain
+expressions calls sympy's `parse_expr`, which evaluates Python.
 """
 
 import logging
@@ -20,21 +20,22 @@ except ImportError:
         "the 'math' reward needs math-verify; pip install 'jaxrl_stable[tasks]'"
     ) from None
 
-# It warns that its own time limits are off.
+# math-verify warns that its own time limits are off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
-# Longer ones are no answers but attacks on the parser, which takes seconds for nested brackets.
+# Longer texts are attacks, not answers: the parser takes seconds for nested brackets.
 _MAX_MARKED = 300
 _LATEX = (math_verify.LatexExtractionConfig(),)
 
 
-def latex_reward(problem: Mapping[str, str], response: str) -> Verdict:
+def latex_reward(problem: Mapping[str, Any], response: str) -> Verdict:
     r"""Scores 1 if `response` and `problem["answer"]` have mathematically the same answer, else 0.
 
-    The final answer is what stands after the last `####`, else in the last `\boxed{...}`, else the
-    last LaTeX that math-verify finds; a reference without any of them is LaTeX as a whole.
+    The final answer is the text after the last `####`, else the content of the last `\boxed{...}`,
+    else the last LaTeX that math-verify finds. A reference without any of these is LaTeX as a
+    whole.
 
     Raises:
-      ValueError: the reference cannot be parsed; `check_references` finds this before a run.
+      ValueError: if the reference cannot be parsed; `check_references` detects this before a run.
     """
     reference = problem["answer"]
     gold = _parse(reference) or _parse(f"${reference}$")
@@ -48,7 +49,7 @@ def latex_reward(problem: Mapping[str, str], response: str) -> Verdict:
 
 
 def _parse(text: str) -> list[Any]:
-    """Returns what math-verify reads in the final answer; empty where it reads nothing."""
+    """Returns math-verify's parse of the final answer; empty if it cannot parse any."""
     marked = marked_answer(text)
     if marked is not None and len(marked) > _MAX_MARKED:
         return []

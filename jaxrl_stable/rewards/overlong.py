@@ -1,29 +1,34 @@
-"""DAPO's soft punishment of responses that near the length limit."""
+"""DAPO's soft penalty for responses near the length limit."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 
 def overlong_penalty(
-    lengths: Float[np.ndarray, "B"], limit: int, buffer: int
+    lengths: Sequence[int] | Num[np.ndarray, "B"], limit: int, buffer: int
 ) -> Float[np.ndarray, "B"]:
-    """What is added to the rewards (arXiv:2503.14476, eq. 13).
+    """Returns the penalty to add to each reward (arXiv:2503.14476, eq. 13).
 
         0                               |y| ≤ limit − buffer
         (limit − buffer − |y|) / buffer in between
         −1                              |y| > limit
 
-    DAPO: limit 20,480, buffer 4,096.
+    DAPO uses limit 20,480 and buffer 4,096.
 
     Args:
-      lengths: tokens of the responses.
+      lengths: response lengths |y| in tokens.
       limit: L_max.
-      buffer: L_cache; 0 punishes nothing within the limit.
+      buffer: L_cache; with 0, no response within the limit is penalised.
+
+    Returns:
+      Penalty of each response, in [−1, 0].
 
     Raises:
-      ValueError: a buffer that is negative or above the limit.
+      ValueError: if the buffer is negative or larger than the limit.
     """
     if not 0 <= buffer <= limit:
         raise ValueError(f"overlong_penalty: buffer is {buffer}; use 0 to limit ({limit})")

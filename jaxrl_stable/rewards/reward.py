@@ -1,8 +1,8 @@
-"""Rewards by name, and the check of a data set against one."""
+"""Loads rewards by name, and checks that a reward can read a data set."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from jaxrl_stable.rewards.exact import exact_reward, normalise
 from jaxrl_stable.rewards.numeric import numeric_reward, parse_number
@@ -13,34 +13,44 @@ _LATEX_FUNCTION = "jaxrl_stable.rewards.latex:latex_reward"
 _FUNCTION_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
+@runtime_checkable
 class Scorer(Protocol):
-    """Judges a batch, one verdict per response."""
+    """A function that judges a batch and returns one verdict per response."""
 
     def __call__(
-        self, problems: Sequence[Mapping[str, str]], responses: Sequence[str]
+        self, problems: Sequence[Mapping[str, Any]], responses: Sequence[str]
     ) -> list[Verdict]: ...
 
 
+@runtime_checkable
+class References(Protocol):
+    """Problems with reference answers, such as a `data.Source` or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
 class Reward:
-    """A reward function for batches; use it as a context manager or call `close`.
+    """A reward function for batches. Use it as a context manager or call `close`.
 
     Args:
-      name: as given to `load_reward`.
-      scorer: what judges.
-      close: what ends its processes.
+      name: the name given to `load_reward`.
+      scorer: judges a batch.
+      close: stops the scorer's processes.
     """
 
     def __init__(self, name: str, scorer: Scorer, close: Callable[[], None] = lambda: None):
         self.name, self._scorer, self.close = name, scorer, close
 
     def __call__(
-        self, problems: Sequence[Mapping[str, str]], responses: Sequence[str]
+        self, problems: Sequence[Mapping[str, Any]], responses: Sequence[str]
     ) -> list[Verdict]:
         """Returns one verdict per response, in order.
 
         Raises:
-          ValueError: there are not as many problems as responses, or an in-process reward cannot
-            read a reference.
+          ValueError: if the numbers of problems and responses differ, or an in-process reward
+            cannot read a reference.
         """
         if len(problems) != len(responses):
             raise ValueError(
@@ -49,25 +59,26 @@ class Reward:
             )
         return self._scorer(problems, responses)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reward":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def load_reward(name: str, *, timeout_s: float = 5.0, workers: int = 1) -> Reward:
+def load_reward(name: str, *, timeout_s: int | float = 5.0, workers: int = 1) -> Reward:
     """Opens a reward.
 
     Args:
-      name: `"numeric"` or `"exact"` (in this process, nothing is evaluated); `"math"`
-        (math-verify); or `"package.module:function"` for a function `(problem: dict, response: str)
-        -> float | Verdict` of the user. The last two run in processes that are killed on overrun.
-      timeout_s: wall-clock limit for one response in such a process, in seconds.
-      workers: number of such processes.
+      name: `"numeric"` or `"exact"`, which run in this process and evaluate nothing; `"math"`
+        (math-verify); or `"package.module:function"`, a user's function `(problem: dict,
+        response: str) -> float | Verdict`. The last two run in worker processes, which are killed
+        if they exceed the time limit.
+      timeout_s: wall-clock limit per response in a worker process, in seconds.
+      workers: number of worker processes.
 
     Raises:
-      ValueError: the name is none of these, or the function cannot be imported.
+      ValueError: if the name is unknown, or the function cannot be imported.
     """
     if name == "numeric":
         return Reward(name, _in_process(numeric_reward))
@@ -82,17 +93,18 @@ def load_reward(name: str, *, timeout_s: float = 5.0, workers: int = 1) -> Rewar
     return Reward(name, pool, pool.close)
 
 
-def check_references(source: Sequence[Mapping[str, str]], reward_name: str) -> None:
+def check_references(source: References, reward_name: str) -> None:
     """Checks before a run that a reward can read every reference answer.
 
-    `"math"` takes milliseconds a record. For a function of the user there is nothing to check.
+    `"math"` takes milliseconds per record. A user's function is not checked.
 
     Args:
-      source: anything with a length and items `{"prompt": ..., "answer": ...}`.
-      reward_name: as given to `load_reward`.
+      source: problems `{"prompt": ..., "answer": ...}`.
+      reward_name: the name given to `load_reward`.
 
     Raises:
-      ValueError: names the first record that the reward cannot read and how many there are.
+      ValueError: if the reward cannot read a reference. The message names the first such record and
+        their number.
     """
     if reward_name == "numeric":
         faulty = _unreadable(source, lambda answer: parse_number(answer) is not None)
@@ -100,7 +112,7 @@ def check_references(source: Sequence[Mapping[str, str]], reward_name: str) -> N
         faulty = _unreadable(source, lambda answer: normalise(answer) is not None)
     elif reward_name == "math":
         with load_reward("math", timeout_s=30.0) as reward:
-            # An empty response is invalid, unless reading the reference fails before it.
+            # An empty response is invalid, unless reading the reference fails first.
             faulty = _unreadable(source, lambda a: not reward([{"answer": a}], [""])[0].failed)
     else:
         return
@@ -113,9 +125,9 @@ def check_references(source: Sequence[Mapping[str, str]], reward_name: str) -> N
         )
 
 
-def _unreadable(source: Sequence[Mapping[str, str]], readable: Callable[[str], bool]) -> list[int]:
+def _unreadable(source: References, readable: Callable[[str], bool]) -> list[int]:
     return [i for i in range(len(source)) if not readable(source[i]["answer"])]
 
 
-def _in_process(judge: Callable[[Mapping[str, str], str], Verdict]) -> Scorer:
+def _in_process(judge: Callable[[Mapping[str, Any], str], Verdict]) -> Scorer:
     return lambda problems, responses: list(map(judge, problems, responses))

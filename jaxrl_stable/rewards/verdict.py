@@ -1,4 +1,4 @@
-"""What a reward function says about one response."""
+"""The result of judging one response."""
 
 from typing import Literal, NamedTuple
 
@@ -6,15 +6,15 @@ Status = Literal["ok", "invalid", "timeout", "error"]
 
 
 class Verdict(NamedTuple):
-    """A score and how it came about.
+    """A score and its status.
 
-    `ok`: the response was judged. `invalid`: it has no answer that could be parsed, which is a
-    wrong answer like any other, with score 0. `timeout` and `error`: the checker failed, not the
-    response; the score means nothing and must be left out of the baseline and of the loss, lest the
-    failure become a negative example.
+    `ok`: the response was judged. `invalid`: it has no answer that can be parsed; this counts as a
+    wrong answer, with score 0. `timeout` and `error`: the checker failed, not the response. The
+    score then means nothing and must be excluded from the baseline and the loss; otherwise the
+    failure would become a negative example.
 
     Attributes:
-      score: the reward, finite; 1 is right and 0 wrong in the rewards of this package.
+      score: the reward, finite; in the rewards of this package 1 is right and 0 is wrong.
       status: one of the four above.
     """
 
@@ -23,5 +23,5 @@ class Verdict(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether the checker failed, so that `score` must not be used."""
+        """True if the checker failed, so that `score` must not be used."""
         return self.status in ("timeout", "error")

@@ -1,10 +1,11 @@
 """Runs a reward function in processes that can be killed.
 
-Each process (`worker_main`) has a process group of its own and speaks JSON lines over two pipes. It
-gets one response at a time, and one that overruns its time is killed with everything it started,
-then replaced. Time is measured here, by the wall clock: a signal in the child would not end a
-computation inside a C library. A process that leaves its group (`setsid`) escapes the kill: this
-protects from accidents and from answers that confuse a checker, and is no sandbox for their code.
+Each process (`worker_main`) has its own process group and exchanges JSON lines over two pipes. It
+gets one response at a time. If it exceeds its time limit, it is killed with everything it started,
+then replaced. The parent measures the time by the wall clock: a signal in the child would not
+interrupt a computation inside a C library. A process that leaves its group (`setsid`) escapes the
+kill. This protects against accidents and answers that confuse a checker; it is not a sandbox for
+code.
 """
 
 import contextlib
@@ -20,42 +21,43 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from absl import logging
 
 from jaxrl_stable.rewards.verdict import Verdict
 
-# Starting Python and importing the function, in seconds.
+# Limit for starting Python and importing the function, in seconds.
 _START_TIMEOUT = 120.0
-# A reply is one short line; more than this on the pipe comes from somebody else.
+# A reply is one short line; more bytes than this on the pipe come from other code.
 _MAX_REPLY = 1 << 16
 
 
 class WorkerDied(Exception):
-    """The process ended, or closed or misused its pipe."""
+    """Raised if the process ended, or closed or misused its pipe."""
 
 
 class Worker:
-    """One process and the pipes to it. Not for use by two threads at once.
+    """One process and the pipes to it. Not thread-safe.
 
     Args:
       function: `"module:function"`, called as `function(problem: dict, response: str)` in the
-        process, which has the parent's `sys.path` and no accelerator. It returns a finite number,
+        process, which has the parent's `sys.path` and no accelerator. It returns a finite number
         or a `Verdict`.
-      timeout_s: wall-clock limit for one response, in seconds.
+      timeout_s: wall-clock limit per response, in seconds.
       memory_bytes: limit of the process's address space.
 
     Raises:
-      ValueError: the function cannot be imported or called.
+      ValueError: if the function cannot be imported or called.
     """
 
-    def __init__(self, function: str, timeout_s: float, memory_bytes: int):
+    def __init__(self, function: str, timeout_s: int | float, memory_bytes: int):
         self._function, self._timeout_s, self._memory_bytes = function, timeout_s, memory_bytes
         self._process: subprocess.Popen | None = None
         self._start()
 
-    def score(self, problem: Mapping[str, str], response: str) -> Verdict:
-        """Judges one response within the limit (plus, after a failure, the start of a process)."""
+    def score(self, problem: Mapping[str, Any], response: str) -> Verdict:
+        """Judges one response within the limit; after a failure it first starts a new process."""
         try:
             if self._process is None:
                 self._start()
@@ -69,21 +71,21 @@ class Worker:
             logging.warning("reward %s: killed after %g s", self._function, self._timeout_s)
             self.close()
             return Verdict(0.0, "timeout")
-        # Not only honest failures: code that the function ran may have written to the pipe.
+        # Not only failures of the function: code that it ran may have written to the pipe.
         except (WorkerDied, ValueError, TypeError, KeyError) as error:
             logging.warning("reward %s: %s", self._function, error)
             self.close()
             return Verdict(0.0, "error")
 
     def close(self) -> None:
-        """Kills the process with its whole group."""
+        """Kills the process and its whole group."""
         if self._process is not None:
             self._kill()
             self._process = None
 
     def _start(self) -> None:
         environment = dict(os.environ)
-        # The function resolves as it does here; with -P, Python itself adds no directory to that.
+        # The function resolves as in the parent; -P stops Python from adding a directory.
         environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         # A function that imports jax or torch must not take the parent's accelerator.
         environment["JAX_PLATFORMS"] = "cpu"
@@ -98,7 +100,7 @@ class Worker:
             start_new_session=True,
         )
         os.set_blocking(self._process.stdin.fileno(), False)
-        # Also runs when this object is collected and when the interpreter exits.
+        # Also runs when this object is garbage-collected and when the interpreter exits.
         self._kill = weakref.finalize(self, _kill_group, self._process)
         try:
             reply = self._exchange(None, _START_TIMEOUT)
@@ -114,8 +116,13 @@ class Worker:
                 f"reward {self._function!r}: {reply['error']}; check the name and the PYTHONPATH"
             )
 
-    def _exchange(self, request: dict | None, timeout_s: float) -> dict:
-        """Sends a request, if any, and returns the reply; the deadline holds for both."""
+    def _exchange(self, request: dict | None, timeout_s: int | float) -> dict:
+        """Sends a request, if any, and returns the reply.
+
+        Raises:
+          TimeoutError: if sending and receiving together take more than `timeout_s`.
+          WorkerDied: if the process ends, or writes more than a reply.
+        """
         deadline = time.monotonic() + timeout_s
         stdin, stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
         unsent = memoryview(b"" if request is None else json.dumps(request).encode() + b"\n")
@@ -124,7 +131,7 @@ class Worker:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError
-            poll = select.poll()  # select.select fails on descriptors from 1,024 on
+            poll = select.poll()  # select.select fails on descriptors above 1,023
             poll.register(stdout, select.POLLIN)
             if unsent:
                 poll.register(stdin, select.POLLOUT)
@@ -145,13 +152,13 @@ class Worker:
 
 
 class WorkerPool:
-    """Judges a batch of responses on several workers; see `Worker` for the arguments and errors."""
+    """Judges a batch of responses on several workers. See `Worker` for arguments and errors."""
 
     def __init__(
         self,
         function: str,
         *,
-        timeout_s: float = 5.0,
+        timeout_s: int | float = 5.0,
         workers: int = 1,
         memory_bytes: int = 8 << 30,
     ):
@@ -169,11 +176,11 @@ class WorkerPool:
             self._idle.put(worker)
 
     def __call__(
-        self, problems: Sequence[Mapping[str, str]], responses: Sequence[str]
+        self, problems: Sequence[Mapping[str, Any]], responses: Sequence[str]
     ) -> list[Verdict]:
         return list(self._threads.map(self._score, problems, responses))
 
-    def _score(self, problem: Mapping[str, str], response: str) -> Verdict:
+    def _score(self, problem: Mapping[str, Any], response: str) -> Verdict:
         worker = self._idle.get()
         try:
             return worker.score(problem, response)
@@ -181,14 +188,14 @@ class WorkerPool:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Kills all processes; what is being judged is judged first."""
+        """Waits for responses that are being judged, then kills all processes."""
         self._threads.shutdown()
         for worker in self._workers:
             worker.close()
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    # The group outlives a leader that died, and its id is not reused before wait().
+    # The group outlives its leader, and its id is not reused before wait().
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,8 +1,8 @@
 """The process behind `worker.Worker`: `python -m ...worker_main FUNCTION SECONDS BYTES`.
 
-Reads requests `{"problem": ..., "response": ...}` and answers each with `{"score": ..., "status":
-...}` or `{"error": ...}`, one JSON object a line; the first line of all, `{}` or an error, says
-whether the import succeeded.
+Reads requests `{"problem": ..., "response": ...}` and replies to each with `{"score": ...,
+"status": ...}` or `{"error": ...}`, one JSON object per line. The very first line reports whether
+the import succeeded: `{}` or an error.
 """
 
 import importlib
@@ -24,8 +24,8 @@ _MAX_ERROR_CHARACTERS = 500
 
 def main() -> None:
     name, timeout_s, memory_bytes = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-    # The pipes move to descriptors of their own: what the function prints goes to standard error,
-    # and what it reads is empty. Processes that it starts inherit neither pipe.
+    # Move the pipes to other descriptors: the function's output goes to standard error, its input
+    # is empty, and processes that it starts inherit neither pipe.
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     empty = os.open(os.devnull, os.O_RDONLY)
@@ -37,7 +37,7 @@ def main() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     try:
         function = _import(name)
-    except BaseException as error:  # also SystemExit in the user's module
+    except BaseException as error:  # including SystemExit in the user's module
         _write(replies, {"error": _describe(error)})
         return
     _write(replies, {})
@@ -67,7 +67,7 @@ def _judge(function: Callable[[dict, str], Any], request: dict) -> dict:
         if status not in get_args(Status):
             raise ValueError(f"returned the unknown status {status!r}")
         return {"score": float(score), "status": status}
-    except BaseException as error:  # also SystemExit and MemoryError
+    except BaseException as error:  # including SystemExit and MemoryError
         return {"error": _describe(error)}
 
 
@@ -88,10 +88,10 @@ def _limit(which: int, soft: int) -> None:
 
 
 def _allow_time(seconds: float) -> None:
-    """Lets the kernel end this process after that much more time, also of CPU on every core.
+    """Lets the kernel kill this process after `seconds` more, of wall time or CPU time per core.
 
-    Only for the case that the parent was killed, which else acts far earlier. An idle process ends
-    by itself then, since its pipe is closed.
+    This matters only if the parent was killed; otherwise the parent acts much earlier. An idle
+    process then exits anyway, because its pipe is closed.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -87,7 +87,12 @@ def run_cold_start(
         state = from_parts(restored) if restored else sharded_init(mesh, init)
         start = int(state.step)
         with open_writer(
-            workdir, start_step=start, total_steps=config.steps, columns=COLUMNS
+            workdir,
+            start_step=start,
+            total_steps=config.steps,
+            columns=COLUMNS,
+            wandb_project=experiment.wandb_project,
+            config=experiment,
         ) as writer:
             clock, logged = time.perf_counter(), start
             for step in range(start + 1, config.steps + 1):

@@ -1,4 +1,4 @@
-"""What a run would need: shapes, parameters and memory, from abstract shapes alone."""
+"""Sizes of a run: shapes, parameters and memory, from abstract shapes alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from jaxrl_stable.model.dispatch import experts_implementation
 from jaxrl_stable.model.transformer import init_model
 from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.routing import expert_dtype
+from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.sampler.quantize import quantize, resolve_products, sampling_copy
 from jaxrl_stable.text import byte_size
 from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
 
 
 def describe(experiment: Experiment) -> str:
-    """A table of the resolved sizes of an experiment, over all devices together."""
+    """Returns a table of the resolved sizes of an experiment, totals over all devices.
+
+    Raises:
+      ValueError: if wandb is needed and not installed.
+    """
+    check_installed(experiment.wandb_project)
     model_config, rl = experiment.model, experiment.reinforcement
     model = jax.eval_shape(lambda: init_model(model_config, experiment.seed))
     optimizer = make_optimizer(rl.optimizer)
@@ -68,18 +74,20 @@ def describe(experiment: Experiment) -> str:
         ("logits of a head chunk", f"{byte_size(4 * math.prod(logits))}  {logits}"),
     ]
     lines.append(("computed by", implementations(experiment)))
+    if experiment.wandb_project:
+        lines.append(("metrics copied to", f"wandb project {experiment.wandb_project!r}"))
     name_width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{name_width}}  {value}" for name, value in lines)
 
 
 def objective_line(objective: Objective) -> str:
-    """Loss, corrections, advantages and reduction, by name."""
+    """Returns the names of loss, corrections, advantages and reduction."""
     parts = [objective.loss, *objective.corrections, objective.advantages]
     return ", ".join([*(name_of(part) for part in parts), objective.aggregation])
 
 
 def recommendation(objective: Objective, moe_layers: int) -> str:
-    """What arXiv:2512.01374 (§4.3, §4.4) recommends for this number of updates a rollout."""
+    """Returns what arXiv:2512.01374 (§4.3, §4.4) recommends for this number of updates."""
     n, replay = objective.mini_batches, "none"
     advice = "token weights truncated at 5, no length normalisation"
     if n > 1:
@@ -94,7 +102,7 @@ def recommendation(objective: Objective, moe_layers: int) -> str:
 
 
 def implementations(experiment: Experiment) -> str:
-    """Which implementations run on this machine: what "auto" resolves to."""
+    """Returns which implementations run on this machine: what "auto" resolves to."""
     config, format = experiment.model, experiment.reinforcement.rollout_format
     sampler = f"sampler {format}"
     if format.endswith("_w8a8"):
@@ -106,7 +114,7 @@ def implementations(experiment: Experiment) -> str:
 
 
 def sampler_products(config: ModelConfig, format: str) -> str:
-    """How the sampler multiplies; its experts may differ, see `dispatch.grouped_matmul`."""
+    """Returns how the sampler multiplies; experts may differ, see `dispatch.grouped_matmul`."""
     products = resolve_products(format)
     if products == "native" and config.num_experts and experts_implementation(config) == "tokamax":
         return "native (experts: emulated)"

@@ -1,9 +1,9 @@
-"""Dynamic sampling: rollouts are drawn until every group of the batch has rewards that differ.
+"""Dynamic sampling: draws rollouts until the rewards of each group differ.
 
-A group whose scores are all equal has advantages of 0 and gives no gradient (DAPO,
-arXiv:2503.14476, §3.2), unless lengths are punished too or the batch is the baseline.
-Groups of later rounds take the places of such groups, so that shapes never change; what is left
-over of a round is dropped, as in DAPO.
+A group whose scores are all equal has zero advantages and gives no gradient (DAPO,
+https://arxiv.org/abs/2503.14476, §3.2), unless lengths are punished too or the batch is the
+baseline. Groups of later rounds replace such groups, so that shapes never change. Groups that are
+not needed are dropped, as in DAPO.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxrl_stable.trajectory import Trajectory
 
 
 class Round(NamedTuple):
-    """One rollout batch: the place of each row's problem in the source, and what came of it."""
+    """One rollout batch: each row's problem (its index in the source), response and verdict."""
 
     index: Int[np.ndarray, "B"]
     trajectory: Trajectory
@@ -32,20 +32,20 @@ def collect(
     group_size: int,
     max_rounds: int,
 ) -> tuple[Round, list[Judged]]:
-    """Draws rounds until all groups are informative, or `max_rounds` are drawn.
+    """Draws rounds until all groups are informative, or until `max_rounds` are drawn.
 
-    Groups that are still uninformative then stay: they give no gradient, and count in the
+    Groups that remain uninformative stay in the batch. They give no gradient, and count in the
     denominators as they do without dynamic sampling.
 
     Args:
-      draw: the round of a number, from 0.
+      draw: draws a round, given its number from 0.
       fill: `fill_rows`, jitted.
-      group_size: responses to a prompt.
-      max_rounds: bound of the rounds.
+      group_size: responses per prompt.
+      max_rounds: largest number of rounds.
 
     Returns:
-      The batch, and the verdicts of every round: statistics of the batch alone would be biased
-      towards problems of middling difficulty.
+      The batch, and the verdicts of every round. Statistics of the batch alone would be biased
+      towards problems of medium difficulty.
     """
     batch = draw(0)
     verdicts = [batch.judged]

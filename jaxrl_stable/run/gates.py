@@ -1,4 +1,4 @@
-"""Checks at run time that stop a run before it wastes more."""
+"""Checks that stop a run before it wastes more time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxrl_stable.trainer.optimizer import TrainState
 
 
 def check_first_mini_batch(metrics: Metrics, tolerance: float, step: int) -> None:
-    """Right after `score` nothing has been updated, so π_θ/π_old is 1 but for rounding.
+    """Checks that π_θ/π_old is 1 up to rounding right after `score`, before the first update.
 
     Raises:
-      RuntimeError: it is not; the run would optimise against a wrong π_old.
+      RuntimeError: if it is not; the run would optimise against a wrong π_old.
     """
     deviation = float(jax.device_get(metrics["staleness/ratio_deviation_max"].value()))
     if not deviation <= tolerance:
@@ -25,10 +25,10 @@ def check_first_mini_batch(metrics: Metrics, tolerance: float, step: int) -> Non
 
 
 def check_finite(state: TrainState, limit: int) -> None:
-    """Stops a run whose gradients stay non-finite.
+    """Checks that gradients do not stay non-finite.
 
     Raises:
-      RuntimeError: `limit` or more steps in a row were skipped.
+      RuntimeError: if the last `limit` steps were all skipped.
     """
     in_a_row = int(jax.device_get(state.skipped_in_a_row))
     if in_a_row >= limit:
@@ -40,15 +40,15 @@ def check_finite(state: TrainState, limit: int) -> None:
 
 
 def check_failed_rewards(share: float, limit: float, step: int) -> None:
-    """Stops a run whose reward breaks or times out too often.
+    """Checks that the reward does not fail or time out too often.
 
-    Such responses are left out of the baseline, which a policy could learn to exploit.
+    Failed responses are left out of the baseline, which a policy could learn to exploit.
 
     Raises:
-      RuntimeError: the share of failed verdicts of one rollout is above `limit`.
+      RuntimeError: if the share of failed verdicts in one rollout exceeds `limit`.
     """
     if share > limit:
         raise RuntimeError(
             f"step {step}: the reward failed on {share:.0%} of the responses, above {limit:.0%}; "
-            "see their status in samples.jsonl, raise Data.reward_timeout, or mend the reward"
+            "see their status in samples.jsonl, raise Data.reward_timeout, or fix the reward"
         )

@@ -1,4 +1,4 @@
-"""From sampled tokens to rewards, on the host."""
+"""Judge: from sampled tokens to rewards, on the host."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 class Judged(NamedTuple):
-    """What is known of the responses of a rollout; the same in every process.
+    """What the host knows about the responses of a rollout; identical in every process.
 
     Attributes:
-      rewards: scores; 0 where the checker failed.
-      status: how each came about, as a place in `STATUSES`.
-      lengths: tokens, EOS included.
-      finished: the response ended by itself.
+      rewards: scores; 0 if the checker failed.
+      status: outcome of the check, as an index into `STATUSES`.
+      lengths: response lengths in tokens, EOS included.
+      finished: whether the response ended with a stop token.
     """
 
     rewards: Float[np.ndarray, "B"]
@@ -38,22 +38,27 @@ class Judged(NamedTuple):
 
     @property
     def valid(self) -> Bool[np.ndarray, "B"]:
-        """False where the checker failed: such a response is left out of the baseline."""
+        """False if the checker failed; such a response is left out of the baseline."""
         return ~np.array([Verdict(0.0, status).failed for status in STATUSES])[self.status]
 
 
 def judge(task: Task, problems: Sequence[Problem | None], trajectory: Trajectory) -> Judged:
     """Decodes and scores the first `len(problems)` rows; further rows are padding.
 
-    Each process does so for the rows it owns (`distributed.row_owners`), then all exchange what
-    they found. Of other rows a process need not know the problem.
+    Each process scores the rows that it owns (`distributed.row_owners`), then all processes
+    exchange their verdicts.
+
+    Args:
+      task: tokenizer and reward.
+      problems: one per row; None is allowed for rows of other processes.
+      trajectory: the responses.
     """
     rows = len(problems)
     owners = np.zeros(rows, int)
     arrays = trajectory.tokens, trajectory.response_mask, trajectory.finished
     if distributed.several():
         sharding = row_sharding(trajectory.tokens.sharding.mesh)
-        arrays = jax.device_put(arrays, sharding)  # rows whole, each process has its own
+        arrays = jax.device_put(arrays, sharding)  # whole rows, spread over the processes
         owners = distributed.row_owners(sharding, trajectory.tokens.shape[0])[:rows]
     tokens, mask, finished = (distributed.on_host(x)[:rows] for x in arrays)
     own = np.flatnonzero(owners == jax.process_index())
@@ -67,10 +72,9 @@ def judge(task: Task, problems: Sequence[Problem | None], trajectory: Trajectory
 
 
 def informative(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:
-    """Groups in which the known scores are not all equal.
+    """Returns a mask of the groups whose valid scores are not all equal.
 
-    The others give no gradient, as long as their group is the baseline and nothing but the score is
-    rewarded.
+    The other groups give no gradient if the group is the baseline and only the score is rewarded.
     """
     scores, valid = (x.reshape(-1, group_size) for x in (judged.rewards, judged.valid))
     highest = np.where(valid, scores, -np.inf).max(-1)
@@ -78,19 +82,19 @@ def informative(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:
 
 
 def failed_share(rounds: Sequence[Judged]) -> float:
-    """Share of the responses of all rounds whose checker timed out or broke."""
+    """Returns the share of responses, over all rounds, whose checker timed out or failed."""
     return float(1.0 - np.concatenate([judged.valid for judged in rounds]).mean())
 
 
 def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
-    """What the host knows of a rollout batch.
+    """Returns the metrics of a rollout batch that the host knows.
 
     - `reward/mean`: mean score of the responses whose checker did not fail
     - `reward/accuracy`: share of them with score 1 or more
-    - `reward/failed_share`: share of responses whose checker timed out or broke
+    - `reward/failed_share`: share of responses whose checker timed out or failed
     - `reward/zero_variance_share`: share of groups whose scores are all equal
-    - `response/length`: mean tokens, EOS included; `response/tokens`: their sum
-    - `response/truncated_share`: share of responses that did not end by themselves
+    - `response/length`: mean length in tokens, EOS included; `response/tokens`: their sum
+    - `response/truncated_share`: share of responses without a stop token
     """
     known = judged.rewards[judged.valid]
     return {

@@ -1,4 +1,4 @@
-"""Rows of samples.jsonl: responses with what happened to each of their tokens."""
+"""Rows of samples.jsonl: responses, with what happened to each of their tokens."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def sample_rows(
     scored: Scored | None,
     task: Task,
 ) -> list[dict[str, Any]]:
-    """The first responses, one for each problem given. All processes call it, and get the same.
+    """Returns the first responses, one per given problem. All processes must call this.
 
-    Per token: its text; `log_weight`, log π_old − log μ_old (nats), the mismatch part of its
-    importance weight; `differs`, the number of MoE layers in which the training router would have
-    chosen other experts for the token before it, whose output it was drawn from. The last two need
-    a `score` pass.
+    Each row has, per token: its text; `log_weight`, log π_old − log μ_old in nats, the mismatch
+    part of its importance weight; and `differs`, the number of MoE layers in which the training
+    router would have chosen other experts for the token before it, from whose output it was drawn.
+    The last two need a `score` pass.
     """
     arrays = [batch.tokens, batch.response_mask, batch.logp_rollout, advantages]
     if scored is not None:

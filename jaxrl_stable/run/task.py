@@ -1,4 +1,4 @@
-"""The task of an experiment: problems, tokenizer and reward, checked before anything runs."""
+"""Task: problems, tokenizer and reward of an experiment, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from jaxrl_stable.data import (
 from jaxrl_stable.rewards import Reward, check_references, load_reward
 from jaxrl_stable.sampler.rollout import Sampling
 
-TOKENIZER_PROBLEMS = 20_000  # of each source, when a tokenizer is trained here
+TOKENIZER_PROBLEMS = 20_000  # read per source to train a tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the policy is trained on.
+    """What the policy is trained on. A context manager, which closes the reward.
 
     Attributes:
       train: training problems.
       heldout: held-out problems.
       tokenizer: text to ids and back.
-      reward: scores responses; closed with the task.
-      identity: of problems, tokenizer and chat template, to be compared on resume.
-      template: what makes a prompt of a problem.
+      reward: scores responses.
+      identity: names problems, tokenizer and chat template; compared when a run resumes.
+      template: turns a problem into a prompt.
     """
 
     train: Source
@@ -51,7 +51,7 @@ class Task:
         self.reward.close()
 
     def decode(self, tokens, response_mask) -> list[str]:
-        """Text of each response, without its stop token."""
+        """Returns the text of each response, without its stop token."""
         stop = set(self.tokenizer.eos_ids)
         return [
             self.tokenizer.decode([int(t) for t in row[mask] if int(t) not in stop])
@@ -61,7 +61,7 @@ class Task:
     def sampling(
         self, max_tokens: int, temperature: float, top_k: int = 0, top_p: float = 1.0
     ) -> Sampling:
-        """Sampling that ends with this tokenizer's stop tokens."""
+        """Returns sampling settings with this tokenizer's stop tokens."""
         tokenizer = self.tokenizer
         return Sampling(
             max_tokens, temperature, top_k, top_p, tuple(tokenizer.eos_ids), tokenizer.pad_id
@@ -72,9 +72,9 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
     """Loads and checks problems, tokenizer and reward.
 
     Raises:
-      ValueError, FileNotFoundError: a source or the chat template is missing, a prompt is faulty or
-        does not fit, a reference answer cannot be read, or the tokenizer has more entries than the
-        model; each says where.
+      ValueError, FileNotFoundError: if a source or the chat template is missing, a prompt is
+        invalid or too long, a reference answer cannot be read, or the tokenizer has more entries
+        than the model; the error says where.
     """
     data, evaluation = experiment.data, experiment.evaluation
     for field in ("train", "heldout"):
@@ -113,7 +113,7 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
 
 
 def _checksum(path: pathlib.Path) -> int:
-    """Of a tokenizer and of the files that name its special tokens."""
+    """Returns the checksum of a tokenizer and of the files that name its special tokens."""
     directory = path if path.is_dir() else path.parent
     names = ["tokenizer_config.json", "generation_config.json"]
     files = [directory / name for name in (*names, "tokenizer.json", "tokenizer.model")]
@@ -123,18 +123,17 @@ def _checksum(path: pathlib.Path) -> int:
 
 
 def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Path:
-    """The tokenizer that is named, that of the run whose weights are taken, or this run's own.
+    """Returns the tokenizer's path: as configured, from `init_from`, or this run's own.
 
     Raises:
-      ValueError: weights come from a run without a tokenizer of its own; a new one would give
-        their embeddings other meanings.
+      ValueError: if `init_from` has no tokenizer; a new one would change what its embeddings mean.
     """
     if experiment.data.tokenizer:
         return pathlib.Path(experiment.data.tokenizer)
     if not experiment.init_from:
         return workdir / "tokenizer.model"
     origin = pathlib.Path(experiment.init_from).resolve()
-    for directory in (origin, origin.parent):  # a cold start has that of the run it belongs to
+    for directory in (origin, origin.parent):  # a cold start uses its run's tokenizer
         for name in ("tokenizer.json", "tokenizer.model"):
             if (directory / name).exists():
                 return directory / name
@@ -147,7 +146,7 @@ def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Pa
 def _train_tokenizer(
     experiment: Experiment, sources: tuple[Source, Source], path: pathlib.Path
 ) -> None:
-    """Trains on problems and demonstrations, so that no character of either is unknown."""
+    """Trains on problems and demonstrations, so that the tokenizer knows all their characters."""
     data, cold_start = experiment.data, experiment.cold_start
     if cold_start is not None and cold_start.demonstrations is not None:
         sources = (*sources, open_source(cold_start.demonstrations))
@@ -160,5 +159,5 @@ def _train_tokenizer(
 
 
 def open_source(source: Source | str) -> Source:
-    """A source as it is, or the JSONL file that a path names."""
+    """Returns a source as it is, or opens the JSONL file at a path."""
     return JsonlSource(source) if isinstance(source, str) else source

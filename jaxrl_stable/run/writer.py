@@ -1,8 +1,9 @@
-"""Writes metrics and samples of a run: metrics.jsonl, samples.jsonl, TensorBoard and the console.
+"""Writes metrics and samples of a run: metrics.jsonl, samples.jsonl, TensorBoard, the console.
 
 The two JSON Lines files are the record; everything else can be rebuilt from them
 (`jaxrl_stable.report`). Each line is one object, ASCII only. Non-finite values are written as
-`null`, because JSON cannot express them; TensorBoard keeps the NaN or infinity.
+`null`, because JSON cannot express them; TensorBoard keeps the NaN or infinity. Weights & Biases
+gets a copy of the metrics if a project is set (`wandb_log`).
 
 A resumed run repeats the steps after its checkpoint. To record each step once, the writer first
 drops all rows after the step that it starts from.
@@ -24,9 +25,12 @@ import rich.console
 import rich.progress
 import rich.text
 import tensorboardX
+from jax.typing import ArrayLike
 
 from jaxrl_stable import distributed
+from jaxrl_stable.distributed.preemption import Stopped
 from jaxrl_stable.files import read_jsonl, write_atomic
+from jaxrl_stable.run.wandb_log import WandbLog
 from jaxrl_stable.text import visible
 
 Columns = Sequence[tuple[str, str, tuple[str, ...]]]  # label, format, keys by preference
@@ -56,9 +60,12 @@ class MetricsWriter:
       total_steps: length of the run, for the progress bar.
       console: whether to show progress. Without a terminal, plain lines replace the bar.
       columns: what the console shows.
+      wandb_project: Weights & Biases project that gets a copy of the scalars; "" = off.
+      config: the experiment, for Weights & Biases.
 
     Raises:
-      ValueError: if an existing file is damaged anywhere except in a torn last line.
+      ValueError: if an existing file is damaged anywhere except in a torn last line, or if wandb is
+        needed and not installed.
     """
 
     def __init__(
@@ -69,6 +76,8 @@ class MetricsWriter:
         total_steps: int | None = None,
         console: bool = True,
         columns: Columns = COLUMNS,
+        wandb_project: str = "",
+        config: Any = None,
     ):
         self._workdir = pathlib.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
@@ -89,20 +98,24 @@ class MetricsWriter:
         self._columns = columns
         self._console = rich.console.Console(highlight=False) if console else None
         self._bar: rich.progress.Progress | None = None
+        self._wandb = WandbLog(self._workdir, wandb_project, config) if wandb_project else None
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_):
+        self.close(failed=kind is not None and not issubclass(kind, Stopped))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """Closes everything; Weights & Biases marks the run as failed if it has `failed`."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
         self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close(failed)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write(self, step: int, scalars: Mapping[str, ArrayLike]) -> None:
         """Appends one row of scalars. Once this returns, a kill of the process cannot lose the row.
 
         A step may be written more than once (training, then evaluation); readers merge the rows.
@@ -111,6 +124,8 @@ class MetricsWriter:
         _append(self._metrics, {"step": int(step), "time": time.time(), **row})
         for name, value in row.items():
             self._tensorboard.add_scalar(name, value, int(step))
+        if self._wandb is not None:
+            self._wandb.write(int(step), row)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends sampled responses.
@@ -122,7 +137,7 @@ class MetricsWriter:
         for row in rows:
             _append(self._samples, {"step": int(step), **row})
 
-    def progress(self, step: int, scalars: Mapping[str, float]) -> None:
+    def progress(self, step: int, scalars: Mapping[str, ArrayLike]) -> None:
         """Moves the bar; without a terminal, prints a plain line now and then."""
         if self._console is None:
             return
@@ -233,7 +248,7 @@ def _progress_bar(console: rich.console.Console, columns: Columns) -> rich.progr
     )
 
 
-def _first(scalars: Mapping[str, float], keys: Sequence[str], form: str) -> str:
+def _first(scalars: Mapping[str, ArrayLike], keys: Sequence[str], form: str) -> str:
     key = next((key for key in keys if key in scalars), None)
     return "–" if key is None else form.format(_scalar(key, scalars[key]))
 

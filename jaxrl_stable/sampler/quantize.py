@@ -1,15 +1,15 @@
-"""The sampler's copy of the weights on a coarse grid: a real training-inference gap.
+"""Quantised copies of the weights for sampling, which cause a real training-inference gap.
 
 | format | weights | activations |
 |---|---|---|
-| `none` | as they are | as they are |
-| `int8`, `int4`, `fp8` | integers to ±127, to ±7, float8_e4m3fn to ±448 | as they are |
-| `int8_w8a8`, `fp8_w8a8` | as `int8`, `fp8` | the same grid, one scale per token, found anew |
+| `none` | unchanged | unchanged |
+| `int8`, `int4`, `fp8` | integers to ±127, to ±7, float8_e4m3fn to ±448 | unchanged |
+| `int8_w8a8`, `fp8_w8a8` | as `int8`, `fp8` | the same grid, one dynamic scale per token |
 
-Symmetric, with one scale per output channel: `w ≈ w / s on the grid · s`, where s puts the largest
-|w|, over the axes that a product sums over, on the largest value of the grid. Norms, embeddings,
-router and output head stay as they are, as inference engines leave them. How activations are
-treated, and which products are computed, `model/products.py` says. No gradient flows through.
+Quantisation is symmetric with one scale per output channel: `w ≈ round(w / s) · s`, where s maps
+the largest |w|, over the axes that a product sums over, to the largest value of the grid. Norms,
+embeddings, router and output head are unchanged, as in inference engines. `model/products.py`
+describes activations and products. No gradient flows through.
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ GRIDS = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}  # storage type
 
 
 def sampling_copy(model: Transformer, format: str, products: str = "auto") -> Transformer:
-    """The weights that a sampler reads: `quantize`d, in the compute type, laid out for decoding.
+    """Returns the weights for a sampler: quantised, in the compute type, laid out for decoding.
 
-    What is computed with them is the same but for the quantisation: a product reads its weights in
-    the compute type anyway, only the router's stay float32. See `sharding.for_sampling`.
+    Quantisation is the only numerical difference: products read weights in the compute type anyway,
+    and the router's weights stay float32. See `sharding.for_sampling` for the layout.
+
+    Args:
+      model, format, products: see `quantize`.
     """
 
     def convert(param: nnx.Param) -> nnx.Param:
@@ -49,17 +52,17 @@ def sampling_copy(model: Transformer, format: str, products: str = "auto") -> Tr
 
 
 def quantize(model: Transformer, format: str, products: str = "auto") -> Transformer:
-    """A copy of the policy for sampling.
+    """Returns a quantised copy of the policy.
 
     Args:
       model: the policy in training.
-      format: one of FORMATS; "none" returns the model itself, the others store its matrices as
+      format: one of FORMATS; "none" returns the model itself, other formats store its matrices as
         `Quantized`.
-      products: of weights and activations on a grid: "native", "emulated" or "auto"; see
-        `resolve_products`.
+      products: implementation of products of quantised weights and activations: "native",
+        "emulated" or "auto"; see `resolve_products`.
 
     Raises:
-      ValueError: unknown format or kind of products.
+      ValueError: if the format or the kind of products is unknown.
     """
     how = resolve_products(format, products)
     if format == "none":
@@ -78,11 +81,11 @@ def quantize(model: Transformer, format: str, products: str = "auto") -> Transfo
 
 
 def expanded(copy: Transformer) -> Transformer:
-    """A `quantize`d copy with its matrices in the compute type, the same in all that it computes.
+    """Stores the matrices of a quantised copy in the compute type, without changing results.
 
-    They are then converted once, and not for every token that is sampled. It takes the memory that
-    quantising saved, and is no gain where a device reads the narrow type faster: for small
-    policies. "native" products keep theirs.
+    Matrices are then converted once instead of once per sampled token. This gives back the memory
+    that quantising saved and does not help on devices that read narrow types faster; it is meant
+    for small policies. Matrices for "native" products are left unchanged.
     """
     dtype = jnp.dtype(copy.config.dtype)
 
@@ -101,19 +104,22 @@ def expanded(copy: Transformer) -> Transformer:
 
 
 def resolve_products(format: str, products: str = "auto", device: jax.Device | None = None) -> str:
-    """How a sampler of this format multiplies, for logs: "weight_only", "native" or "emulated".
+    """Resolves how a sampler of this format multiplies.
 
-    Weights alone are dequantised: "weight_only", whatever is asked for. Of weights and activations,
-    "native" products run in the stored type and "emulated" ones in the compute type, on the same
-    grid; "auto" is what `products_implementation` names for the device.
+    Formats that quantise only weights always dequantise them ("weight_only"). Formats that also
+    quantise activations multiply in the stored type ("native") or, on the same grid, in the compute
+    type ("emulated"); "auto" defers to `products_implementation`.
 
     Args:
       format: one of FORMATS.
       products: "auto", "native" or "emulated".
-      device: this process's first by default.
+      device: device to multiply on; the first device of this process by default.
+
+    Returns:
+      "weight_only", "native" or "emulated".
 
     Raises:
-      ValueError: unknown format or kind of products.
+      ValueError: if the format or the kind of products is unknown.
     """
     if format not in FORMATS:
         raise ValueError(f"rollout format {format!r} is unknown; use one of {FORMATS}")

@@ -1,7 +1,7 @@
-"""Rollout: prefill, then sample token by token until every row is done. One pure function.
+"""Rollout: prefill, then sample token by token until every row is done, in one pure function.
 
-The sampler runs the same block code as the trainer. What it records is what it computed: the
-log-probability of each sampled token, and the experts of each token that it fed.
+The sampler runs the same block code as the trainer. It records what it computed itself: the
+log-probability of each sampled token and the experts of each token that was fed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from jaxrl_stable.trajectory import Trajectory, join_trajectories
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Static: a change recompiles.
+    """Sampling settings; static, so a change recompiles.
 
     Attributes:
-      max_tokens: longest response, EOS included.
-      temperature: logits are divided by it, here and in the trainer; 0 is greedy (for evaluation).
-      top_k: keep the k likeliest tokens; 0 keeps all.
-      top_p: keep the likeliest tokens whose mass reaches p; 1 keeps all.
+      max_tokens: length of the longest response, EOS included.
+      temperature: divisor of the logits, here and in the trainer; 0 is greedy (for evaluation).
+      top_k: number of likeliest tokens to keep; 0 keeps all.
+      top_p: probability mass to keep, likeliest tokens first; 1 keeps all.
       stop_ids: tokens that end a response.
-      pad_id: what stands behind the end.
+      pad_id: token that fills the columns after a response.
 
-    With top_k or top_p the recorded log-probability is still that of the untruncated distribution,
-    so that it means the same as the trainer's. The sample then comes from another distribution: the
-    importance weight lacks the factor S (the mass kept), expectations are over the kept tokens
-    only, and tokens outside get no gradient. Training is unbiased with temperature alone.
+    With top_k or top_p the recorded log-probability still refers to the untruncated distribution,
+    to match the trainer's. The sample then comes from a different distribution: the importance
+    weight lacks the factor S (the mass kept), expectations cover only the kept tokens, and other
+    tokens get no gradient. Training is unbiased only without them, at any temperature.
     """
 
     max_tokens: int
@@ -48,7 +48,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     pad_id: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"Sampling.max_tokens is {self.max_tokens}; it must be at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
@@ -59,7 +59,7 @@ class Sampling:
 
 
 class _Decode(NamedTuple):
-    """State of the decode loop; everything before `column` is written."""
+    """State of the decode loop; all columns before `column` are written."""
 
     column: Int[Array, ""]
     hidden: Float[Array, "B D"]
@@ -81,20 +81,23 @@ def rollout(
     sampling: Sampling,
     at_a_time: int | None = None,
 ) -> Trajectory:
-    """Samples one response for each row.
+    """Samples one response per row.
 
-    Row b draws from `fold_in(fold_in(key, b), column)`, so what it samples does not depend on the
-    other rows, on padding rows, on how rows are spread over devices or on how many are sampled at
-    a time.
+    Row b draws from `fold_in(fold_in(key, b), column)`, so its samples do not depend on other rows,
+    on padding rows, on the sharding of rows, or on `at_a_time`.
 
     Args:
       model: the sampling policy μ (possibly a quantised copy).
       prompts: left-padded prompts.
-      prompt_mask: False on padding. A row without any True is a padding row: it samples nothing.
+      prompt_mask: False on padding. A row that is False throughout is a padding row and samples
+        nothing.
       key: typed PRNG key.
-      sampling: static.
-      at_a_time: rows that share one cache, one lot after the other; all of them by default. Divides
-        B.
+      sampling: sampling settings, static.
+      at_a_time: number of rows that share one cache; such chunks of rows run one after another. It
+        must divide B; all rows by default.
+
+    Returns:
+      Prompts, responses, and the sampler's records of both.
     """
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(prompts.shape[0]))
     if at_a_time is None or at_a_time == prompts.shape[0]:
@@ -112,7 +115,7 @@ def _sample_rows(
     row_keys: Key[Array, "B"],
     sampling: Sampling,
 ) -> Trajectory:
-    """Prefill and decode of rows that share one cache."""
+    """Prefills and decodes rows that share one cache."""
     config = model.config
     B, P = prompts.shape
     T = P + sampling.max_tokens
@@ -120,7 +123,7 @@ def _sample_rows(
     layers, k = config.num_moe_layers, config.num_experts_per_token
 
     def sample(state: _Decode) -> _Decode:
-        """Draws the token of `column` from the hidden state before it."""
+        """Draws the token of `column` from the preceding hidden state."""
         keys = jax.vmap(lambda row: jax.random.fold_in(row, state.column))(row_keys)
         logits = head.logits(model, state.hidden, sampling.temperature or 1.0)
         token = jax.vmap(partial(draw, sampling=sampling))(keys, logits)
@@ -139,7 +142,7 @@ def _sample_rows(
         )
 
     def feed(state: _Decode) -> _Decode:
-        """Runs the newest token of the rows that go on; the others are padding."""
+        """Feeds the newest token of the active rows; other rows are padding."""
         last = state.column - 1
         tokens = jax.lax.dynamic_slice(state.tokens, (0, last), (B, 1))
         active = state.active[:, None]
@@ -155,14 +158,14 @@ def _sample_rows(
         )
 
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=-1) - 1, 0)
-    cache = empty_cache(config, B, P)  # a prompt need not attend to room for its response
+    cache = empty_cache(config, B, P)  # prompts need not attend to empty response columns
     output = model(prompts, positions, prompt_mask.astype(jnp.int32), cache=cache)
     responses = ((0, 0), (0, sampling.max_tokens))
     experts = jnp.zeros((layers, B, T, k), expert_dtype(config.num_experts))
     state = _Decode(
         column=jnp.int32(P),
         hidden=output.hidden[:, -1],
-        cache=_spread(output.cache.widen(T)),
+        cache=_shard_cache(output.cache.widen(T)),
         tokens=jnp.pad(
             jnp.where(prompt_mask, prompts, sampling.pad_id),
             responses,
@@ -198,10 +201,11 @@ def _sample_rows(
 
 @jax.custom_batching.custom_vmap
 def anywhere(active: Bool[Array, "B"]) -> Bool[Array, ""]:
-    """Whether a row goes on; under `jax.vmap`, whether a row of any member does.
+    """Returns whether any row is active; under `jax.vmap`, any row of any member.
 
-    A loop whose end differs between the members of a `vmap` would copy its whole state in every
-    round, to keep what has ended. Here all go on together: rows that are done sample nothing.
+    If members of a `vmap` ended a loop at different times, the loop would copy its whole state in
+    every iteration to preserve finished members. Instead all continue together, and rows that are
+    done sample nothing.
     """
     return active.any()
 
@@ -213,8 +217,8 @@ def _anywhere_of_all(
     return anywhere(active), False
 
 
-def _spread(cache: Cache) -> Cache:
-    """The cache with its rows over all devices, and its heads over `tensor`."""
+def _shard_cache(cache: Cache) -> Cache:
+    """Shards the rows of a cache over all devices and its heads over `tensor`."""
     heads = None, ROWS, None, "tensor"
     return dataclasses.replace(
         cache,
@@ -225,7 +229,7 @@ def _spread(cache: Cache) -> Cache:
 
 
 def draw(key: Key[Array, ""], logits: Float[Array, "V"], *, sampling: Sampling) -> Int[Array, ""]:
-    """One token from the (possibly truncated) distribution."""
+    """Draws one token from the (possibly truncated) distribution."""
     if sampling.temperature == 0:
         return jnp.argmax(logits)
     if sampling.top_k:
@@ -234,7 +238,7 @@ def draw(key: Key[Array, ""], logits: Float[Array, "V"], *, sampling: Sampling) 
     if sampling.top_p < 1:
         ranked = jnp.sort(logits, descending=True)
         mass = jax.nn.softmax(ranked)
-        # A token stays when the mass ranked before it has not reached p: the first always does.
+        # Keep a token if the mass ranked before it is below p; the first is always kept.
         kept = jnp.cumsum(mass) - mass < sampling.top_p
         smallest = jnp.min(jnp.where(kept, ranked, jnp.inf))
         logits = jnp.where(logits < smallest, -jnp.inf, logits)

@@ -1,8 +1,8 @@
-"""A sampler that is the training program itself: no cache, the same shapes, hence the same bits.
+"""Sampling with the training program itself: no cache and the same shapes, so the same bits.
 
-For each new token whole rows run through the model again, which costs about `max_tokens` times a
-pass of `score`. It is for debugging, and for experiments in which the mismatch of sampler and
-trainer shall be exactly 0; experiments/README.md says what else that takes.
+Each new token runs whole rows through the model again, which costs about `max_tokens` passes of
+`score`. This is for debugging and for experiments that need a mismatch of exactly 0 between sampler
+and trainer; experiments/README.md lists the other conditions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxrl_stable.trajectory import Trajectory, join_trajectories
 
 
 class _Decode(NamedTuple):
-    """State of the decode loop; everything before `column` is written."""
+    """State of the decode loop; all columns before `column` are written."""
 
     column: Int[Array, ""]
     active: Bool[Array, "B"]
@@ -41,11 +41,15 @@ def uncached_rollout(
     sampling: Sampling,
     micro_batch_size: int,
 ) -> Trajectory:
-    """Samples one response for each row, as `rollout` does and with the same random numbers.
+    """Samples one response per row like `rollout`, with the same random numbers.
 
     Args:
       model, prompts, prompt_mask, key, sampling: see `rollout`.
-      micro_batch_size: rows at a time; that of `score` and `update`, for the same shapes.
+      micro_batch_size: number of rows at a time; to get the same shapes, equal to the micro-batch
+        size of `score` and `update`.
+
+    Returns:
+      Prompts, responses, and the sampler's records of both.
     """
     B = prompts.shape[0]
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
@@ -62,13 +66,13 @@ def _sample(
     keys: Key[Array, "B"],
     sampling: Sampling,
 ) -> Trajectory:
-    """One micro-batch. A pass sees the tokens so far; what comes later is padding."""
+    """Samples one micro-batch. A pass sees the tokens so far; later columns are padding."""
     config, temperature = model.config, sampling.temperature or 1.0
     (B, P), T = prompts.shape, prompts.shape[1] + sampling.max_tokens
     columns = jnp.arange(T)
 
     def step(state: _Decode) -> _Decode:
-        """Draws the token of `column` and scores it, from one pass over what stands before it."""
+        """Draws and scores the token of `column`, from one pass over the preceding tokens."""
         column, active, past = state
         hidden, router = hidden_states(model, past, replay=None)
         logits = head.logits(model, hidden[:, column - 1], temperature)
@@ -81,11 +85,11 @@ def _sample(
             tokens=jnp.where(new, token[:, None], past.tokens),
             real=past.real | new,
             response_mask=past.response_mask | new,
-            # Of earlier tokens the pass gives the same experts again.
+            # The pass reproduces the experts of earlier tokens.
             routing=Routing(router.experts, past.routing.valid | (past.real & active[:, None])),
             finished=past.finished | stop,
         )
-        # All columns, though one is new: the shapes of `score`, and so its bits.
+        # All columns, although only one is new: same shapes as `score`, so the same bits.
         logp = response_log_probs(model, hidden, now, temperature).logp
         now = dataclasses.replace(now, logp_rollout=jnp.where(new, logp, past.logp_rollout))
         return _Decode(column + 1, active & ~stop, now)

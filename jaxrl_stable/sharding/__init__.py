@@ -1,5 +1,6 @@
 """Where arrays live: the mesh, the rules for parameters, collectives, and rows of batches."""
 
+from jaxrl_stable import _moved
 from jaxrl_stable.sharding.collectives import gather_axis, gathered
 from jaxrl_stable.sharding.mesh import (
     AXES,
@@ -50,3 +51,5 @@ __all__ = [
     "spec",
     "state_shardings",
 ]
+
+__getattr__ = _moved.moved_names("jaxrl_stable.sharding")  # names that are elsewhere today

@@ -1,4 +1,4 @@
-"""Where the rows and columns of activations live during one pass of the model."""
+"""Placement of the rows and columns of activations on the mesh during one pass of the model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jaxrl_stable.sharding.mesh import BATCH, ROWS, mesh_in_use
 
 
 class Layout(NamedTuple):
-    """Mesh axes of the rows and of the columns of an activation `[B, T, ...]`.
+    """Mesh axes over which the rows and columns of an activation `[B, T, ...]` are sharded.
 
     Attributes:
-      rows, columns: mesh axes; empty where the axis is whole on every device.
-      shape: size of every mesh axis that is larger than one; empty on one device.
+      rows, columns: mesh axes; empty if rows or columns are whole on every device.
+      shape: name and size of each mesh axis larger than one; empty on one device.
     """
 
     rows: tuple[str, ...] = ()
@@ -25,26 +25,26 @@ class Layout(NamedTuple):
     shape: tuple[tuple[str, int], ...] = ()
 
     def size(self, axes: tuple[str, ...]) -> int:
-        """Number of parts over these mesh axes."""
+        """Returns the number of shards over `axes`."""
         return math.prod(dict(self.shape).get(a, 1) for a in axes)
 
     def spec(self, *rest: Any) -> P:
-        """Partition of `[B, T, *rest]`."""
+        """Returns the partition of `[B, T, *rest]`."""
         return P(self.rows or None, self.columns or None, *rest)
 
     def present(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the mesh axes that are larger than one."""
+        """Returns the axes among `axes` that are larger than one."""
         return tuple(a for a in axes if a in dict(self.shape))
 
     def whole_columns(self, x: Array) -> Array:
-        """Brings all columns of an activation `[B, T, ...]` to every device of its rows."""
+        """Gathers all columns of an activation `[B, T, ...]`; rows stay sharded."""
         if not self.columns:
             return x
         free = [P.UNCONSTRAINED] * (x.ndim - 2)
         return jax.lax.with_sharding_constraint(x, P(self.rows or None, None, *free))
 
     def constrain(self, x: Array, *rest: Any) -> Array:
-        """Keeps an activation `[B, T, *rest]` in this layout."""
+        """Constrains an activation `[B, T, *rest]` to this layout."""
         return jax.lax.with_sharding_constraint(x, self.spec(*rest)) if self.shape else x
 
 
@@ -52,13 +52,18 @@ ONE_DEVICE = Layout()
 
 
 def layout(batch: int, columns: int, *, sampling: bool) -> Layout:
-    """How activations are spread over the mesh in use (`jax.set_mesh`).
+    """Returns the layout of activations on the mesh in use (`jax.set_mesh`).
 
-    A sampler spreads rows over all devices, since its columns come one by one. In training the
-    columns are spread over `context`.
+    A sampler shards rows over all devices, since its columns arrive one by one. Training shards
+    the columns over `context`.
+
+    Args:
+      batch: number of rows.
+      columns: number of columns.
+      sampling: whether the pass belongs to a sampler.
 
     Raises:
-      ValueError: the rows or columns do not divide; every device would compute all of them.
+      ValueError: if rows or columns do not divide evenly; every device would compute all of them.
     """
     mesh = mesh_in_use()
     shape = () if mesh.empty else tuple((a, n) for a, n in mesh.shape.items() if n > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ class MeshShape:
     context: int = 1
 
 
-def make_mesh(shape: MeshShape, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes the device mesh. The axis `data` runs over slices first, then within each slice.
 
     Args:

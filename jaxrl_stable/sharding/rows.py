@@ -1,8 +1,8 @@
-"""Rows of arrays in parts, one part after the other, on a mesh.
+"""Splitting the rows of an array into consecutive parts on a mesh.
 
-Usually rows are cut where they lie: part p takes its share of every device's rows, so that no row
-moves and every device has work in every part. In order, part p is the p-th run of rows, whatever
-the mesh: then rows move. On one device both are the same.
+By default rows are split in place: part p takes its share of each device's rows, so no row moves
+and every device has work in every part. With `in_order`, part p is the p-th contiguous run of rows
+regardless of the mesh, so rows move. On one device both are the same.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def cut_rows(
     over: tuple[str, ...] = BATCH,
     in_order: bool = False,
 ) -> Array:
-    """Cuts the rows of an array into equal parts, which get a new leading axis.
+    """Splits the rows of an array into equal parts, stacked along a new leading axis.
 
     Args:
-      x: rows at `axis`, and columns (if any) behind them.
+      x: array with rows at `axis` and columns (if any) at the next axis.
       parts: number of parts.
-      axis: of the rows.
-      over: mesh axes that the rows are spread over.
-      in_order: part p is the p-th run of rows.
+      axis: index of the row axis.
+      over: mesh axes over which the rows are sharded.
+      in_order: make part p the p-th contiguous run of rows.
     """
     rows = x.shape[axis] // parts
     devices = 1 if in_order else _devices(rows, over)
     before, after = x.shape[:axis], x.shape[axis + 1 :]
-    # Columns find their place first: XLA cannot do both at once, and would gather everything.
+    # Constrain columns first: XLA cannot do both at once and would gather everything.
     x = constrain(x, *[None] * axis, over, *_columns(over))
     x = x.reshape(*before, devices, parts, rows // devices, *after)
     x = jnp.moveaxis(x, axis + 1, 0).reshape(parts, *before, rows, *after)
@@ -51,7 +51,7 @@ def cut_rows(
 def join_rows(
     x: Array, axis: int = 0, *, over: tuple[str, ...] = BATCH, in_order: bool = False
 ) -> Array:
-    """Inverse of `cut_rows`: takes the leading axis away."""
+    """Inverse of `cut_rows`; removes the leading axis."""
     parts, rows = x.shape[0], x.shape[axis + 1]
     devices = 1 if in_order else _devices(rows, over)
     x = jnp.moveaxis(x, 0, axis)  # [..., parts, rows, ...]
@@ -66,7 +66,7 @@ def _columns(over: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _devices(rows: int, over: tuple[str, ...]) -> int:
-    """Over how many devices the rows of a part are spread; 1 where they do not divide."""
+    """Returns the number of devices that share the rows of a part; 1 if not divisible."""
     mesh = mesh_in_use()
     devices = 1 if mesh.empty else math.prod(mesh.shape[a] for a in over)
     return devices if rows % devices == 0 else 1

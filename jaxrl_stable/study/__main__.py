@@ -1,9 +1,9 @@
-"""Every cell of a grid, with several seeds, and the report.
+"""Runs every cell of a grid with several seeds, and writes the report.
 
     python -m jaxrl_stable.study --gin_file=experiments/paper/smoke.gin
 
-Run the same command again to go on where it stopped; more cells or seeds add to what is there, and
-where nothing is left to run the report alone is made again.
+Run the same command again to continue where it stopped. Added cells or seeds extend the existing
+results; if nothing is left to run, only the report is written again.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import jax
 
 from jaxrl_stable import distributed, gin_files, program
 from jaxrl_stable.study.config import Study
-from jaxrl_stable.study.markdown import write_claims
-from jaxrl_stable.study.page import read_records, write_figure, write_page
-from jaxrl_stable.study.replay import write_evidence
+from jaxrl_stable.study.results.evidence import write_evidence
+from jaxrl_stable.study.results.markdown import write_claims
+from jaxrl_stable.study.results.page import read_records, write_figure, write_page
 from jaxrl_stable.study.runner import run_study
 
 
 def build() -> Study:
-    """The study that gin has parsed."""
+    """Builds the study from the parsed gin configuration."""
     study = gin_files.configured(Study)()
     for cell in study.cells().values():
-        cell.objective.check()  # through gin, which notes what the functions read
+        cell.objective.check()  # through gin, which records the bindings that the functions read
     grids = tuple(
         dataclasses.replace(
             grid,
@@ -40,14 +40,14 @@ def build() -> Study:
 
 
 def describe(study: Study) -> str:
-    """What a dry run prints: the cells."""
+    """Returns what a dry run prints: the cells."""
     cells = study.cells()
     runs = len(cells) * study.seeds
     return "\n".join([f"{len(cells)} cells × {study.seeds} seeds = {runs} runs", *cells])
 
 
 def default_workdir(files: Sequence[str]) -> str | None:
-    """runs/NAME of the last gin file."""
+    """Returns runs/NAME, where NAME is the name of the last gin file."""
     return os.path.join("runs", pathlib.Path(files[-1]).stem) if files else None
 
 
@@ -66,6 +66,6 @@ def main(study: Study, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    if jax.config.jax_num_cpu_devices == -1:  # on a CPU each core makes its own runs
+    if jax.config.jax_num_cpu_devices == -1:  # on a CPU, each core makes its own runs
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     program.run(main, program.Kind(build, describe, default_workdir))

@@ -1,8 +1,9 @@
-"""One of several objectives, by an index that may be traced: runs of all are one program."""
+"""One of several objectives, selected by an index that may be traced: all share one program."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,34 +15,65 @@ from jaxrl_stable.objective import Decided, Objective, name_of
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Stands for an `Objective` in `update`, and decides by the one that `index` says.
+    """An objective for `update` that computes several and selects one by a traced index.
 
-    All of them are computed, which costs little: losses are arithmetic on `[B, T]`, beside passes
-    of the model. Those that are not chosen get a cotangent of 0, and as every loss is bounded
-    before its `exp`, 0 is what comes out of them.
+    Computing all of them costs little: losses are arithmetic on `[B, T]`, next to whole passes of
+    the model. The others get a cotangent of 0. Every loss is bounded before its `exp`, so their
+    gradients are 0, never NaN.
+
+    The properties are the fields and properties of `Objective` that a training step reads. They are
+    equal in all the objectives, because `program_of` is.
 
     Attributes:
-      objectives: agree in `program_of`.
-      index: which of them.
+      objectives: at least one; all have the same `program_of`.
+      index: position of the selected objective.
     """
 
     objectives: tuple[Objective, ...]
     index: Int[Array, ""]
 
-    def __getattr__(self, name: str) -> Any:
-        """What they share: `replay`, `whole_batch`, `needs_old_policy`, …"""
-        return getattr(self.objectives[0], name)
+    @property
+    def mini_batches(self) -> int:
+        return self.objectives[0].mini_batches
+
+    @property
+    def replay(self) -> str:
+        return self.objectives[0].replay
+
+    @property
+    def advantages(self) -> Callable[..., Array]:
+        return self.objectives[0].advantages
+
+    @property
+    def kl_coefficient(self) -> float:
+        """The first objective's; the others' may differ, but are 0 only if it is."""
+        return self.objectives[0].kl_coefficient
+
+    @property
+    def needs_score(self) -> bool:
+        return self.objectives[0].needs_score
+
+    @property
+    def needs_old_policy(self) -> bool:
+        return self.objectives[0].needs_old_policy
+
+    @property
+    def whole_batch(self) -> bool:
+        return self.objectives[0].whole_batch
 
     def total(
         self, logp: Float[Array, "B T"], entropy: Float[Array, "B T"], batch: Any
     ) -> tuple[Float[Array, ""], Decided]:
-        """See `Objective.total`."""
+        """Returns what `Objective.total` of the selected objective returns."""
         decided = [objective.total(logp, entropy, batch) for objective in self.objectives]
         return jax.tree.map(lambda *x: jnp.stack(x)[self.index], *decided)
 
 
 def program_of(objective: Objective) -> tuple:
-    """What makes two objectives different programs: passes, replay, and the shape of results."""
+    """Returns a key that is equal for objectives that can share a program.
+
+    It covers the passes, the replay, and the shape of the results.
+    """
     return (
         objective.mini_batches,
         objective.replay,

@@ -1,4 +1,4 @@
-"""What a study is: a grid of cells, each run with several seeds. gin binds these dataclasses."""
+"""Configuration of a study: a grid of cells, each run with several seeds. bound by gin."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ from functools import partial
 from typing import Any
 
 from jaxrl_stable.advantages import centered
-from jaxrl_stable.array_tasks import Task
+from jaxrl_stable.array_tasks import ArrayTask
 from jaxrl_stable.checks import one_of
 from jaxrl_stable.configs import FORMATS, Optimizer
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.objectives import minirl
-from jaxrl_stable.study.analysis import Collapse
-from jaxrl_stable.study.claims import PAPER
 
-# Short names of settings that differ from the paper's, in the names of cells.
+# MiniRL (arXiv:2512.01374, eq. 7); also the values of settings that a record does not mention.
+PAPER: Mapping[str, Any] = {
+    "loss": "minirl",
+    "mini_batches": 1,
+    "replay": "none",
+    "clip": True,
+    "clip_anchor": "old",
+    "weight": "full",
+    "truncation": 5.0,
+    "policies": "all",
+    "aggregation": "seq-mean-token-sum",
+}
+# How settings that differ from the paper's are written in the names of cells.
 SHORT = {
     ("clip", False): "no clip",
     ("weight", "none"): "no IS",
@@ -35,22 +45,22 @@ SHORT = {
 
 @dataclasses.dataclass(frozen=True)
 class ColdStart:
-    """Supervised training on a teacher's solutions, from random weights.
+    """Supervised training on a teacher's solutions, starting from random weights.
 
     Attributes:
-      name: by which a grid asks for it.
+      name: the name that a grid refers to.
       steps: gradient steps.
-      batch_size: solutions of a step.
-      slips: how often the teacher errs, see `Task.solutions`; what there is to gain by RL.
-      task: problems of the teacher, in the study's vocabulary; None takes the study's task.
-      optimizer: learning rate and the rest.
+      batch_size: solutions per step.
+      slips: how often the teacher errs (see `ArrayTask.solutions`); leaves room for RL to improve.
+      task: the teacher's problems, in the study's vocabulary; None uses the study's task.
+      optimizer: optimizer settings.
     """
 
     name: str = "default"
     steps: int = 400
     batch_size: int = 64
     slips: float = 0.2
-    task: Task | None = None
+    task: ArrayTask | None = None
     optimizer: Optimizer = Optimizer(learning_rate=3e-3, warmup_steps=20)
 
 
@@ -59,12 +69,12 @@ class Cell:
     """One point of the grid.
 
     Attributes:
-      figures: that show it.
-      objective: loss, replay, N.
-      options: of the loss.
-      rollout_format: weights of the sampler.
-      cold_start: name of the one it begins with.
-      learning_rate: of the updates.
+      figures: names of the figures that show the cell.
+      objective: loss, replay and N.
+      options: keyword arguments bound to the loss.
+      rollout_format: number format of the sampler's weights.
+      cold_start: name of the cold start that its runs begin with.
+      learning_rate: learning rate of the updates.
     """
 
     figures: tuple[str, ...]
@@ -76,7 +86,7 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a record says of the cell; what is not said is as in the paper (`claims.PAPER`)."""
+        """The settings that a record stores; any other setting has its value in `PAPER`."""
         estimator = name_of(self.objective.advantages)
         return {
             "loss": name_of(self.objective.loss),
@@ -94,15 +104,15 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """All combinations of its fields, for one figure.
+    """All combinations of the values of its fields, for one figure.
 
     Attributes:
-      figure: name of the figure; "" shows the cells in tables alone.
+      figure: name of the figure; with "" the cells appear in tables only.
       mini_batches, replay, losses, aggregations, policies, advantages: see `objective.Objective`.
-      options: of the losses, each a mapping from names of arguments to values.
+      options: keyword arguments of the losses; each entry maps argument names to values.
       rollout_formats: see `configs.Reinforcement`.
-      cold_starts: names; () takes the study's first.
-      learning_rates: () takes that of the study's optimiser.
+      cold_starts: names of cold starts; () uses the study's first.
+      learning_rates: learning rates of the updates; () uses the rate of the study's optimizer.
     """
 
     figure: str = ""
@@ -118,7 +128,7 @@ class Grid:
     learning_rates: tuple[float, ...] = ()
 
     def cells(self, study: Study) -> Iterable[Cell]:
-        """The combinations, first fields slowest."""
+        """Yields the combinations; the first fields vary slowest."""
         axes = (
             self.mini_batches,
             self.replay,
@@ -148,38 +158,75 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True)
+class Collapse:
+    """The rule that decides when a run has collapsed; fixed before anyone looks at the runs.
+
+    A run collapses at the first gradient step from which on one of these holds at every recorded
+    point for `for_steps` gradient steps (or until the end of the record, if that comes first and
+    the stretch has at least two points):
+
+    - score: the held-out score or the training reward, each under a running mean, is below
+      `score_share` of its highest value so far *and* more than `margin` below that value;
+    - KL: the KL between sampler and trainer is above `kl_limit`;
+    - any of these is no longer finite after it has been.
+
+    The highest value so far includes the score of the cold start, so a run that only loses what the
+    cold start gave it collapses too. `margin` keeps noise out: a policy that scores 0.1 once and
+    0.04 later on 64 problems has not collapsed. A run has *not learned* if it does not collapse and
+    its mean over a quarter of its evaluations never rises `gain` above its start. Such a run is
+    censored, like a stable one, because it had nothing to lose.
+
+    Attributes:
+      score_share: limit of the score as a share of its running peak.
+      margin: smallest fall that counts, in score units.
+      gain: smallest rise that counts as learning, in score units.
+      kl_limit: limit of the KL in nats per token (k3). Stable runs of arXiv:2512.01374 stay near
+        0.01.
+      for_steps: how long the condition must hold, in gradient steps.
+    """
+
+    score_share: float = 0.5
+    margin: float = 0.1
+    gain: float = 0.05
+    kl_limit: float = 0.5
+    for_steps: int | float = 32
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """Runs of every cell of the grids with every seed.
 
-    A run is a cold start and then reinforcement learning. Cells of one seed begin with the same
-    policy and draw the same problems and random numbers, so that they can be compared in pairs.
-    Every run makes as many gradient steps, on mini-batches of the same size: with N mini-batches a
-    rollout has N times the prompts, and there are N times fewer of them (arXiv:2512.01374, §4.2).
+    A run is a cold start followed by reinforcement learning. For a given seed, all cells begin with
+    the same policy and draw the same problems and random numbers, so they can be compared in pairs.
+    Every run makes the same number of gradient steps on mini-batches of the same size: with N
+    mini-batches a rollout has N times the prompts, and a run has N times fewer rollouts
+    (arXiv:2512.01374, §4.2).
 
     Attributes:
-      title: of the report.
+      title: title of the report.
       task: problems and rewards.
-      model: the policy; its vocabulary becomes the task's.
-      cold_starts: by their names.
-      grids: what is run.
+      model: configuration of the policy; its vocabulary size is set from the task.
+      cold_starts: the cold starts that grids can name.
+      grids: the cells to run.
       figures: titles of the figures, by name.
-      seeds: runs of a cell.
-      first_seed: the seeds count from here.
-      prompts: of a mini-batch.
-      group_size: responses to each prompt.
-      gradient_steps: of a run.
-      evaluations: of a run, at equal distances, besides the one before it.
-      heldout_problems, heldout_samples: of an evaluation; by the policy in training, unquantised.
-      temperature: of all sampling.
-      rollout_format: of cells that do not say.
-      optimizer: of the updates.
-      runs_at_a_time: most runs of one program; they share its memory.
-      collapse: when a run counts as collapsed.
-      show: names of cells whose first seed leaves samples for the report.
+      seeds: runs per cell.
+      first_seed: the first seed; the others follow it.
+      prompts: prompts per mini-batch.
+      group_size: responses per prompt.
+      gradient_steps: gradient steps per run.
+      evaluations: evenly spaced evaluations per run, not counting the one before the first step.
+      heldout_problems, heldout_samples: problems per evaluation and responses per problem, sampled
+        from the unquantised training policy.
+      temperature: temperature of all sampling.
+      rollout_format: format for grids that do not set one.
+      optimizer: optimizer of the updates.
+      runs_at_a_time: largest number of runs in one program; they share its memory.
+      collapse: the rule that decides when a run has collapsed.
+      show: names of the cells whose first seed contributes samples to the report.
     """
 
     title: str = "A study"
-    task: Task | None = None
+    task: ArrayTask | None = None
     model: ModelConfig | None = None
     cold_starts: tuple[ColdStart, ...] = (ColdStart(),)
     grids: tuple[Grid, ...] = ()
@@ -208,7 +255,7 @@ class Study:
         counts = ("seeds", "prompts", "group_size", "gradient_steps", "evaluations")
         for field in (*counts, "heldout_problems", "heldout_samples", "runs_at_a_time"):
             if getattr(self, field) < 1:
-                raise ValueError(f"Study.{field} is {getattr(self, field)}; use at least 1")
+                raise ValueError(f"Study.{field} is {getattr(self, field)}; it must be at least 1")
         if self.gradient_steps % self.evaluations:
             raise ValueError(
                 f"Study.gradient_steps ({self.gradient_steps}) must be a multiple of evaluations "
@@ -222,18 +269,17 @@ class Study:
         for task in tasks:
             if any(a != b for a, b in zip(task.texts, self.task.texts)):
                 raise ValueError(
-                    f"ColdStart.task: its ids mean {task.texts}, those of Study.task "
+                    f"ColdStart.task: its ids mean {task.texts}, but in Study.task they mean "
                     f"{self.task.texts}; use a task of the same kind"
                 )
         vocabulary = max(task.vocab_size for task in tasks)
         model = dataclasses.replace(self.model, vocab_size=vocabulary)
         object.__setattr__(self, "model", model)
-        interval = self.gradient_steps // self.evaluations
         for cell in self.cells().values():
-            if interval % cell.objective.mini_batches:
+            if self.interval % cell.objective.mini_batches:
                 raise ValueError(
-                    f"Study: {interval} gradient steps between evaluations are no multiple of "
-                    f"N = {cell.objective.mini_batches}; change gradient_steps or evaluations"
+                    f"Study: {self.interval} gradient steps between evaluations are not a multiple "
+                    f"of N = {cell.objective.mini_batches}; change gradient_steps or evaluations"
                 )
             if cell.cold_start not in names:
                 raise ValueError(
@@ -248,8 +294,13 @@ class Study:
             if name not in self.cells():
                 raise ValueError(f"Study.show names {name!r}; the cells are {list(self.cells())}")
 
+    @property
+    def interval(self) -> int:
+        """Gradient steps from one evaluation to the next."""
+        return self.gradient_steps // self.evaluations
+
     def cells(self) -> dict[str, Cell]:
-        """Cells by name, in the order of the grids; one that several figures show is there once."""
+        """Returns the cells by name, in grid order; a cell in several figures appears once."""
         merged: dict[str, Cell] = {}
         for cell in itertools.chain.from_iterable(grid.cells(self) for grid in self.grids):
             usual = PAPER if cell.settings["loss"] == "minirl" else {}
@@ -260,11 +311,13 @@ class Study:
             merged[key] = dataclasses.replace(seen or cell, figures=figures)
         named = {self.name(cell): cell for cell in merged.values()}
         if len(named) < len(merged):
-            raise ValueError("Study.grids: two different cells have one name; name their options")
+            raise ValueError(
+                "Study.grids: two different cells have the same name; change their options"
+            )
         return named
 
     def name(self, cell: Cell) -> str:
-        """What tells a cell from MiniRL with the study's own settings, in short."""
+        """Returns a short name: how the cell differs from MiniRL with the study's settings."""
         settings, parts = cell.settings, []
         parts.append(f"N={settings.pop('mini_batches')}")
         loss, replay = settings.pop("loss"), settings.pop("replay")

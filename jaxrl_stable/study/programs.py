@@ -1,4 +1,4 @@
-"""The compiled programs of a study, each for a stack of runs that is spread over all devices."""
+"""The compiled programs of a study; each advances a stack of runs spread over all devices."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Key
 
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.study.config import Cell, Study
-from jaxrl_stable.study.runs import advance, begin, heldout_score, policy
+from jaxrl_stable.study.runs import RunState, advance, begin, heldout_score, policy
 
 T = TypeVar("T")
 
@@ -28,14 +29,14 @@ T = TypeVar("T")
 def over_runs(
     function: Callable, devices: list[jax.Device], vmapped: bool | None = None
 ) -> Callable:
-    """Maps `function(run, shared)` over runs; each device makes its part, and knows of no other.
+    """Maps `function(run, shared)` over runs; devices do not communicate.
 
     Args:
-      function: of one run and of what all of them are given.
-      devices: the runs are spread over them evenly.
-      vmapped: a device makes its runs all at once instead of one after another; by default, a CPU
-        does not. It has no units that one small run would leave idle, and sorts, gathers and
-        multiplies more slowly with a batch dimension (experiments/bench/README.md).
+      function: takes one run and a value shared by all runs.
+      devices: devices that the runs are spread over evenly.
+      vmapped: whether a device makes its runs all at once instead of one after another. The default
+        is False on CPUs only: one small run leaves none of a CPU's units idle, and a batch
+        dimension slows down its sorts, gathers and products (experiments/bench/README.md).
 
     Returns:
       The mapped function, jitted.
@@ -43,7 +44,7 @@ def over_runs(
     if vmapped is None:
         vmapped = devices[0].platform != "cpu"
 
-    def part(runs, shared):
+    def part(runs: Any, shared: Any) -> Any:
         return jax.lax.map(
             lambda run: function(run, shared), runs, batch_size=0 if vmapped else None
         )
@@ -59,10 +60,12 @@ def over_runs(
     )
 
 
-def scoring(study: Study, devices: list[jax.Device]) -> Callable[[Transformer, None], jax.Array]:
-    """`heldout_score` of every model of a stack; compiled once for each size of it."""
+def scoring(
+    study: Study, devices: list[jax.Device]
+) -> Callable[[Transformer, None], Float[Array, "runs"]]:
+    """Returns `heldout_score` mapped over a stack of models; it compiles once per stack size."""
 
-    def score(model, _):
+    def score(model: Transformer, _: None) -> Float[Array, ""]:
         return heldout_score(model, study)
 
     return over_runs(score, devices)
@@ -71,7 +74,7 @@ def scoring(study: Study, devices: list[jax.Device]) -> Callable[[Transformer, N
 def compiled(
     study: Study, cells: Sequence[Cell], size: int, devices: list[jax.Device]
 ) -> tuple[Callable, float]:
-    """`runs.advance` for `size` runs of these cells, and the seconds that it took to compile."""
+    """Compiles `runs.advance` for `size` runs of these cells; also returns the seconds it took."""
     begin_time = time.perf_counter()
     step = partial(
         advance,
@@ -80,7 +83,7 @@ def compiled(
         rollout_format=cells[0].rollout_format,
     )
 
-    def first(key):
+    def first(key: Key[Array, ""]) -> RunState:
         return begin(study, policy(study, key), key, jnp.int32(0), jnp.float32(0))
 
     spread = NamedSharding(_mesh(devices), P("runs"))
@@ -94,12 +97,12 @@ def compiled(
 
 @contextlib.contextmanager
 def made_ahead(makers: Sequence[Callable[[], T]]) -> Iterator[Iterator[T]]:
-    """What the functions return, in their order; the next few work in the background.
+    """Yields the results of the functions in order, and computes the next few in the background.
 
-    While a GPU or a TPU makes runs, its host has nothing to do but to compile the next programs.
-    No more are made ahead than there are threads, so that no memory is held for more, and nobody
-    waits for more when the block is left. Several hosts make each thing when it is asked for: they
-    have to compile in one order.
+    While a GPU or a TPU makes runs, its host is free to compile the next programs. At most one
+    result per thread is computed ahead, which bounds the memory held and the wait when the block
+    is left. With several hosts each result is computed on request, because all hosts have to
+    compile in the same order.
     """
     if jax.process_count() > 1:
         yield (make() for make in makers)
@@ -109,7 +112,7 @@ def made_ahead(makers: Sequence[Callable[[], T]]) -> Iterator[Iterator[T]]:
         begun = (pool.submit(make) for make in makers)
         ahead = collections.deque(itertools.islice(begun, threads))
 
-        def results():
+        def results() -> Iterator[T]:
             while ahead:
                 result = ahead.popleft().result()
                 ahead.extend(itertools.islice(begun, 1))

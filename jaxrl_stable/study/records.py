@@ -1,4 +1,4 @@
-"""What a study leaves on disk, and whether what is there belongs to it."""
+"""The files of a study, and checks that existing ones belong to it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from jaxrl_stable import distributed
 from jaxrl_stable.files import write_atomic
 from jaxrl_stable.study.config import Study
 
-# What can change without making the runs that are there different ones.
+# Fields that may change without invalidating existing runs.
 OF_NO_RUN = frozenset(
     {"title", "grids", "figures", "seeds", "first_seed", "collapse", "show", "runs_at_a_time"}
-    | {"cold_starts"}  # compared one by one, so that there can be more
+    | {"cold_starts"}  # compared one by one, so that more can be added
 )
 
 
 def identify(study: Study, directory: pathlib.Path) -> None:
-    """Writes study.json, or compares it with the one that is there.
+    """Compares the study with an existing study.json, then writes study.json.
 
     Raises:
-      ValueError: records of another study are there.
+      ValueError: if the directory holds another study.
     """
     settings = {
         field.name: repr(getattr(study, field.name))
@@ -41,7 +41,7 @@ def identify(study: Study, directory: pathlib.Path) -> None:
         for name, value in settings.items():
             if old.get(name, value) != value:
                 raise ValueError(
-                    f"{directory} holds a study with another Study.{name}; use another --workdir, "
+                    f"{directory} holds a study with another Study.{name}; use another --workdir "
                     f"or delete it"
                 )
     if not distributed.is_main():
@@ -57,10 +57,10 @@ def identify(study: Study, directory: pathlib.Path) -> None:
 
 
 def check_settings(study: Study, records: Iterable[dict[str, Any]]) -> None:
-    """Checks that cells mean what they meant when they were run: names leave out what is usual.
+    """Checks that recorded cells still have the same settings: names omit the usual ones.
 
     Raises:
-      ValueError: a cell has other settings.
+      ValueError: if a cell was run with other settings.
     """
     cells = study.cells()
     for record in records:
@@ -75,15 +75,18 @@ def check_settings(study: Study, records: Iterable[dict[str, Any]]) -> None:
 def check_starts(
     study: Study, scores: Mapping[str, np.ndarray], records: Iterable[dict[str, Any]]
 ) -> None:
-    """Checks that new runs begin where the recorded ones of their seed began: they are paired.
+    """Checks that new runs start from the same policy as recorded runs of the same seed.
+
+    Cells are compared in pairs of runs with the same seed.
 
     Args:
-      study: of the runs.
-      scores: of each cold start, one a seed.
-      records: of the runs that are done.
+      study: the study.
+      scores: held-out scores of each cold start, one per seed.
+      records: records of the finished runs.
 
     Raises:
-      ValueError: the code, the libraries or the machine make other cold starts than before.
+      ValueError: if a cold start scores differently than before, because the code, the libraries
+        or the machine changed.
     """
     for record in records:
         seed, start = record["seed"] - study.first_seed, record["settings"]["cold_start"]
@@ -92,29 +95,29 @@ def check_starts(
             before = record["evaluations"]["score"][0]
             if score != before:
                 raise ValueError(
-                    f"cold start {start!r} of seed {record['seed']} scores {score}, and {before} "
-                    "in results.jsonl: another version or machine made it, and new runs could not "
-                    "be compared with it in pairs; use another --workdir"
+                    f"cold start {start!r} of seed {record['seed']} scores {score}, but {before} "
+                    "in results.jsonl: another version or machine made it, so new runs cannot be "
+                    "paired with its runs; use another --workdir"
                 )
 
 
 def of_task(study: Study) -> dict[str, str]:
-    """What the settings of every record say of the task."""
+    """Returns what the settings of every record say about the task."""
     return {"task": type(study.task).__name__}
 
 
 def as_json(value: Any) -> Any:
-    """A value as JSON gives it back; what JSON does not know becomes text."""
+    """Returns a value as it comes back from JSON; unknown types become strings."""
     return json.loads(json.dumps(value, default=str))
 
 
-def rounded(values: Iterable[float]) -> list[float | None]:
-    """Five digits of each; None for what is not finite."""
+def rounded(values: Iterable[float | np.floating]) -> list[float | None]:
+    """Rounds values to five significant digits; values that are not finite become None."""
     return [float(f"{x:.5g}") if math.isfinite(x) else None for x in map(float, values)]
 
 
 def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
-    """Adds lines to a file. A last line that a kill has torn goes first: its run is made again."""
+    """Appends lines to a file, after removing a last line that a kill left incomplete."""
     with open(path, "a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""Runs a study: cells that share a program run together, and what is done is never done again."""
+"""Runs a study: cells that share a program run together, and finished runs are never repeated."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Key
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from jaxrl_stable import distributed
 from jaxrl_stable.files import read_jsonl
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.study.choice import program_of
-from jaxrl_stable.study.config import Cell, Study
+from jaxrl_stable.study.config import Cell, ColdStart, Study
 from jaxrl_stable.study.programs import compiled, made_ahead, over_runs, scoring
 from jaxrl_stable.study.records import (
     append,
@@ -31,8 +32,8 @@ from jaxrl_stable.study.records import (
     of_task,
     rounded,
 )
-from jaxrl_stable.study.runs import Run, begin, cold_start
-from jaxrl_stable.study.viewer import sample_rows
+from jaxrl_stable.study.runs import RunState, begin, cold_start
+from jaxrl_stable.study.samples import sample_rows
 
 
 class Member(NamedTuple):
@@ -43,13 +44,14 @@ class Member(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lot:
+class Wave:
     """Runs that one program makes together.
 
     Attributes:
-      members: the runs; the last is repeated up to `size`.
-      size: a multiple of the number of devices, the same for all lots of a program.
+      members: the runs.
       cells: names of all cells that the program can run.
+      size: number of runs after padding: a multiple of the number of devices, equal for all waves
+        of a program.
     """
 
     members: tuple[Member, ...]
@@ -58,13 +60,14 @@ class Lot:
 
     @property
     def padded(self) -> tuple[Member, ...]:
+        """The runs, with the last one repeated up to `size`."""
         return self.members + self.members[-1:] * (self.size - len(self.members))
 
 
 def plan(
     study: Study, cells: dict[str, Cell], done: Iterable[Member], devices: int
-) -> list[list[Lot]]:
-    """The lots of what is not done: for each program those that it makes, of one size."""
+) -> list[list[Wave]]:
+    """Returns the waves of unfinished runs, one list per program; its waves have one size."""
     done = set(done)
     programs: dict[tuple, list[str]] = {}
     for name, cell in cells.items():
@@ -80,23 +83,25 @@ def plan(
         count = math.ceil(len(runs) / study.runs_at_a_time)
         size = math.ceil(math.ceil(len(runs) / count) / devices) * devices
         shared = tuple(names), size
-        plans.append([Lot(tuple(runs[i : i + size]), *shared) for i in range(0, len(runs), size)])
+        plans.append([Wave(tuple(runs[i : i + size]), *shared) for i in range(0, len(runs), size)])
     return plans
 
 
 def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = True) -> None:
-    """Runs what `directory` does not hold yet; appends records as lots of runs finish.
+    """Runs what is missing in `directory`, and appends records as each wave finishes.
 
-    Runs are spread over all devices of JAX. On a CPU that is one, unless
-    `jax.config.update("jax_num_cpu_devices", os.cpu_count())` comes before anything else.
+    Runs are spread over all JAX devices. A CPU counts as one device, unless
+    `jax.config.update("jax_num_cpu_devices", os.cpu_count())` is called before
+    anything else.
 
     Args:
-      study: what to run.
-      directory: where results.jsonl, samples.jsonl and study.json are kept.
-      show_progress: print what runs and how long it will take.
+      study: the study to run.
+      directory: where results.jsonl, samples.jsonl and study.json are stored.
+      show_progress: whether to print what runs and how long it will take.
 
     Raises:
-      ValueError: the directory holds another study.
+      ValueError: if the directory holds another study, or if new cold starts differ from the
+        recorded ones.
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -110,40 +115,42 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
         f"{[c.settings for c in cells.values()]} {study.seeds} {len(records)}",
     )
     plans = plan(study, cells, (Member(r["cell"], r["seed"]) for r in records), len(devices))
-    total = sum(len(lot.members) for lots in plans for lot in lots)
+    members = [m for waves in plans for wave in waves for m in wave.members]
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     show_progress = show_progress and distributed.is_main()
     score = scoring(study, devices)
     makers = [
-        partial(compiled, study, [cells[name] for name in lots[0].cells], lots[0].size, devices)
-        for lots in plans
+        partial(compiled, study, [cells[name] for name in waves[0].cells], waves[0].size, devices)
+        for waves in plans
     ]
     with (
         made_ahead(makers) as programs,
         Progress(*columns, disable=not show_progress) as progress,
     ):
         say = progress.print if show_progress else lambda *_, **__: None
-        bar = progress.add_task("cold starts", total=total * study.evaluations)
+        bar = progress.add_task("cold starts", total=len(members) * study.evaluations)
         begin_time = time.perf_counter()
-        missing = {cells[m.cell].cold_start for lots in plans for lot in lots for m in lot.members}
+        missing = {
+            cells[m.cell].cold_start for waves in plans for wave in waves for m in wave.members
+        }
         starts = make_starts(study, devices, missing, score)
         for name, start in starts.items():
             say(f"cold start {name}: score {start.scores.mean():.3f}")
         check_starts(study, {name: start.scores for name, start in starts.items()}, records)
         if starts:
             say(f"{time.perf_counter() - begin_time:.0f} s for cold starts")
-        for number, lots in enumerate(plans, start=1):
-            what = f"program {number} of {len(plans)}: {', '.join(lots[0].cells)}"
+        for number, waves in enumerate(plans, start=1):
+            what = f"program {number} of {len(plans)}: {', '.join(waves[0].cells)}"
             progress.update(bar, description=what[: progress.console.width - 20])
             program, seconds = next(programs)
             say(f"{what}: compiled in {seconds:.0f} s", soft_wrap=True)
-            for lot in lots:
-                runs = begin_runs(study, cells, lot, starts, devices)
-                tick = partial(progress.advance, bar, len(lot.members))
-                runs, finished = run_lot(study, cells, lot, runs, (program, score), starts, tick)
+            for wave in waves:
+                runs = begin_runs(study, cells, wave, starts, devices)
+                tick = partial(progress.advance, bar, len(wave.members))
+                runs, finished = run_wave(study, cells, wave, runs, (program, score), starts, tick)
                 if distributed.is_main():
                     append(results, finished)
-                samples = shown(study, cells, lot, runs)
+                samples = shown(study, cells, wave, runs)
                 if distributed.is_main():
                     append(directory / "samples.jsonl", samples)
                 seconds = finished[0]["seconds"]
@@ -151,21 +158,21 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
 
 
 class Start(NamedTuple):
-    """A cold start of every seed.
+    """The same cold start with every seed.
 
     Attributes:
-      models: stacked.
-      scores: held-out, one a seed.
+      models: the policies, stacked over seeds.
+      scores: held-out score of each seed.
     """
 
     models: Transformer
-    scores: np.ndarray
+    scores: Float[np.ndarray, "seeds"]
 
 
 def make_starts(
     study: Study, devices: list[jax.Device], names: Collection[str], score: Callable
 ) -> dict[str, Start]:
-    """The cold starts of these names; `score` is that of `scoring`."""
+    """Returns the cold starts with these names, scored by `score` (see `scoring`)."""
     keys = [jax.random.fold_in(key, 0) for key in seed_keys(study)]
     padded = jnp.stack(keys + keys[-1:] * (-len(keys) % len(devices)))
     starts = {}
@@ -173,7 +180,7 @@ def make_starts(
         if config.name not in names:
             continue
 
-        def start(key, _, config=config):
+        def start(key: Key[Array, ""], _: None, config: ColdStart = config) -> Transformer:
             return cold_start(config, study, key)
 
         models = over_runs(start, devices)(padded, None)
@@ -182,24 +189,28 @@ def make_starts(
     return starts
 
 
-def seed_keys(study: Study) -> list[jax.Array]:
-    """The key of every seed: 0 is folded in for the cold start, 1 for what follows."""
+def seed_keys(study: Study) -> list[Key[Array, ""]]:
+    """Returns one key per seed; 0 is folded in for the cold start, 1 for reinforcement learning."""
     return [jax.random.key(study.first_seed + i) for i in range(study.seeds)]
 
 
 def begin_runs(
-    study: Study, cells: dict[str, Cell], lot: Lot, starts: dict[str, Start], devices
-) -> Run:
-    """The runs of a lot before their first step, stacked."""
-    members = lot.padded
+    study: Study,
+    cells: dict[str, Cell],
+    wave: Wave,
+    starts: dict[str, Start],
+    devices: list[jax.Device],
+) -> RunState:
+    """Returns the runs of a wave before their first step, stacked."""
+    members = wave.padded
     names = list(starts)
     of = np.array([names.index(cells[m.cell].cold_start) for m in members])
     seed = np.array([m.seed - study.first_seed for m in members])
     keys = jnp.stack([jax.random.fold_in(key, 1) for key in seed_keys(study)])
-    objective = np.array([lot.cells.index(m.cell) for m in members], np.int32)
+    objective = np.array([wave.cells.index(m.cell) for m in members], np.int32)
     rate = np.array([cells[m.cell].learning_rate for m in members], np.float32)
 
-    def choose(*models):
+    def choose(*models: Transformer) -> Transformer:
         return jax.tree.map(lambda *x: jnp.stack(x)[of, seed], *models)
 
     models = jax.jit(choose)(*(start.models for start in starts.values()))
@@ -207,29 +218,29 @@ def begin_runs(
     return over_runs(first, devices)((models, keys[seed], objective, rate), None)
 
 
-def _first(study: Study, own: tuple, _: None) -> Run:
+def _first(study: Study, own: tuple, _: None) -> RunState:
     return begin(study, *own)
 
 
-def run_lot(
+def run_wave(
     study: Study,
     cells: dict[str, Cell],
-    lot: Lot,
-    runs: Run,
+    wave: Wave,
+    runs: RunState,
     programs: tuple[Callable, Callable],
     starts: dict[str, Start],
     tick: Callable[[], None],
-) -> tuple[Run, list[dict[str, Any]]]:
-    """All steps of a lot, by its programs for `advance` and `scoring`.
+) -> tuple[RunState, list[dict[str, Any]]]:
+    """Makes all steps of a wave with its two programs, `advance` and `scoring`.
 
     Returns:
-      The runs at their end, and their records.
+      The runs after their last step, and their records.
     """
     step, score = programs
     scores, curves, first = [], [], {}
     begin_time = time.perf_counter()
-    parts = cells[lot.cells[0]].objective.mini_batches
-    rollouts = study.gradient_steps // study.evaluations // parts
+    parts = cells[wave.cells[0]].objective.mini_batches
+    rollouts = study.interval // parts
     for interval in range(study.evaluations):
         runs, measured = step(runs, jnp.int32(interval * rollouts))
         measured, reached = distributed.replicated((measured, score(runs.state.model, None)))
@@ -238,10 +249,10 @@ def run_lot(
         curves.append({name: x.mean(-1) for name, x in measured.items()})
         scores.append(reached)
         tick()
-    seconds = (time.perf_counter() - begin_time) / len(lot.members)
-    steps = np.arange(study.evaluations + 1) * (study.gradient_steps // study.evaluations)
+    seconds = (time.perf_counter() - begin_time) / len(wave.members)
+    steps = np.arange(study.evaluations + 1) * study.interval
     records = []
-    for i, member in enumerate(lot.members):
+    for i, member in enumerate(wave.members):
         cell = cells[member.cell]
         before = starts[cell.cold_start].scores[member.seed - study.first_seed]
         records.append(
@@ -265,10 +276,10 @@ def run_lot(
     return runs, records
 
 
-def shown(study: Study, cells: dict[str, Cell], lot: Lot, runs: Run) -> list[dict[str, Any]]:
-    """Samples of the first seed of the cells that `Study.show` names."""
+def shown(study: Study, cells: dict[str, Cell], wave: Wave, runs: RunState) -> list[dict[str, Any]]:
+    """Returns samples of the cells that `Study.show` names, from their first seed."""
     rows = []
-    for i, member in enumerate(lot.members):
+    for i, member in enumerate(wave.members):
         if member.cell in study.show and member.seed == study.first_seed:
             state = distributed.replicated(jax.tree.map(lambda x, i=i: x[i], runs.state))
             about = dict(cell=member.cell, step=study.gradient_steps)

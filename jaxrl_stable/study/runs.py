@@ -1,5 +1,7 @@
-"""A whole run as a pure function: cold start, then steps of reinforcement learning, as they are in
-`sft` and `train` but for problems and rewards, which are arrays. Mapped over runs, it is a study.
+"""A whole run as a pure function: a cold start, then steps of reinforcement learning.
+
+The steps are the ones of `sft` and `train`, except that problems and rewards are arrays. Mapped
+over runs, this function is a study.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_stable import diagnostics
-from jaxrl_stable.array_tasks import Problems, Task
+from jaxrl_stable.array_tasks import ArrayTask, Problems
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.routing import Routing
@@ -30,7 +32,7 @@ from jaxrl_stable.trainer.supervised import supervised_update
 from jaxrl_stable.trainer.update import update
 from jaxrl_stable.trajectory import Trajectory
 
-# What is recorded of a run: name in a record -> metric.
+# The recorded curves of a run: name in the record -> metric.
 CURVES = {
     "reward": "reward/mean",
     "length": "response/length",
@@ -48,13 +50,13 @@ CURVES = {
 
 
 class Prepared(NamedTuple):
-    """What the updates of a step are made on.
+    """A rollout, ready for the updates of a step.
 
     Attributes:
-      batch: with π_old, where the objective wants it.
-      scored: of that pass; None without one.
-      rewards: of the responses.
-      sampled: the sampler's routing, whatever is replayed.
+      batch: the training batch, with π_old if the objective needs it.
+      scored: result of the score pass; None without one.
+      rewards: one reward per response.
+      sampled: the sampler's routing, even if the updates replay another one.
     """
 
     batch: TrainBatch
@@ -63,14 +65,14 @@ class Prepared(NamedTuple):
     sampled: Routing
 
 
-class Run(NamedTuple):
-    """What a run carries from step to step, and what is its own in the program it shares.
+class RunState(NamedTuple):
+    """State of one run, and what distinguishes it from the other runs of the same program.
 
     Attributes:
-      state: the policy and its moments.
-      key: of problems and samples.
+      state: the policy and the optimizer's moments.
+      key: random key for problems and samples.
       objective: index into the objectives of the program.
-      learning_rate: of the updates.
+      learning_rate: learning rate of the updates.
     """
 
     state: TrainState
@@ -79,8 +81,10 @@ class Run(NamedTuple):
     learning_rate: Float[Array, ""]
 
 
-def demonstrations(task: Task, key: Key[Array, ""], count: int, slips: float) -> dict[str, Array]:
-    """A batch for `sft.supervised_update`: problems, and the teacher's solutions."""
+def demonstrations(
+    task: ArrayTask, key: Key[Array, ""], count: int, slips: float
+) -> dict[str, Array]:
+    """Returns a batch for `supervised_update`: problems with the teacher's solutions."""
     of_problems, of_teacher = jax.random.split(key)
     problems = task.problems(of_problems, count)
     solutions, mask = task.solutions(of_teacher, problems, slips)
@@ -94,8 +98,10 @@ def demonstrations(task: Task, key: Key[Array, ""], count: int, slips: float) ->
 
 
 def policy(study: Study, key: Key[Array, ""]) -> Transformer:
-    """Random weights. Left to choose, experts are multiplied in blocks on every device: the
-    kernels that "auto" takes on GPUs and TPUs are not made to be mapped over runs.
+    """Returns a policy with random weights.
+
+    `experts="auto"` becomes "blocked" on every device: the kernels that "auto" selects on GPUs and
+    TPUs cannot be mapped over runs.
     """
     config = study.model
     if config.experts == "auto":
@@ -104,12 +110,12 @@ def policy(study: Study, key: Key[Array, ""]) -> Transformer:
 
 
 def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transformer:
-    """A policy from random weights that imitates the teacher."""
+    """Returns a policy trained from random weights to imitate the teacher."""
     of_weights, of_data = jax.random.split(key)
     optimizer = make_optimizer(start.optimizer)
     task = start.task or study.task
 
-    def step(state: TrainState, number: Int[Array, ""]):
+    def step(state: TrainState, number: Int[Array, ""]) -> tuple[TrainState, None]:
         key = jax.random.fold_in(of_data, number)
         batch = demonstrations(task, key, start.batch_size, start.slips)
         return supervised_update(state, batch, optimizer=optimizer)[0], None
@@ -119,35 +125,41 @@ def cold_start(start: ColdStart, study: Study, key: Key[Array, ""]) -> Transform
     return state.model
 
 
-def begin(study: Study, model: Transformer, key, objective, learning_rate) -> Run:
-    """A run before its first step."""
+def begin(
+    study: Study,
+    model: Transformer,
+    key: Key[Array, ""],
+    objective: Int[Array, ""],
+    learning_rate: Float[Array, ""],
+) -> RunState:
+    """Returns a run before its first step."""
     state = init_state(model, make_optimizer(study.optimizer))
-    return Run(state, key, objective, learning_rate)
+    return RunState(state, key, objective, learning_rate)
 
 
 def advance(
-    run: Run,
+    run: RunState,
     first: Int[Array, ""],
     *,
     study: Study,
     objectives: tuple[Objective, ...],
     rollout_format: str,
-) -> tuple[Run, dict[str, Float[Array, "rollouts"]]]:
-    """Runs to the next evaluation (which is a program of its own, shared by all cells).
+) -> tuple[RunState, dict[str, Float[Array, "rollouts"]]]:
+    """Advances a run to its next evaluation (a separate program, shared by all cells).
 
     Args:
-      run: so far.
-      first: rollouts so far.
-      study: static.
-      objectives: of the runs that share the program.
-      rollout_format: of the sampler.
+      run: the run so far.
+      first: number of rollouts so far.
+      study: the study; static.
+      objectives: the objectives of all runs that share the program.
+      rollout_format: number format of the sampler's weights.
 
     Returns:
-      The run and its `CURVES`.
+      The run and its `CURVES`, one value per rollout.
     """
     choice = Choice(objectives, run.objective)
     rate = dataclasses.replace(study.optimizer, learning_rate=run.learning_rate)
-    rollouts = study.gradient_steps // study.evaluations // choice.mini_batches
+    rollouts = study.interval // choice.mini_batches
     step = partial(
         reinforce,
         study=study,
@@ -165,11 +177,11 @@ def reinforce(
     key: Key[Array, ""],
     *,
     study: Study,
-    objective: Choice,
+    objective: Objective | Choice,
     rollout_format: str,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One rollout and its N updates."""
+    """Makes one rollout and its N updates; returns the new state and the `CURVES` of the step."""
     made = prepare(state.model, key, study, objective, rollout_format)
     step = partial(update_on, study=study, objective=objective, optimizer=optimizer)
     state, metrics = jax.lax.scan(step, state, split(made.batch, objective.mini_batches))
@@ -187,7 +199,7 @@ def prepare(
     objective: Objective | Choice,
     rollout_format: str,
 ) -> Prepared:
-    """Rollout, reward, advantage and score."""
+    """Samples, rewards and scores a rollout, up to the first update."""
     of_problems, of_samples = jax.random.split(key)
     count = study.prompts * objective.mini_batches
     problems = repeated(study.task.problems(of_problems, count), study.group_size)
@@ -215,7 +227,7 @@ def update_on(
     objective: Objective | Choice,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, diagnostics.Metrics]:
-    """`update`, with the settings of a study."""
+    """Calls `update` with the settings of a study."""
     return update(
         state,
         batch,
@@ -229,7 +241,7 @@ def update_on(
 def sample(
     model: Transformer, problems: Problems, key: Key[Array, ""], study: Study
 ) -> tuple[Trajectory, Float[Array, "B"]]:
-    """One graded response to each problem."""
+    """Samples one response per problem; returns the rollout and its rewards."""
     task = study.task
     sampling = Sampling(
         max_tokens=task.max_tokens,
@@ -245,7 +257,7 @@ def sample(
 
 
 def heldout_score(model: Transformer, study: Study) -> Float[Array, ""]:
-    """Mean reward on held-out problems, the same ones with the same random numbers each time."""
+    """Returns the mean reward on held-out problems, with the same random numbers every time."""
     of_problems, of_samples = jax.random.split(jax.random.key(0))
     problems = study.task.problems(of_problems, study.heldout_problems, heldout=True)
     _, rewards = sample(model, repeated(problems, study.heldout_samples), of_samples, study)
@@ -253,7 +265,7 @@ def heldout_score(model: Transformer, study: Study) -> Float[Array, ""]:
 
 
 def repeated(problems: Problems, times: int) -> Problems:
-    """Each problem several times in a row."""
+    """Repeats each problem `times` times in a row."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), problems)
 
 

@@ -1,8 +1,9 @@
-"""The batch that an update sees, and how it is cut into mini-batches and micro-batches."""
+"""The batch of an update, and its division into mini-batches and micro-batches."""
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from functools import partial
 
@@ -14,17 +15,18 @@ from jaxrl_stable.sharding.rows import cut_rows
 from jaxrl_stable.trajectory import Trajectory
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """What an update needs of a rollout; aligned as in `Trajectory`.
+    """Inputs of an update; aligned as in `Trajectory`.
 
     Attributes:
       tokens, real, response_mask, logp_rollout: see `Trajectory`.
-      advantages: one per response.
-      routing: the experts to replay, or those of the rollout to compare with.
-      logp_old: log π_old; None when the update itself stands for it (one update per rollout).
-      logp_reference: log-probabilities of the policy that a KL term keeps to; None without one.
+      advantages: advantage of each response.
+      routing: experts to replay, or experts of the rollout to compare with.
+      logp_old: log π_old; None if there is one update per rollout, whose own values replace it.
+      logp_reference: log-probabilities of the reference policy of a KL term; None without one.
       prompt_width: P, static.
     """
 
@@ -40,7 +42,7 @@ class TrainBatch:
 
 
 def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBatch:
-    """Rollout and advantages, before `score`."""
+    """Combines a rollout with its advantages, before `score`."""
     return TrainBatch(
         tokens=trajectory.tokens,
         real=trajectory.real,
@@ -55,16 +57,16 @@ def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBa
 
 
 def split(batch: TrainBatch, parts: int) -> TrainBatch:
-    """Cuts the rows into mini-batches, the first rows first: every array gets a leading axis.
+    """Splits the rows into mini-batches, in order; every array gets a leading axis.
 
-    Rows of one mini-batch lie on few devices before and on all of them after. It is data that
-    moves (tokens, log-probabilities, routing), once a rollout.
+    Reshards: a mini-batch's rows sit on few devices before and on all of them after. Only batch
+    arrays move (tokens, log-probabilities, routing), once per rollout.
     """
     return _cut(batch, partial(cut_rows, parts=parts, in_order=True))
 
 
 def micro_batches(batch: TrainBatch, parts: int) -> TrainBatch:
-    """Cuts the rows into micro-batches, where they lie."""
+    """Splits the rows into micro-batches without moving them between devices."""
     return _cut(batch, partial(cut_rows, parts=parts))
 
 

@@ -1,12 +1,13 @@
-"""Training state, optimiser, and the step that is skipped when a gradient is not finite.
+"""Training state, optimiser, and an update step that skips non-finite gradients.
 
-Whatever the parameters are stored in, the optimiser sees float32: an update at a learning rate of
-1e-6 is smaller than the spacing of bfloat16, and would be lost.
+The optimiser works in float32 regardless of the storage type of the parameters: an update at a
+learning rate of 1e-6 is smaller than the spacing of bfloat16 and would be lost.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -20,17 +21,18 @@ from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.sharding import constrain_state
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an update step takes and returns.
+    """Input and output of an update step.
 
     Attributes:
       model: the policy π_θ.
       opt_state: moments, shaped and sharded like the parameters.
-      step: gradient steps tried, skipped ones included.
-      skipped: gradient steps skipped for a non-finite gradient.
-      skipped_in_a_row: how many of them stand at the end.
+      step: number of attempted gradient steps, skipped ones included.
+      skipped: number of steps skipped because of a non-finite gradient.
+      skipped_in_a_row: length of the current streak of skipped steps.
     """
 
     model: Transformer
@@ -41,15 +43,15 @@ class TrainState:
 
 
 def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
-    """The optax chain of a config."""
+    """Builds the optax chain of a config."""
     rate, warmup = config.learning_rate, max(config.warmup_steps, 1)
     schedule = optax.linear_schedule(0.0, rate, warmup)
     if config.decay_steps:
-        # For a rate of 1, as optax wants a number: a study maps runs over their rates.
+        # Built for rate 1.0 and scaled: optax needs a Python number, but a study vmaps over rates.
         whole = warmup + config.decay_steps
         share = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, whole, 0.1)
         schedule = lambda count: rate * share(count)  # noqa: E731
-    # optax counts from 0 before the first update: shift by one so that it has a non-zero rate.
+    # optax counts from 0; the shift by one gives the first update a non-zero rate.
     return in_float32(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
@@ -71,8 +73,8 @@ class Float32State(NamedTuple):
     """State of `in_float32`.
 
     Attributes:
-      inner: of the wrapped transformation.
-      master: the parameters in float32; None where they are stored so, or no copy is kept.
+      inner: state of the wrapped transformation.
+      master: float32 copy of the parameters; None if they are float32 or no copy is kept.
     """
 
     inner: optax.OptState
@@ -86,8 +88,8 @@ def in_float32(
 
     Args:
       inner: the transformation.
-      master_weights: keep the float32 weights, where parameters are stored in less. Without them
-        the stored ones are taken for exact, and updates below their spacing are lost.
+      master_weights: keep a float32 copy of parameters that are stored in a narrower type. Without
+        it the stored values are treated as exact, and updates below their spacing are lost.
     """
 
     def init(params: optax.Params) -> Float32State:
@@ -95,7 +97,9 @@ def in_float32(
         narrow = any(w.dtype != jnp.float32 for w in jax.tree.leaves(params))
         return Float32State(inner.init(exact), exact if narrow and master_weights else None)
 
-    def update(gradients, state, params):
+    def update(
+        gradients: optax.Updates, state: Float32State, params: optax.Params
+    ) -> tuple[optax.Updates, Float32State]:
         exact = state.master
         if exact is None:
             exact = jax.tree.map(lambda w: w.astype(jnp.float32), params)
@@ -103,7 +107,7 @@ def in_float32(
         if state.master is None:
             return updates, Float32State(inner_state, None)
         master = optax.apply_updates(exact, updates)
-        # What takes the stored weight to the rounded new one.
+        # Difference between the rounded new weight and the stored one.
         moves = jax.tree.map(
             lambda new, old: new.astype(old.dtype).astype(jnp.float32) - old.astype(jnp.float32),
             master,
@@ -115,13 +119,13 @@ def in_float32(
 
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step."""
-    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: each can be donated
+    """Returns the state before the first step."""
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers, each donatable
     return TrainState(model, optimizer.init(model), *counters)
 
 
 def to_parts(state: TrainState) -> dict[str, Any]:
-    """The state as named parts of a checkpoint, so that a model can be restored alone."""
+    """Splits the state into named checkpoint parts, so the model can be restored alone."""
     counters = (state.step, state.skipped, state.skipped_in_a_row)
     return {"model": state.model, "optimizer": (state.opt_state, counters)}
 
@@ -135,7 +139,7 @@ def from_parts(parts: dict[str, Any]) -> TrainState:
 def apply_gradients(
     state: TrainState, gradients: Transformer, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One optimiser step; weights and moments stay as they were if any gradient is not finite.
+    """Takes one optimiser step; keeps weights and moments if any gradient is not finite.
 
     Returns:
       The new state, and the global norm of the gradient before clipping.
@@ -163,7 +167,7 @@ def apply_gradients(
 
 
 def _matrices(model: Transformer) -> Transformer:
-    """True where weight decay applies: parameters that a product sums over."""
+    """Returns True for parameters with weight decay: the matrices of products."""
 
     def is_matrix(param: nnx.Variable) -> bool:
         return param.get_metadata()["inputs"] is not None

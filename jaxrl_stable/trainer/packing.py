@@ -1,22 +1,23 @@
-"""Segment packing: several short rows of a batch share one row of what the model sees.
+"""Segment packing: several short rows of a batch share one row of the model's input.
 
-Responses of a rollout differ much in length, and a padded row costs as much as a full one. Packed,
-a row of T columns holds several prompts with their responses, one behind the other, as segments
-that do not see each other. Only the model sees it so: what it computes goes back to where its
-tokens stand before anything looks at it, so that losses, corrections and metrics do not notice.
+Responses of a rollout vary in length, and a padded row costs as much as a full one. A packed row of
+T columns holds several prompts with their responses, one after another, as segments that do not
+attend to each other. Only the model sees packed rows: its outputs are moved back to the positions
+of their tokens, so losses, corrections and metrics are unaffected.
 
-Every device packs the rows that it has, first fit decreasing (Johnson et al. 1974), hence no data
-moves. Shapes never change: a batch has as many packed rows as rows, the first of which hold all
-there is, and a micro-batch that is empty on all devices does not run. The plan follows from the
-lengths alone, so that `score` and `update` pack the same rows in the same way.
+Each device packs its own rows by first fit decreasing (Johnson et al. 1974), so no data moves
+between devices. Shapes are fixed: a batch has as many packed rows as rows, filled from the front,
+and micro-batches that are empty on all devices are skipped. The plan depends only on the lengths,
+so `score` and `update` pack the same rows in the same way.
 
-    packing/fill            share of the columns run over that hold a token
-    packing/columns_share   columns run over, as a share of those of padded rows
+    packing/fill            share of the processed columns that hold a token
+    packing/columns_share   processed columns, as a share of the columns of padded rows
 """
 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,17 +34,18 @@ from jaxrl_stable.sharding.rows import cut_rows, join_rows
 from jaxrl_stable.trainer.batch import TrainBatch, micro_batches
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Which packed column holds which token.
+    """Mapping between packed columns and columns of the batch.
 
-    Columns are counted through the rows of one device, row by row; one past the last is none.
+    Columns are numbered row by row over the rows of one device; one past the last means "empty".
 
     Attributes:
-      source: the column of the batch that a packed column holds.
-      target: the packed column that holds a column of the batch.
-      used: micro-batches that hold a token on some device; they are the first.
+      source: column of the batch held by each packed column.
+      target: packed column that holds each column of the batch.
+      used: number of micro-batches, from the first, that hold a token on any device.
     """
 
     source: Int[Array, "B T"]
@@ -51,14 +53,15 @@ class Packing:
     used: Int[Array, ""]
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """What the model sees of a packed micro-batch; fields as in `TrainBatch`.
+    """Input of the model for a packed micro-batch; other fields as in `TrainBatch`.
 
     Attributes:
-      positions: from 0 in each segment.
-      segment_ids: different ones within a row; 0 is padding.
+      positions: positions that start from 0 in each segment.
+      segment_ids: ids that are distinct within a row; 0 is padding.
     """
 
     tokens: Int[Array, "B T"]
@@ -73,7 +76,7 @@ class PackedRows:
 
     @property
     def prompt_width(self) -> int:
-        """A response may start in any column but the first."""
+        """Returns 1: a response may start in any column except the first."""
         return 1
 
 
@@ -81,11 +84,11 @@ class Micro(NamedTuple):
     """One micro-batch.
 
     Attributes:
-      seen: what the model runs on.
-      rows: what the objective looks at. Of a packed micro-batch it is the whole batch, where rows
-        that are not in it have no response tokens: like padding rows, they add nothing.
+      seen: input of the model.
+      rows: input of the objective. For a packed micro-batch this is the whole batch, in which rows
+        outside the micro-batch have no response tokens; like padding rows, they add nothing.
       extra: arrays aligned with `rows`.
-      source, target: see `Packing`, of this micro-batch; None when rows are not packed.
+      source, target: part of `Packing` for this micro-batch; None if rows are not packed.
     """
 
     seen: TrainBatch | PackedRows
@@ -95,17 +98,21 @@ class Micro(NamedTuple):
     target: Int[Array, "B T"] | None = None
 
     def to_rows(self, outputs: Any) -> Any:
-        """Brings outputs of the model, `[b, T]`, to where `rows` has their tokens; 0 elsewhere."""
+        """Moves model outputs `[b, T]` to the positions of their tokens in `rows`; 0 elsewhere."""
         if self.target is None:
             return outputs
         return jax.tree.map(lambda x: _moved(x, self.target, self.source), outputs)
 
 
 def plan(real: Bool[Array, "B T"], micro_batch_size: int) -> Packing:
-    """Packs rows, each of which has its tokens side by side.
+    """Plans the packing of rows whose tokens are contiguous.
+
+    Args:
+      real: True on tokens, False on padding.
+      micro_batch_size: number of packed rows per micro-batch.
 
     Raises:
-      ValueError: columns are spread over devices, or rows do not divide over them.
+      ValueError: if columns are sharded over devices, or rows do not divide evenly over them.
     """
     where = layout(micro_batch_size, real.shape[1], sampling=False)
     if where.columns:
@@ -135,18 +142,20 @@ def plan(real: Bool[Array, "B T"], micro_batch_size: int) -> Packing:
 def first_fit_decreasing(
     lengths: Int[Array, "b"], width: int
 ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
-    """Puts each segment, the longest first, into the first row that has room for it.
+    """Places each segment, longest first, into the first row with enough room.
 
     Args:
-      lengths: in columns, at most `width`.
-      width: columns of a row; there are as many rows as segments.
+      lengths: columns per segment, at most `width`.
+      width: columns per row; there are as many rows as segments.
 
     Returns:
-      Row of each segment, and its first column there.
+      Row of each segment, and its first column in that row.
     """
     order = jnp.argsort(-lengths)
 
-    def place(free: Int[Array, "b"], length: Int[Array, ""]):
+    def place(
+        free: Int[Array, "b"], length: Int[Array, ""]
+    ) -> tuple[Int[Array, "b"], tuple[Int[Array, ""], Int[Array, ""]]]:
         row = jnp.argmax(free >= length)
         return free.at[row].add(-length), (row, width - free[row])
 
@@ -162,16 +171,18 @@ def scan_micro_batches(
     packing: Packing | None = None,
     extra: Any = None,
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` over the micro-batches of a batch.
+    """Runs `jax.lax.scan` over the micro-batches of a batch.
 
     Args:
-      step: takes and returns what is carried; what else it returns is stacked, 0 where a
-        micro-batch did not run.
-      carry: at the start.
-      batch: the rows.
-      micro_batch_size: rows of a micro-batch.
-      packing: of the rows, or None.
-      extra: arrays `[B, T]` that `step` wants besides.
+      step: maps carry and micro-batch to the new carry and an output.
+      carry: initial carry.
+      batch: rows of the batch.
+      micro_batch_size: rows per micro-batch.
+      packing: packing of the rows, or None.
+      extra: additional arrays `[B, T]` for `step`, passed as `Micro.extra`.
+
+    Returns:
+      The final carry, and the stacked outputs of `step`, 0 for micro-batches that did not run.
     """
     parts = batch.tokens.shape[0] // micro_batch_size
     cut = partial(cut_rows, parts=parts)
@@ -179,7 +190,7 @@ def scan_micro_batches(
         xs = micro_batches(batch, parts), jax.tree.map(cut, extra)
         return jax.lax.scan(lambda carry, x: step(carry, Micro(x[0], *x)), carry, xs)
 
-    def packed(carry: Any, x: tuple[Array, Array]):
+    def packed(carry: Any, x: tuple[Int[Array, ""], Int[Array, "b T"]]) -> tuple[Any, Any]:
         i, source = x
         columns = _columns_here(source)
         target = packing.target - i * columns
@@ -192,7 +203,7 @@ def scan_micro_batches(
 
 
 def pack(batch: TrainBatch, source: Int[Array, "b T"]) -> PackedRows:
-    """What the model sees of some packed rows."""
+    """Builds the input of the model for packed rows with this `source`."""
     real = source < _columns_here(batch.tokens)
     positions = jnp.arange(source.shape[1]) - batch.real.argmax(-1)[:, None]
     return PackedRows(
@@ -207,22 +218,24 @@ def pack(batch: TrainBatch, source: Int[Array, "b T"]) -> PackedRows:
 
 
 def joined(stacked: Array, packing: Packing | None, axis: int = 0) -> Array:
-    """What `scan_micro_batches` stacked, for all rows; they follow `axis` axes behind the first."""
+    """Joins stacked outputs of `scan_micro_batches` to all rows; B is axis number `axis`."""
     x = join_rows(stacked, axis)
     return x if packing is None else _take(x, packing.target, axis)
 
 
-def _scan_first(step, carry, xs, count: Int[Array, ""]):
-    """`jax.lax.scan` whose steps from `count` on do nothing, and return 0.
+def _scan_first(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, count: Int[Array, ""]
+) -> tuple[Any, Any]:
+    """Like `jax.lax.scan`, but steps from `count` on do nothing and output 0.
 
-    Unlike that of a loop that ends at `count`, its length is known: a program that is compiled
-    ahead of time then has an upper bound.
+    Its length is static, unlike the length of a loop that ends at `count`. Ahead-of-time analysis
+    of a program then has an upper bound.
     """
 
-    def step_or_skip(carry, x):
+    def step_or_skip(carry: Any, x: tuple[Int[Array, ""], Any]) -> tuple[Any, Any]:
         i, x = x
 
-        def skip(carry):
+        def skip(carry: Any) -> tuple[Any, Any]:
             shapes = jax.eval_shape(lambda carry: step(carry, x)[1], carry)
             return carry, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
 
@@ -233,13 +246,13 @@ def _scan_first(step, carry, xs, count: Int[Array, ""]):
 
 
 def _columns_here(rows: Array) -> int:
-    """Columns, over all rows, of `[B, T]` on one device; the index that stands for none."""
+    """Returns the slots of `[B, T]` on one device, which is also the index meaning "empty"."""
     where = layout(*rows.shape, sampling=False)
     return rows.size // where.size(where.rows)
 
 
 def _take(x: Array, index: Int[Array, "b T"], axis: int = 0) -> Array:
-    """Picks columns of `[..., B, T, ...]` on every device; rows follow `axis` axes."""
+    """Picks columns of `[..., B, T, ...]` on each device; B is axis number `axis`."""
     where = layout(*index.shape, sampling=False)
 
     def local(x: Array, index: Int[Array, "b T"]) -> Array:
@@ -256,15 +269,19 @@ def _take(x: Array, index: Int[Array, "b T"], axis: int = 0) -> Array:
 def _moved(
     x: Float[Array, "b T"], there: Int[Array, "B T"], back: Int[Array, "b T"]
 ) -> Float[Array, "B T"]:
-    """`_take` whose gradient is one as well, as no column is picked twice."""
+    """Like `_take(x, there)`; no column is picked twice, so its gradient is a `_take` too."""
     return _take(x, there)
 
 
-def _moved_fwd(x, there, back):
+def _moved_fwd(
+    x: Float[Array, "b T"], there: Int[Array, "B T"], back: Int[Array, "b T"]
+) -> tuple[Float[Array, "B T"], tuple[Int[Array, "B T"], Int[Array, "b T"]]]:
     return _take(x, there), (there, back)
 
 
-def _moved_bwd(residuals, g):
+def _moved_bwd(
+    residuals: tuple[Int[Array, "B T"], Int[Array, "b T"]], g: Float[Array, "B T"]
+) -> tuple[Float[Array, "b T"], np.ndarray, np.ndarray]:
     there, back = residuals
     return _take(g, back), *(np.zeros(x.shape, jax.dtypes.float0) for x in residuals)
 

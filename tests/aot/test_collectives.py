@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 from functools import partial
@@ -11,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from slices import abstract, chained, compiled
 
 from jaxrl_stable.aot.collectives import bytes_by_kind, collectives, spanned_axes
 from jaxrl_stable.aot.hlo import parse
+from tests.aot.slices import abstract, chained, compiled
 
 LAYERS, D, ROWS = 6, 512, 64
 
@@ -197,12 +196,11 @@ def test_spanned_axes():
 
 
 ON_CPU = """
-import json, sys
+import json
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-sys.path.insert(0, {here!r})
-from slices import abstract, chained, compiled
-from test_collectives import D, LAYERS, ROWS, scanned, sent
+from tests.aot.slices import abstract, chained, compiled
+from tests.aot.test_collectives import D, LAYERS, ROWS, scanned, sent
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 weights = abstract(mesh, (LAYERS, D, D), None, "fsdp", dtype="float32")
 module, _ = compiled(scanned(mesh), weights, abstract(mesh, (ROWS, D), "data", dtype="float32"))
@@ -211,10 +209,9 @@ print(json.dumps(sent(module)))
 
 
 def test_eight_cpus_print_the_same_program_another_way():
-    here = str(pathlib.Path(__file__).parent)
     found = subprocess.run(
-        [sys.executable, "-c", ON_CPU.format(here=here)],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        [sys.executable, "-c", ON_CPU],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=True,

@@ -123,3 +123,11 @@ def test_an_unknown_program_is_refused(slice_of, command):
     slice_of("v5e:2x2", (4,), ("x",))
     status, _, error = command("--topology=v5e:2x2", "--programs=train")
     assert status == 2 and "--programs=train is unknown; use some of rollout" in error
+
+
+def test_help_lists_the_flags(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert all(flag in out for flag in ("--topology", "--sweep", "--programs", "--gin.NAME=VALUE"))

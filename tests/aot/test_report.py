@@ -8,11 +8,12 @@ import pytest
 from jaxrl_stable import configs
 from jaxrl_stable.aot.analysis import Figures, Part, step_seconds
 from jaxrl_stable.aot.memory import Memory, Tensor
-from jaxrl_stable.aot.report import advice, details, duration, refusal, size, table
+from jaxrl_stable.aot.report import advice, details, refusal, table
 from jaxrl_stable.aot.roofline import Roofline
 from jaxrl_stable.aot.sweep import plot_sweep, scaled, sweep_record, sweep_table
 from jaxrl_stable.aot.topology import parse_topology
 from jaxrl_stable.sharding import MeshShape
+from jaxrl_stable.text import byte_size, duration
 
 GiB = 2**30
 LOGITS = Tensor("update/while/dot", "temporary", "f32[2048,151936]", "", 2 * GiB)
@@ -52,7 +53,7 @@ def test_the_table_has_a_line_for_each_program_and_loop():
         "update", "12.5 s", "4.0 GiB", "8.0 GiB", "9.0 GiB", "13.0 GiB", "81%", "400", "300",
         "5.0 GiB", "3.0 GiB", "compute", "2 s", "33%",
     ]  # fmt: skip
-    assert first.startswith("rollout ") and loop.startswith("  decode, a token ")
+    assert first.startswith("rollout ") and loop.startswith("  decode, per token ")
     strange = dataclasses.replace(part(), unknown=("kernel",))
     assert details([figures(parts=(strange,))]).splitlines() == [
         "update: all-gather 3.0 GiB",
@@ -61,7 +62,7 @@ def test_the_table_has_a_line_for_each_program_and_loop():
 
 
 def test_a_step_decodes_every_token_and_updates_every_mini_batch():
-    """One decode step takes a second of HBM; rows are sampled in two lots."""
+    """One decode step takes a second of HBM; rows are sampled in two groups."""
     rollout = figures("rollout", parts=(part("rollout"), part("decode", seconds=0.25)))
     rl = configs.Reinforcement(
         prompts=8,
@@ -97,7 +98,7 @@ def test_advice_by_tensor(name, kind, spread, remedy):
 
 
 def test_sizes_and_durations():
-    assert [size(n) for n in (12, 1536, 3 * GiB, 2**41)] == [
+    assert [byte_size(n) for n in (12, 1536, 3 * GiB, 2**41)] == [
         "12.0 B",
         "1.5 KiB",
         "3.0 GiB",

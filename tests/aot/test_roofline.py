@@ -84,7 +84,7 @@ def test_topologies():
         ("v5p:4x4", "has 2 dimensions; slices of v5p have 3"),
         ("h100:8", "one of v5e, v5p, v6e"),
         ("v5e16x16", "write chip:AxB"),
-        ("v5e:16x16*two", r"\*N behind it"),
+        ("v5e:16x16*two", r"followed by \*N"),
     ],
 )
 def test_a_topology_that_is_none_is_refused(name, message):

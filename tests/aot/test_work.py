@@ -6,13 +6,13 @@ import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
-from slices import abstract, chained, compiled
 
 from jaxrl_stable.aot.hlo import parse
 from jaxrl_stable.aot.loops import steps
 from jaxrl_stable.aot.work import kernel_flops, work
 from jaxrl_stable.model.config import tiny
 from jaxrl_stable.model.megablox import ragged_dot
+from tests.aot.slices import abstract, chained, compiled
 
 
 @pytest.fixture

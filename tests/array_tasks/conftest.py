@@ -1,4 +1,4 @@
-"""One compiled program a task, which all tests share: it draws, solves and grades five runs."""
+"""One compiled program per task, shared by all tests: it draws, solves and grades five runs."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ TASKS = (
     array_tasks.Parity(),
     array_tasks.Countdown(largest=4),
 )
-# Right, wrong throughout, held out, the first run's problems with some slips, other problems.
+# Right, all wrong, held out, the first run's problems with some slips, other problems.
 SEEDS = (0, 1, 2, 0, 3)
 HELDOUT = (False, False, True, False, False)
 SLIPS = (0.0, 1.0, 0.0, 0.25, 0.0)
 
 
 class Runs(NamedTuple):
-    """Arrays with two leading axes: runs, and problems of a run."""
+    """Arrays with two leading axes: runs, and problems per run."""
 
     problems: Any
     responses: Any

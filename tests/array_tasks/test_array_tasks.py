@@ -1,4 +1,4 @@
-"""What holds for every array task: one program a task draws, solves and grades."""
+"""Properties of every array task; one program per task draws, solves and grades."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def test_the_teacher_is_right_without_slips_and_wrong_with_nothing_else(runs):
 
 def test_slips_are_as_frequent_as_asked(runs):
     np.testing.assert_array_equal(runs.mask[RIGHT], runs.mask[SLIPPING])
-    # The first step follows from no other, so it is wrong exactly as often as the teacher slips.
+    # The first step depends on no other, so it is wrong exactly as often as the teacher slips.
     wrong = runs.responses[RIGHT] != runs.responses[SLIPPING]
     assert wrong[:, 0].mean() == pytest.approx(0.25, abs=0.04)
     assert 0.05 < runs.rewards[SLIPPING].mean() < 0.85
@@ -56,7 +56,7 @@ def test_sizes_cover_their_range_evenly(runs, task):
     for split in (drawn[HELDOUT], drawn[[RIGHT, OTHER]]):
         found, counts = np.unique(split, return_counts=True)
         np.testing.assert_array_equal(found, expected)
-        # Where a size has few problems, the splits do not have them in the same proportion.
+        # A size with few problems may have another share in each split.
         few = isinstance(task, array_tasks.ModularAddition | array_tasks.Parity)
         assert counts.min() > (0.2 if few else 0.7) * counts.mean()
 
@@ -73,10 +73,10 @@ def test_one_problem_in_four_is_held_out():
     split = jax.jit(jax.vmap(array_tasks.is_heldout))
     heldout = np.asarray(split(prompts))
     assert heldout.mean() == pytest.approx(0.25, abs=0.02)
-    for place in range(4):  # in no place does a symbol decide
+    for place in range(4):  # no symbol at any position determines the split
         by_symbol = [heldout[prompts[:, place] == symbol].mean() for symbol in range(2, 12)]
         np.testing.assert_allclose(by_symbol, 0.25, atol=0.06)
-    # The order of the symbols counts: independent splits agree in (1/4)² + (3/4)² of all cases.
+    # The order of symbols matters: independent splits agree in (1/4)² + (3/4)² of all cases.
     backwards = split(prompts[:, ::-1])
     assert (heldout == backwards).mean() == pytest.approx(0.625, abs=0.05)
     padded = split(np.pad(prompts, ((0, 0), (3, 0))))
@@ -89,7 +89,9 @@ def test_mapped_runs_equal_single_ones_of_another_size(runs, task):
     key = jax.random.split(jax.random.key(2))[0]
     single = jax.jit(lambda key: task.problems(key, 3, heldout=True))(key)
     mapped = jax.tree.map(lambda x: x[HELDOUT, :3], runs.problems)
-    jax.tree.map(np.testing.assert_array_equal, single, mapped)
+    assert jax.tree.structure(single) == jax.tree.structure(mapped)
+    for alone, together in zip(jax.tree.leaves(single), jax.tree.leaves(mapped), strict=True):
+        np.testing.assert_array_equal(alone, together)
 
 
 @pytest.mark.parametrize("task", [array_tasks.ChainSum()], indirect=True, ids=["ChainSum"])
@@ -107,7 +109,7 @@ def test_the_key_decides_on_the_problems(runs):
 
 @pytest.fixture(scope="module")
 def graded(task, runs):
-    """`graded(responses, mask)`: rewards of the first run's problems, by kind of reward."""
+    """Returns `graded(responses, mask)`: rewards of the first run's problems, by reward kind."""
     problems = jax.tree.map(lambda x: x[RIGHT], runs.problems)
     kinds = [dataclasses.replace(task, reward_kind=kind) for kind in task.REWARD_KINDS]
     jitted = jax.jit(lambda *response: [kind.reward(problems, *response) for kind in kinds])
@@ -132,12 +134,12 @@ def test_a_response_without_eos_is_wrong(graded, runs, task):
     responses, mask = runs.responses[RIGHT], runs.mask[RIGHT]
     cut = mask & ~np.isin(responses, task.stop_ids)
     for kind, rewards in graded(responses, cut).items():
-        # One position of the longer of both is missing.
+        # One position of the longer response is missing.
         expected = 1 - 1 / mask.sum(-1) if kind == "per_position" else 0
         np.testing.assert_allclose(rewards, expected, rtol=1e-6)
     running_on = np.where(responses == task.stop_ids[0], task.vocab_size - 1, responses)
     assert (graded(running_on, mask)["binary"] == 0).all()
-    # Nothing may follow the end, and a right start of a wrong length is not enough.
+    # Nothing may follow EOS, and a right prefix of the wrong length is not enough.
     everything = np.ones_like(mask)
     short = mask.sum(-1) < task.max_tokens
     assert (graded(responses, everything)["binary"][short] == 0).all()

@@ -1,4 +1,4 @@
-"""Countdown: its parser against one in plain Python, and the problems it draws."""
+"""Countdown: compares its parser with one in plain Python, and checks its problems."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
 def evaluate(names):
-    """Numbers and value of an expression followed by EOS, in plain Python; else None."""
+    """Parses in plain Python: numbers and value of an expression followed by EOS, else None."""
     if not names or names[-1] != "<eos>" or len(names) % 2:
         return None
     terms, operators = names[0:-1:2], names[1:-1:2]
@@ -33,7 +33,7 @@ def expected_reward(given, target, names, other=0.0):
 
 
 def problem(given, target):
-    """One problem; the reward looks at numbers and target alone."""
+    """Builds one problem; the reward reads only its numbers and target."""
     padded = np.array(sorted(given) + [0] * (TASK.largest - len(given)), np.int32)
     unknown = np.zeros_like(padded)
     return Numbers(padded, np.int32(len(given)), np.int32(target), unknown, unknown)
@@ -41,7 +41,7 @@ def problem(given, target):
 
 @pytest.fixture(scope="module")
 def graded():
-    """Rewards of both kinds, compiled once."""
+    """Returns rewards of both kinds; compiled once."""
     kinds = TASK, Countdown(largest=4, reward_kind="legal")
     return jax.jit(lambda *arguments: [jax.vmap(kind.judge)(*arguments) for kind in kinds])
 
@@ -54,7 +54,7 @@ def graded():
         ((3, 5, 7), 22, "5 * 3 + 7 $", 1, 1),
         ((3, 5, 7), 36, "7 + 5 * 3 $", 1, 1),  # from left to right: (7 + 5) · 3
         ((3, 5, 7), 22, "7 + 5 * 3 $", 0, 0.1),
-        ((3, 5, 7), 22, "3 * 5 + 7", 0, 0),  # no end
+        ((3, 5, 7), 22, "3 * 5 + 7", 0, 0),  # no EOS
         ((3, 5, 7), 22, "3 * 5 + 7 + $", 0, 0),
         ((3, 5, 7), 22, "+ 3 * 5 + 7 $", 0, 0),
         ((3, 5, 7), 22, "3 * 5 7 + $", 0, 0),  # the right symbols in another notation
@@ -67,11 +67,11 @@ def graded():
         ((2, 3), 6, "2 * 3 $ $", 0, 0),
         ((2, 3), 6, "2 * 3 <pad> $", 0, 0),
         ((2, 3), 6, "2 * 3 $ <pad>", 0, 0),
-        ((2, 3), 6, "2 * · 3 $", 0, 0),  # a mask that no sampler makes
+        ((2, 3), 6, "2 * · 3 $", 0, 0),  # a mask that no sampler produces
         ((2, 3), 6, "2 · * 3 $", 0, 0),
         ((2, 3), 6, "2 * 3 · $", 0, 0),
         ((2, 3), 6, "· 2 * 3 $", 0, 0),
-        ((2, 3), 16, "2 * 3 + <16> $", 0, 0),  # an id behind the digits, which are 6 to 15
+        ((2, 3), 16, "2 * 3 + <16> $", 0, 0),  # an id after the digits, which are 6 to 15
         ((2, 3), 0, "$", 0, 0),
         ((2, 3), 0, "", 0, 0),
         ((9, 9, 9, 9), 6561, "9 * 9 * 9 * 9 $", 1, 1),
@@ -87,7 +87,7 @@ def test_grades_by_hand(graded, given, target, response, binary, legal):
 
 
 def test_the_parser_equals_plain_python_on_any_tokens(graded):
-    """Random tokens; random expressions of the given numbers; and such with one token changed."""
+    """Random tokens, random expressions of the given numbers, and those with one token changed."""
     rng = np.random.default_rng(0)
     count, width = 6000, TASK.max_tokens
     size = rng.integers(2, TASK.largest + 1, count)
@@ -118,12 +118,12 @@ def test_the_parser_equals_plain_python_on_any_tokens(graded):
             for i in range(count)
         ]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert (np.asarray(rewards[0]) == 1).sum() > 900  # the comparison is no comparison of zeros
+    assert (np.asarray(rewards[0]) == 1).sum() > 900  # not only zeros are compared
     assert (np.asarray(rewards[1]) == np.float32(0.1)).sum() > 300
 
 
 def test_many_factors_do_not_overflow():
-    """9^16 is far beyond 32 bits; what stands in its place must not be in reach of a target."""
+    """9^16 is far beyond 32 bits; the clipped value must not come back to a target."""
     tokens = np.full(32, IDS["*"])
     tokens[0::2], tokens[-1] = IDS["9"], 1
     well_formed, value, used = jax.jit(parse)(tokens, np.ones(32, bool))
@@ -150,7 +150,7 @@ def test_every_problem_has_its_target_in_reach(runs, task):
 
 @pytest.mark.parametrize("task", [TASK], indirect=True, ids=["Countdown"])
 def test_numbers_and_operators_slip_alike(runs, task):
-    """The first and the fourth run have the same problems, the fourth slips in a quarter."""
+    """The first and fourth run have the same problems; the fourth slips in a quarter of steps."""
     wrong = (runs.responses[0] != runs.responses[3]).mean(0)
     np.testing.assert_allclose(wrong[:3], 0.25, atol=0.055)  # four standard deviations
 

@@ -1,4 +1,4 @@
-"""Reverse, sort and sums: examples by hand, independent solutions, and how they are graded."""
+"""Reverse, sort and sums: examples by hand, independent solutions, and grading."""
 
 import functools
 
@@ -11,7 +11,7 @@ from jaxrl_stable.array_tasks.series import Series
 
 
 def series(task, *values):
-    """One problem."""
+    """Builds one problem."""
     padded = [*values] + [0] * (task.sizes[1] - len(values))
     return Series(np.array(padded, np.int32), np.int32(len(values)))
 
@@ -46,7 +46,7 @@ def test_examples_by_hand(task, values, prompt, response):
 
 
 def reference(task, values):
-    """The right symbols in plain Python."""
+    """Returns the right symbols, in plain Python."""
     if isinstance(task, Reverse):
         return values[::-1]
     if isinstance(task, Sort):
@@ -75,7 +75,7 @@ def test_solutions_equal_those_of_plain_python(runs, task):
         (ChainSum(), (7, 8, 4, 9), (3, 0, 0, 0), "8 2 1 $"),
         (ChainSum(), (7, 8, 4, 9), (0, 0, 1, 0), "5 9 9 $"),
         (Parity(largest=5), (1, 0, 1, 1), (1, 0, 0, 0, 0), "0 1 0 $ ·"),
-        # In a task without working a slip stays where it is.
+        # In a task without intermediate steps, a slip has no further effect.
         (Reverse(largest=4), (3, 0, 2), (0, 7, 0, 0, 0), "c h d $ ·"),
     ],
 )
@@ -90,7 +90,7 @@ def judge(task):
 
 
 def grade(task, values, response):
-    """Reward of a response given as text; `·` was not sampled."""
+    """Returns the reward of a response given as text; `·` was not sampled."""
     ids = {name: i for i, name in enumerate(task.texts)} | {"$": 1, "·": 0}
     tokens = np.array([ids[name] for name in response.split()])
     mask = np.array([name != "·" for name in response.split()])
@@ -107,7 +107,7 @@ def grade(task, values, response):
         ("c a $ · ·", 0, 2 / 4),  # too short
         ("c b d $ ·", 0, 3 / 4),
         ("c a d $ <pad>", 0, 4 / 5),
-        ("b c a d $", 0, 0),  # one too many in front moves all others
+        ("b c a d $", 0, 0),  # one extra at the front shifts all others
         ("$ · · · ·", 0, 0),
         ("· · · · ·", 0, 0),
     ],
@@ -124,9 +124,9 @@ def test_grades_by_hand(response, binary, per_position):
     "response, all_of_it, result",
     [
         ("5 9 8 $", 1, 1),
-        ("4 9 8 $", 0, 1),  # a wrong step on the way
-        ("8 $ · ·", 0, 1),  # no working
-        ("5 9 8 8", 0, 0),  # no end
+        ("4 9 8 $", 0, 1),  # a wrong intermediate step
+        ("8 $ · ·", 0, 1),  # no intermediate steps
+        ("5 9 8 8", 0, 0),  # no EOS
         ("5 8 9 $", 0, 0),
         ("$ · · ·", 0, 0),
         ("· · · ·", 0, 0),

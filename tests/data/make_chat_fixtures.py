@@ -1,8 +1,8 @@
-"""Writes chat/rendered.json: what transformers makes of the templates in chat/.
+"""Writes chat/rendered.json: the templates in chat/ as rendered by transformers.
 
-Not part of the tests; run it again when a template changes:
+Not part of the tests. Run it again when a template changes:
 
-    pip install transformers jinja2 && python tests/data/make_chat_fixtures.py
+    pip install transformers jinja2 && python -m tests.data.make_chat_fixtures
 """
 
 import json
@@ -14,7 +14,7 @@ import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 CHAT = pathlib.Path(__file__).with_name("chat")
-# Template, its special tokens, and what it is told besides.
+# Template, its special tokens, and its other variables.
 MODELS = {
     "chatml": (None, "<|im_end|>", [{}, {"enable_thinking": False}, {"tools": [{"name": "café"}]}]),
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", [{"date_string": "26 Jul 2024"}]),
@@ -45,7 +45,7 @@ def toy_tokenizer() -> tokenizers.Tokenizer:
     model.train_from_iterator(["user assistant system the what is INST Hello 17 25"] * 9, trainer)
     model.add_special_tokens(SPECIAL)
     model.add_tokens([AddedToken(text, normalized=False) for text in ORDINARY])
-    # Puts a BOS before everything, which a rendered chat must not get.
+    # Adds a BOS at the start, which a rendered chat must not get.
     bos = ("<s>", model.token_to_id("<s>"))
     model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     return model

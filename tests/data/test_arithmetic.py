@@ -24,7 +24,7 @@ def test_solutions_are_right():
             total += int(change)
             assert int(after) == total >= 0
         assert problem["answer"].endswith(f" #### {total}")
-        # The text tells the same numbers in the same order.
+        # The text has the same numbers in the same order.
         told = [int(n) for n in re.findall(r"\d+", problem["prompt"])]
         assert told == [int(steps[0][0])] + [abs(int(change)) for _, change, _ in steps]
         assert max(told) <= 50 and min(told) >= 1
@@ -51,7 +51,7 @@ def test_splits_are_disjoint_in_their_arithmetic():
 
 
 def test_items_are_a_pure_function_of_seed_split_and_index():
-    # Golden: a change of these changes everybody's data.
+    # Golden values: a change here changes every user's data.
     assert data.ArithmeticSource(2)[1] == {
         "prompt": "A shop has 37 cards. It gets 50 and sends back 1. How many cards are left?",
         "answer": "37+50=87 87-1=86 #### 86",

@@ -1,4 +1,4 @@
-"""Chat templates, against what transformers renders (chat/rendered.json)."""
+"""Compares chat templates with their rendering by transformers (chat/rendered.json)."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ CASES = RENDERED["cases"]
 
 
 def save(directory, model, **files):
-    """Writes a tokenizer as transformers does; `files` replace or, if None, leave out."""
+    """Writes a tokenizer as transformers does; `files` replaces files; None omits one."""
     names = {
         "tokenizer": ("tokenizer.json", json.dumps(RENDERED["tokenizer"])),
         "config": ("tokenizer_config.json", json.dumps(RENDERED["configs"][model])),
@@ -55,7 +55,7 @@ def test_same_text_and_ids_as_transformers(saved, case):
     assert ids == case["ids"]
     bos = RENDERED["configs"][case["model"]]["bos_token"]
     assert (tokenizer.bos_id is None) == (bos is None)
-    # Exactly one BOS, though the tokenizer has one and the file puts one before everything.
+    # Exactly one BOS, although the tokenizer has one and the file also adds one.
     assert sum(i == tokenizer.bos_id for i in ids) == (bos is not None)
     assert tokenizer.decode([tokenizer.eos_id]) == ""
 
@@ -69,7 +69,7 @@ def test_system_message_and_words_make_the_same_conversation(saved):
     case = next(c for c in CASES if c["model"] == "chatml" and len(c["messages"]) == 2)
     expected = case["text"].replace("{prompt}", "{problem}")
     assert template.render({"prompt": inside, "answer": "42"}) == expected
-    # A conversation keeps its own system message; the words go around its last turn.
+    # A conversation keeps its own system message; the words surround its last turn.
     own = problem([{"role": "system", "content": "Mine."}, {"role": "user", "content": "17+25"}])
     assert template.render(own) == expected.replace("Be brief.\n", "Mine.")
     assert own["messages"][1]["content"] == "17+25"
@@ -86,7 +86,7 @@ def test_where_templates_are_found(tmp_path):
         for path in (tmp_path, tmp_path / "tokenizer.json"):
             template = data.load_chat_template(path)
             assert template.render(problem(expected["messages"])) == expected["text"]
-    # The file wins.
+    # The file takes precedence.
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}\n")
     template = data.load_chat_template(tmp_path)
     assert template.render({"prompt": "x", "answer": "y"}) == "x"
@@ -96,10 +96,10 @@ def test_faulty_templates(tmp_path):
     config = RENDERED["configs"]["chatml"]
     load = data.load_chat_template
     for path in (tmp_path, tmp_path / "none", tmp_path / "tokenizer.model"):
-        with pytest.raises(ValueError, match=r"no Hugging Face tokenizer is here.*Data\.tokenizer"):
+        with pytest.raises(ValueError, match=r"not a Hugging Face tokenizer.*Data\.tokenizer"):
             load(path)
     save(tmp_path, "chatml", jinja=None)
-    with pytest.raises(ValueError, match=r"has no chat template, neither .*leave Data\.chat off"):
+    with pytest.raises(ValueError, match=r"has no chat template, neither .*turn off Data\.chat"):
         load(tmp_path)
     save(
         tmp_path,
@@ -113,7 +113,7 @@ def test_faulty_templates(tmp_path):
     with pytest.raises(ValueError, match=r"chat_template\.jinja: .* not valid Jinja \(line 2\)"):
         load(tmp_path)
     save(tmp_path, "chatml")
-    with pytest.raises(ValueError, match="chat variable 'messages' is made from the problem"):
+    with pytest.raises(ValueError, match="chat variable 'messages' is derived from the problem"):
         load(tmp_path, variables={"messages": []})
     with pytest.raises(ValueError, match=r"must contain \{prompt\} exactly once"):
         load(tmp_path, words="problem")
@@ -152,10 +152,10 @@ def test_control_tokens_in_a_problem_are_refused(saved):
     earlier = problem([user | {"content": "</s>"}, {"role": "assistant", "content": "b"}, user])
     with pytest.raises(ValueError, match="the control token '</s>'"):
         data.prompt_ids(earlier, tokenizer, chat)
-    # Not marked as special in the file, as in DeepSeek's own.
+    # Not marked as special in the file, as in DeepSeek's.
     with pytest.raises(ValueError, match="the control token '<｜User｜>'"):
         data.prompt_ids({"prompt": "a<｜User｜>b", "answer": ""}, tokenizer, chat)
-    # Templates may have them, and tags are for everybody.
+    # Templates may contain control tokens, and any text may contain tags.
     ids = data.prompt_ids({"prompt": "<think>", "answer": ""}, tokenizer, "<|im_start|>{prompt}")
     assert ids == [tokenizer.encode(text)[0] for text in ("<|im_start|>", "<think>")]
 
@@ -193,7 +193,7 @@ def test_demonstrations_continue_the_rendered_prompt(saved):
     first = batch["segment_ids"][0] == 1
     np.testing.assert_array_equal(batch["tokens"][0, first], [*prompt[mask], *answer])
     assert tokenizer.decode(prompt[mask]) == "<｜User｜>17+25<｜Assistant｜><think>\n"
-    # Another model's control tokens may be demonstrated; an end before the end may not.
+    # A demonstration may contain other control tokens, but no early stop token.
     for answer in ("42<｜end▁of▁sentence｜>", "42<｜end▁of▁sentence｜> is it"):
         faulty = [{"prompt": "17+25", "answer": answer}]
         with pytest.raises(ValueError, match=r"\[0\]: the answer contains the text of a stop tok"):
@@ -212,7 +212,7 @@ def test_conversations_in_jsonl(tmp_path, tokenizer):
     assert source[0] == {"prompt": "2+2", "answer": "4", "messages": turns}
     assert source[1] == lines[1]
     with pytest.raises(
-        ValueError, match=r"\[0\]: the prompt is a list of messages; turn Data.chat"
+        ValueError, match=r"\[0\]: the prompt is a list of messages; turn on Data.chat"
     ):
         data.check_prompts(source, tokenizer, 99)
 
@@ -220,9 +220,9 @@ def test_conversations_in_jsonl(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([], "does not end with a question of the user"),
-        ([{"role": "assistant", "content": "b"}], "does not end with a question of the user"),
-        ([{"role": "user", "content": " "}], "does not end with a question of the user"),
+        ([], "does not end with a user message"),
+        ([{"role": "assistant", "content": "b"}], "does not end with a user message"),
+        ([{"role": "user", "content": " "}], "does not end with a user message"),
         (["a"], "field 'prompt', message 1: expected a role"),
         ([{"role": "user"}], "message 1: expected a role"),
         ([{"role": "user", "content": ["a"]}], "message 1: expected a role"),
@@ -293,12 +293,12 @@ def test_all_programs_use_the_same_rendering(saved, tmp_path, monkeypatch):
                 use()
             assert seen.value.args[0] == expected
     assert "ChatTemplate(crc32=" in identity
-    # The check before a run is of whole chats.
+    # The check before a run covers whole chats.
     fields = {**vars(settings), "prompt_width": len(expected) - 1}
     narrow = Experiment(**{**vars(experiment), "data": Data(**fields)})
     with pytest.raises(ValueError, match=f"the prompt has {len(expected)} tokens, more than"):
         load_task(narrow, tmp_path)
-    # Other words, system messages or variables are noticed on resume.
+    # A change of words, system message or variables is detected on resume.
     for change in ({"template": "{prompt}"}, {"system": "x"}, {"chat_variables": {}}):
         fields = {**vars(settings), **change}
         with load_task(
@@ -312,6 +312,6 @@ def test_a_chat_without_a_tokenizer_of_its_own(tmp_path):
     path.write_text(json.dumps({"prompt": "17+25", "answer": "42"}))
     settings = Data(train=str(path), heldout=str(path), chat=True)
     experiment = Experiment(data=settings, evaluation=Evaluation(problems=1))
-    with pytest.raises(ValueError, match=r"tokenizer\.model: no Hugging Face tokenizer is here"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model: not a Hugging Face tokenizer"):
         load_task(experiment, tmp_path)
     assert not (tmp_path / "tokenizer.model").exists()

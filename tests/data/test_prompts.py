@@ -7,7 +7,7 @@ from jaxrl_stable import data
 
 
 class Letters:
-    """A tokenizer of one id per letter, for results that can be computed by hand."""
+    """A tokenizer with one id per letter, so that results can be computed by hand."""
 
     vocab_size, pad_id, bos_id, eos_id, eos_ids = 128, 0, 1, 2, (2,)
 
@@ -32,7 +32,7 @@ def test_left_padding_by_hand():
     np.testing.assert_array_equal(mask, [[0, 1, 1, 1, 1]] * 2)
     assert tokens.dtype == np.int32 and mask.dtype == bool
 
-    # Braces of a template are text.
+    # Other braces of a template are plain text.
     ids = data.prompt_ids(problems("a")[0], Letters(), r"{}{prompt}")
     assert ids == [1, 123, 125, 97]
 
@@ -44,7 +44,7 @@ def test_left_padding_by_hand():
 
 
 def test_mask_marks_tokens_not_ids():
-    # Where pad is EOS, a prompt may contain the pad id.
+    # If pad is EOS, a prompt may contain the pad id.
     tokenizer = Letters()
     tokenizer.pad_id = ord("a")
     tokens, mask = data.encode_prompts(problems("aa"), tokenizer, 4)
@@ -70,11 +70,11 @@ def test_check_prompts_names_the_first_record_and_counts(source, tokenizer):
     lengths = [len(data.prompt_ids(p, tokenizer)) for p in source]
     first = next(i for i, length in enumerate(lengths) if length > longest - 3)
     count = sum(length > longest - 3 for length in lengths)
-    with pytest.raises(ValueError, match=f"{longest - 3}; widen") as caught:
+    with pytest.raises(ValueError, match=f"{longest - 3}; increase the width") as caught:
         data.check_prompts(source, tokenizer, longest - 3)
     assert str(caught.value).startswith(f"{source!r}[{first}]: the prompt has {lengths[first]} ")
     assert f"records affected: {count} of 60; longest: {longest} tokens" in str(caught.value)
-    # The pipeline itself names the record too.
+    # The pipeline also names the record.
     batches = data.prompt_iterator(source, tokenizer, batch_size=60, width=longest - 3, seed=0)
     with pytest.raises(ValueError, match=r"ArithmeticSource\(.*\)\[\d+\]: the prompt has"):
         next(batches)
@@ -100,7 +100,7 @@ def test_batches_match_the_source(source, tokenizer):
 
 
 def test_each_prompt_once_an_epoch_in_a_new_order(source, tokenizer):
-    batches = iterate(source, tokenizer)  # 60 prompts in batches of 8: they span epochs
+    batches = iterate(source, tokenizer)  # 60 prompts in batches of 8, so batches span epochs
     order = np.concatenate([next(batches)["index"] for _ in range(15)])
     epochs = order.reshape(2, 60)
     for epoch in epochs:
@@ -151,7 +151,7 @@ def test_resumes_exactly(source, tokenizer, steps):
         assert again["problems"] == batch["problems"]
         np.testing.assert_array_equal(again["index"], batch["index"])
         np.testing.assert_array_equal(again["tokens"], batch["tokens"])
-    # Also where another process holds other prompts.
+    # The index includes prompts that other processes hold.
     part = iterate(source, tokenizer, held=np.arange(8) < 3)
     part.set_state(state)
     np.testing.assert_array_equal(next(part)["index"], expected[0]["index"])

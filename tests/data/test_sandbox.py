@@ -1,4 +1,4 @@
-"""A chat template is a program from outside: what it may not do, and what it may."""
+"""What a chat template, an untrusted program, may and may not do."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from jaxrl_stable.data.sandbox import MAX_STEPS, render_template
 
 
 class Canary:
-    """Something of ours with a method that a template must not reach by an underscore."""
+    """An object whose underscore method a template must not reach."""
 
     _name = "found"
 
@@ -55,7 +55,7 @@ LOOP = "{% for j in range(3000) %}"
     [
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
         (f"{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}", "more than 100,000 steps"),
-        # No turn of the inner loop has a body to count.
+        # The body of the inner loop never runs, so it cannot count.
         (f"{LOOP}{LOOP[:-3]} if false %}}{{% endfor %}}{{% endfor %}}", "more than 100,000 steps"),
         (
             "{% macro f(n) %}{{ f(n-1) ~ f(n-1) if n }}{% endmacro %}{{ f(40) }}",
@@ -71,7 +71,7 @@ LOOP = "{% for j in range(3000) %}"
             "{% endfor %}",
             r"the result of a \* is too large",
         ),
-        # A name that a template gives does not stop the count.
+        # A name that the template assigns does not disable the counter.
         (f"{{% set step = 1 %}}{LOOP}{LOOP}{{% endfor %}}{{% endfor %}}", "more than 100,000"),
     ],
 )

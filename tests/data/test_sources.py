@@ -16,7 +16,7 @@ def write(tmp_path, *lines):
 
 @pytest.mark.fast
 def test_reads_problems_and_leaves_out_other_fields(tmp_path):
-    # U+2028 ends a line for str.splitlines, but not in JSON lines.
+    # U+2028 ends a line in str.splitlines, but not in JSON lines.
     odd = json.dumps({"prompt": "a\u2028b", "answer": "é"}, ensure_ascii=False)
     source = data.JsonlSource(write(tmp_path, GOOD, "", "  ", odd, ""))
     assert len(source) == 2
@@ -38,7 +38,7 @@ def test_repr_names_file_and_content_but_no_directory(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "a"', r"line 3: not JSON \(.*write one JSON object a line"),
+        ('{"prompt": "a"', r"line 3: not JSON \(.*write one JSON object per line"),
         ('{"prompt": ' + "[" * 100_000, r"line 3: not JSON \("),
         ("[1]", "line 3: expected a JSON object, found array"),
         ("null", "line 3: expected a JSON object, found null"),

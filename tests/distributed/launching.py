@@ -33,8 +33,9 @@ def train(workdir, *flags, program="train"):
 
 def environment(cache):
     return os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": cache,
-        "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
     }
 
 

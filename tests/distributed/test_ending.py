@@ -6,9 +6,10 @@ import sys
 import time
 
 import pytest
-from launching import HERE, LOCAL, command, environment, finish, run, start
 
-AGAIN = "run the same command to go on from the last checkpoint"
+from tests.distributed.launching import HERE, LOCAL, command, environment, finish, run, start
+
+AGAIN = "run the same command to continue from the last checkpoint"
 
 
 def ends(who, how, processes=2):

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from jaxrl_stable import distributed
+from jaxrl_stable.distributed import processes
 
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
@@ -16,7 +17,7 @@ OURS = dict(
     process_id=3,
     cluster_detection_method="deactivate",
 )
-NAMES = (*EXPLICIT, *distributed.TASKS, "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
+NAMES = (*EXPLICIT, *processes.TASKS, "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")
 
 
 @pytest.fixture

@@ -9,7 +9,10 @@ import time
 
 import numpy as np
 import pytest
-from launching import (
+
+from jaxrl_stable.checkpoint import Checkpointer
+from jaxrl_stable.files import read_jsonl
+from tests.distributed.launching import (
     DEVICES,
     HERE,
     ROOT,
@@ -22,9 +25,6 @@ from launching import (
     train,
     wait_until,
 )
-
-from jaxrl_stable.checkpoint import Checkpointer
-from jaxrl_stable.files import read_jsonl
 
 LAST = 4  # steps of a run; a checkpoint every second one
 # Counted on the host, so equal; the rest is sums in another order.

@@ -1,14 +1,14 @@
-"""Tokens that both sides compute on. Batches have one shape, so that each pass compiles once."""
+"""Token batches for both sides. All batches have one shape, so each pass compiles once."""
 
 import numpy as np
 
 VOCAB = 50
 SHAPE = ROWS, WIDTH = 3, 14
-RESPONSE = 32  # tokens of a greedy continuation
+RESPONSE = 32  # length of a greedy continuation
 
 
 def left_padded():
-    """A full row and two that begin later, as prompts do: tokens, positions, segments."""
+    """Returns a full row and two left-padded rows: tokens, positions, segments."""
     tokens = np.random.default_rng(7).integers(1, VOCAB, SHAPE)
     segments = np.ones(SHAPE, int)
     segments[1, :4] = segments[2, :9] = 0
@@ -17,7 +17,7 @@ def left_padded():
 
 
 def packed():
-    """Rows of several sequences: tokens, positions, segments."""
+    """Returns rows of several sequences: tokens, positions, segments."""
     tokens = np.random.default_rng(8).integers(1, VOCAB, SHAPE)
     positions, segments = np.zeros(SHAPE, int), np.zeros(SHAPE, int)
     for row, lengths in enumerate([(5, 9), (8, 2, 3), (14,)]):
@@ -38,12 +38,12 @@ def spans(segments):
 
 
 def successors(segments):
-    """Where the next column continues the same sequence: there log-probabilities are compared."""
+    """True where the next column continues the sequence: log-probabilities are compared there."""
     following = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
     return (segments != 0) & (segments == following)
 
 
 def loss_weights(segments):
-    """Weights w of the loss Σ w · log π(next token) whose gradients are compared."""
+    """Returns the weights w of the loss Σ w · log π(next token) whose gradients are compared."""
     drawn = np.random.default_rng(9).normal(size=segments.shape)
     return (drawn * successors(segments)).astype(np.float32)

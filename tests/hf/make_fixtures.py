@@ -1,9 +1,9 @@
-"""Makes `frozen/`: checkpoints as transformers writes them, and what it computes with them.
+"""Makes `frozen/`: checkpoints that transformers writes, and the results that it computes.
 
-Run once with each major version of transformers; each rewrites its own directories alone:
+Run it once with each major version of transformers; each rewrites only its own directories:
 
-    pip install 'transformers>=5' torch && python tests/hf/make_fixtures.py
-    pip install 'transformers<5'  torch && python tests/hf/make_fixtures.py
+    pip install 'transformers>=5' torch && python -m tests.hf.make_fixtures
+    pip install 'transformers<5'  torch && python -m tests.hf.make_fixtures
 """
 
 import itertools
@@ -12,15 +12,14 @@ import shutil
 import tempfile
 from typing import NamedTuple
 
-import batches
 import numpy as np
-import theirs
 import torch
-import zoo
+
+from tests.hf import batches, theirs, zoo
 
 FROZEN = pathlib.Path(__file__).parent / "frozen"
-CLEAR = 1e-3  # lead of a greedy token in logits, far above the differences between two programs
-PROBES = 6  # entries of each gradient that are kept beside its norm
+CLEAR = 1e-3  # lead of a greedy token in logits, far above differences between programs
+PROBES = 6  # entries of each gradient that are kept, besides its norm
 
 
 class Fixture(NamedTuple):
@@ -32,7 +31,7 @@ class Fixture(NamedTuple):
     gradients: bool = False
 
 
-# One per layout, per type and per spelling of the config; small, since they are in the repository.
+# One per layout, type and config spelling; small, because they are in the repository.
 FIXTURES = {
     4: {
         "qwen3": Fixture(),
@@ -71,13 +70,13 @@ def make(name: str, fixture: Fixture, seed: int) -> bool:
     seen |= dict(tokens=tokens, positions=positions, segments=segments, response=response)
     if fixture.gradients:
         seen |= probes(theirs.gradients(model, *batch))
-    del seen["layers"], seen["experts"]  # the experts are where the gates are not zero
+    del seen["layers"], seen["experts"]  # experts are the nonzero gates
     np.savez_compressed(directory / "expected.npz", **seen)
     return True
 
 
 def probes(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each gradient's name, its norm, and some of its entries."""
+    """Returns each gradient's name, norm and some entries."""
     rng = np.random.default_rng(0)
     places = [rng.integers(0, gradient.size, PROBES) for gradient in gradients.values()]
     return dict(

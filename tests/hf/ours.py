@@ -1,10 +1,9 @@
-"""What this package computes on a batch, as NumPy arrays under the names of the comparison."""
+"""Results of this package on a batch, as NumPy arrays with the names used in comparisons."""
 
 import dataclasses
 import functools
 from unittest import mock
 
-import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,30 +15,31 @@ from jaxrl_stable.model import experts, head, init_model, router, token_log_prob
 from jaxrl_stable.routing import Routing, expert_dtype
 from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.sharding import make_mesh
+from tests.hf import batches
 
 
 def load(directory, config=None, **execution):
-    """A checkpoint on one device."""
+    """Loads a checkpoint on one device."""
     if config is None:
         config = hf.read_config(directory, **execution)
     return hf.load(directory, make_mesh(MeshShape(), jax.devices()[:1]), config)
 
 
 def with_config(model, config):
-    """The same weights under a config that differs in what has no parameters."""
+    """Returns the same weights under a config that differs only in fields without parameters."""
     structure = jax.tree.structure(jax.eval_shape(lambda: init_model(config, 0)))
     return jax.tree.unflatten(structure, jax.tree.leaves(model))
 
 
 def observe(model, tokens, positions, segments, replay=None):
-    """Everything along the way: a pass without gradient, its layers unrolled.
+    """Runs a pass without gradient and with unrolled layers, and returns its intermediate results.
 
     Returns:
-      layers: the output of every block, `[layers, B, T, D]`.
-      hidden, logits: of every token.
-      logp: log π(next token); 0 where the sequence ends.
-      experts: the chosen ones of the MoE layers as booleans, `[L, B, T, E]`.
-      gates: their weights, and 0 for the others, `[L, B, T, E]`.
+      layers: output of every block, `[layers, B, T, D]`.
+      hidden, logits: hidden states and logits of every token.
+      logp: log π(next token); 0 at the end of a sequence.
+      experts: booleans of the chosen experts in MoE layers, `[L, B, T, E]`.
+      gates: their weights, 0 for other experts, `[L, B, T, E]`.
     """
     model = with_config(model, dataclasses.replace(model.config, scan_layers=False))
     seen = jax.device_get(_observe(model, tokens, positions, segments, replay))
@@ -79,14 +79,14 @@ def _observe(model, tokens, positions, segments, replay):
 
 
 def routing(experts, segments):
-    """Experts given as booleans `[L, B, T, E]`, to be replayed; the order of slots is free."""
+    """Returns a routing to replay, from booleans `[L, B, T, E]`; slots have any order."""
     chosen = int(experts[:, segments != 0].sum(-1).max())
     order = np.argsort(-experts, axis=-1, kind="stable")[..., :chosen]
     return Routing(jnp.asarray(order, expert_dtype(experts.shape[-1])), jnp.asarray(segments != 0))
 
 
 def gradients(model, tokens, positions, segments, layout="fused"):
-    """Gradients of Σ w · log π(next token) by tensor, layers scanned."""
+    """Returns gradients of Σ w · log π(next token) by tensor, with scanned layers."""
     weights = batches.loss_weights(segments)
     return tensors(_gradients(model, tokens, positions, segments, weights), layout)
 
@@ -99,7 +99,7 @@ def _gradients(model, tokens, positions, segments, weights):
 
 
 def tensors(model, layout):
-    """A tree of parameters (or their gradients) as tensors of a checkpoint."""
+    """Returns a tree of parameters (or their gradients) as tensors of a checkpoint."""
     architecture, _ = hf.config.to_json(model.config)
     plan = pieces(model.config, model, architecture.model_type, layout)
     found = {name: np.zeros(shape, np.float32) for name, shape in tensor_shapes(plan).items()}
@@ -116,7 +116,7 @@ def tensors(model, layout):
 
 
 def greedy(model, tokens, segments):
-    """The likeliest continuation through the cache: tokens, and their log-probabilities."""
+    """Returns the greedy continuation through the cache: tokens and log-probabilities."""
     trajectory = _greedy(model, tokens, segments != 0, jax.random.key(0))
     columns = slice(batches.WIDTH, None)
     return np.asarray(trajectory.tokens)[:, columns], np.asarray(trajectory.logp_rollout)[

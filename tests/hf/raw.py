@@ -1,4 +1,4 @@
-"""Safetensors files taken apart and put together again, byte by byte, sound or not."""
+"""Takes safetensors files apart and reassembles them byte by byte, valid or not."""
 
 import json
 import math
@@ -12,7 +12,7 @@ WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "F8_E4M3": 1, "I64": 8}
 
 
 def read(directory):
-    """`{name: [code, shape, bytes]}` of all files of a directory."""
+    """Returns `{name: [code, shape, bytes]}` of all files of a directory."""
     found = {}
     for file in sorted(directory.glob("*.safetensors")):
         content = file.read_bytes()
@@ -40,7 +40,7 @@ def zeros(code, *shape):
 
 
 def with_value(tensor, value, place):
-    """The same tensor with one value replaced."""
+    """Returns the same tensor with one value replaced."""
     code, shape, data = tensor
     pattern = np.float32(value).tobytes() if code == "F32" else np.float32(value).tobytes()[2:]
     if code == "F16":
@@ -50,12 +50,12 @@ def with_value(tensor, value, place):
 
 
 def changed(name, directory, edit=None, **config):
-    """A copy of a frozen checkpoint as one file, its tensors and its config edited.
+    """Copies a frozen checkpoint to one file, with edited tensors and config.
 
     Args:
-      name: in `frozen`.
-      directory: where to.
-      edit: called with the tensors.
+      name: name in `frozen`.
+      directory: directory to write.
+      edit: called with the tensors; changes them in place.
       **config: new values in `config.json`; `...` removes a key.
     """
     tensors = read(FROZEN / name)
@@ -69,5 +69,5 @@ def changed(name, directory, edit=None, **config):
 
 
 def copied(name, directory):
-    """A copy as it is, in as many files."""
+    """Copies a frozen checkpoint unchanged."""
     return pathlib.Path(shutil.copytree(FROZEN / name, directory, dirs_exist_ok=True))

@@ -1,16 +1,16 @@
-"""`config.json` in and out: what is not implemented is refused, what is written reads back."""
+"""Reads and writes `config.json`: unsupported options are refused, and writing round-trips."""
 
 import dataclasses
 import json
 import math
 
 import pytest
-import raw
 
 from jaxrl_stable import hf
 from jaxrl_stable.hf.config import from_json, to_json
 from jaxrl_stable.model import ModelConfig, qwen3_30b_a3b, qwen3_235b_a22b, tiny
-from jaxrl_stable.model.config import LatentAttention, Yarn
+from jaxrl_stable.model.config import LatentSizes, Yarn
+from tests.hf import raw
 
 pytestmark = pytest.mark.fast
 NAMES = sorted(path.name for path in raw.FROZEN.iterdir())
@@ -28,7 +28,7 @@ MODELS = {
 
 
 def edited(tmp_path, name, **changes):
-    """`read_config` of a frozen config with other values; `...` removes a key."""
+    """Calls `read_config` on a frozen config with changed values; `...` removes a key."""
     content = json.loads((raw.FROZEN / name / "config.json").read_text()) | changes
     content = {key: value for key, value in content.items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -92,7 +92,7 @@ def test_window_that_covers_the_context_does_nothing(tmp_path):
         ("qwen3-moe.v5", "moe_intermediate_size"),
         ("mixtral.v4", "num_local_experts"),
         *(("deepseek-v3.v5", key) for key in ("kv_lora_rank", "v_head_dim", "n_routed_experts")),
-        # transformers has defaults for these, those of DeepSeek-V3; ours would be other ones.
+        # transformers has defaults for these (DeepSeek-V3's); ours would differ.
         *(("deepseek-v3.v5", key) for key in ("n_group", "topk_group", "routed_scaling_factor")),
         *(("deepseek-v3.v5", key) for key in ("n_shared_experts", "first_k_dense_replace")),
     ],
@@ -103,7 +103,7 @@ def test_missing_key(name, key, tmp_path):
 
 
 def test_rope_scaling_that_was_added_to_a_config_of_version_5(tmp_path):
-    """Advice for longer contexts; both versions follow it, and forget the theta of the other."""
+    """The usual advice for longer contexts; both versions follow it and ignore the other theta."""
     scaling = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64)
     with pytest.raises(ValueError, match="rope_theta is missing"):
         edited(tmp_path, "qwen3.v5", rope_scaling=scaling)
@@ -112,7 +112,7 @@ def test_rope_scaling_that_was_added_to_a_config_of_version_5(tmp_path):
 
 
 def test_yarn_as_deepseek_spells_it(tmp_path):
-    """Numbers of DeepSeek-V3's published config; both mscales are one."""
+    """Values of DeepSeek-V3's published config; both mscales are one."""
     scaling = dict(
         type="yarn", factor=40, mscale=1.0, mscale_all_dim=1.0, beta_fast=32, beta_slow=1
     )
@@ -141,14 +141,14 @@ def test_no_config(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "3"])
 def test_config_that_is_no_json_object(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: .*JSON.*; repair or remove it"):
+    with pytest.raises(ValueError, match=r"config\.json: .*JSON.*; fix or remove it"):
         hf.read_config(tmp_path)
 
 
 def test_execution_is_the_callers(tmp_path):
     config = hf.read_config(raw.FROZEN / "qwen3.v5", dtype="bfloat16", remat="block")
     assert (config.dtype, config.remat) == ("bfloat16", "block")
-    with pytest.raises(ValueError, match="num_layers, which the checkpoint decides"):
+    with pytest.raises(ValueError, match="num_layers, which the checkpoint determines"):
         hf.read_config(raw.FROZEN / "qwen3.v5", num_layers=2)
 
 
@@ -174,7 +174,7 @@ def test_configs_round_trip(name):
 
 
 def test_versions_spell_the_same_config():
-    """Names of fields and of rotary options changed between them, the models did not."""
+    """Names of fields and rotary options changed between the versions; the models did not."""
     for name in {name.split(".")[0] for name in NAMES}:
         older, newer = (hf.read_config(raw.FROZEN / f"{name}.{v}") for v in ("v4", "v5"))
         assert older == newer
@@ -186,7 +186,7 @@ def test_models_without_experts_are_written_as_dense_ones():
 
 
 def test_special_tokens_are_not_those_of_the_first_model():
-    """Left out of config.json, transformers would take them from Mixtral or DeepSeek-V3."""
+    """If they were missing, transformers would take those of Mixtral or DeepSeek-V3."""
     for name in NAMES:
         _, content = to_json(hf.read_config(raw.FROZEN / name))
         assert all(content[f"{kind}_token_id"] is None for kind in ("bos", "eos", "pad"))
@@ -199,12 +199,12 @@ def test_special_tokens_are_not_those_of_the_first_model():
         dict(num_shared_experts=1),
         dict(routed_scaling=2.0),
         dict(clip_qkv=1.0),
-        dict(query_key_norm="none"),  # Mixtral's, but with another width of dense layers
+        dict(query_key_norm="none"),  # Mixtral's, with another width of dense layers
         dict(query_key_norm="none", intermediate_size=64, norm_topk_prob=False),
         dict(query_key_norm="layer", intermediate_size=64, head_dim=8),  # D / H is 16
         dict(query_key_norm="none", num_experts=0),
         dict(router_score="sigmoid", selection_bias=True),  # without latent attention
-        dict(latent=LatentAttention(8, 4, 8)),
+        dict(latent=LatentSizes(8, 4, 8)),
         dict(rope_scaling=Yarn(2.0, 64, softmax_mscale=1.0)),
     ],
 )
@@ -214,7 +214,7 @@ def test_export_refuses_what_no_architecture_computes(options):
 
 
 def test_refusal_of_near_misses():
-    """One field of DeepSeek-V3 changed at a time."""
+    """Changes one field of DeepSeek-V3 at a time."""
     config = hf.read_config(raw.FROZEN / "deepseek-v3.v5")
     to_json(config)
     for change in (

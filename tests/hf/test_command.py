@@ -68,3 +68,35 @@ def test_errors_are_one_line(checkpoint, tmp_path, capsys, arguments, message):
     said = capsys.readouterr().err
     assert exit.value.code == 2 and message in said and said.count("\n") == 1
     assert not pathlib.Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: command"),
+        (("inspect",), "the following arguments are required: model"),
+        (("import", "model", "run", "--param_dtype=int8"), "invalid choice: 'int8'"),
+        (("inspect", "model", "--deep"), "unrecognized arguments: --deep"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        parse(arguments)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: ") and message in said and "--help lists the arguments" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "listed"),
+    [
+        (("--help",), ("inspect", "import", "export", "upcycle", "--debug")),
+        (("export", "--help"), ("workdir", "--like", "--best", "--dtype", "--layout")),
+    ],
+)
+def test_help_lists_the_arguments(capsys, arguments, listed):
+    with pytest.raises(SystemExit) as exit:
+        parse(arguments)
+    said = capsys.readouterr()
+    assert exit.value.code == 0 and said.err == ""
+    assert all(name in said.out for name in listed)

@@ -1,4 +1,4 @@
-"""What `save` leaves in a directory: all of a checkpoint, or what was there before."""
+"""`save` leaves either a complete checkpoint or the directory as it was."""
 
 import dataclasses
 import importlib
@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import ours
 import pytest
-import raw
 
 from jaxrl_stable import hf
 from jaxrl_stable.hf import copying
 from jaxrl_stable.hf.config import from_json
 from jaxrl_stable.model import ModelConfig
+from tests.hf import ours, raw
 
 saving = importlib.import_module("jaxrl_stable.hf.save")  # `hf.save` is the function
 
@@ -28,14 +27,14 @@ def model():
 
 
 def damaged(model, value):
-    """The last parameter but the head's with one other value, so that much is written before."""
+    """Changes a value of the last parameter before the head, so that much is written before it."""
     leaves, structure = jax.tree.flatten(model)
     leaves[-1] = leaves[-1].at[(-1,) * leaves[-1].ndim].set(value)
     return jax.tree.unflatten(structure, leaves)
 
 
 def rounded(x, dtype):
-    """With NumPy: nothing is compiled for it."""
+    """Uses NumPy, so that nothing is compiled."""
     return np.asarray(x).astype(jnp.dtype(dtype)).astype(np.float32)
 
 
@@ -79,7 +78,7 @@ def test_values_too_large_for_the_stored_type(model, tmp_path):
 
 
 def test_links_are_followed_and_directories_copied(model, tmp_path):
-    """Links, as in a cache of the hub, are followed; directories are copied whole."""
+    """Links, as in a hub cache, are followed; directories are copied as a whole."""
     origin, blob = tmp_path / "origin", tmp_path / "blob"
     raw.copied("qwen3-moe.v5", origin)
     blob.write_text("{}")
@@ -124,7 +123,7 @@ def test_stored_type(dtype, code, model, tmp_path):
 
 
 def test_router_of_deepseek_v3_stays_float32(tmp_path):
-    """A choice between experts hangs on it; transformers reads it in float32 whatever the rest."""
+    """Expert choices depend on it; transformers always reads it in float32."""
     hf.save(ours.load(raw.FROZEN / "deepseek-v3.v4"), tmp_path, dtype="bfloat16")
     codes = {name: code for name, (code, *_) in raw.read(tmp_path).items()}
     for name, code in codes.items():
@@ -160,7 +159,7 @@ def test_companions_come_along(model, tmp_path):
 @pytest.mark.parametrize("like", [True, False])
 @pytest.mark.parametrize("name", sorted(path.name for path in raw.FROZEN.iterdir()))
 def test_config_is_spelled_for_both_versions(name, like, tmp_path):
-    """Version 4 and many engines know no `rope_parameters`; they would rotate by a default."""
+    """Version 4 and many engines ignore `rope_parameters` and would use a default theta."""
     original = raw.FROZEN / name
     hf.save(ours.load(original), tmp_path, like=original if like else None)
     content = json.loads((tmp_path / "config.json").read_text())
@@ -184,7 +183,7 @@ def test_prediction_layers_are_no_longer_promised(tmp_path):
     [("qwen3-moe.v5", "per-expert"), ("mixtral.v5", "fused"), ("deepseek-v3.v5", "fused")],
 )
 def test_a_few_rows_at_a_time(name, layout, chunk_bytes, tmp_path, monkeypatch):
-    """As with matrices of a real size; the ones here would fit into one copy."""
+    """As with matrices of real size; the ones here would fit in one copy."""
     whole = ours.load(raw.FROZEN / name)
     monkeypatch.setattr(copying, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(copying, "STRIPE_ROWS", 5)

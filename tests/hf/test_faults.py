@@ -1,15 +1,14 @@
-"""What is wrong with a checkpoint is said in one line, all of it, and nothing is returned."""
+"""All faults of a checkpoint are listed in one line, and nothing is returned."""
 
 import json
 import re
 
 import jax
 import numpy as np
-import ours
 import pytest
-import raw
 
 from jaxrl_stable import hf
+from tests.hf import ours, raw
 
 NORM = "model.norm.weight"
 SHARDS = "deepseek-v3.v5"
@@ -17,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def refused(directory, *patterns, error=ValueError):
-    """Loading fails with one line in which all patterns occur in this order."""
+    """Checks that loading fails with one line that matches all patterns in this order."""
     with pytest.raises(error) as caught:
         ours.load(directory)
     message = str(caught.value)
@@ -69,7 +68,7 @@ def test_long_lists_are_cut(tmp_path):
 
 
 def test_experts_that_are_missing(tmp_path):
-    """One of 8 experts; and all of a layer, which is then no dense one either."""
+    """Drops one of 8 experts, and all experts of a layer, which does not make it dense."""
 
     def edit(tensors):
         for name in list(tensors):
@@ -172,7 +171,7 @@ def test_config_of_another_model(tmp_path):
 
 
 def test_copy_of_tied_embeddings_is_ignored(tmp_path):
-    """Some exporters write the head although it is tied; transformers ignores it too."""
+    """Some exporters write a tied head; transformers also ignores it."""
 
     def edit(tensors):
         tensors["lm_head.weight"] = raw.zeros("BF16", 50, 24)
@@ -190,7 +189,7 @@ def test_prediction_layers_and_frequencies_are_ignored(tmp_path):
 
     changed = raw.changed("deepseek-v3.v4", tmp_path, edit, num_nextn_predict_layers=1)
     same(ours.load(changed), "deepseek-v3.v4")
-    # A config that says less than the files hold would load half a model.
+    # A config with fewer layers than the files would load half a model.
     refused(raw.changed("deepseek-v3.v4", tmp_path, edit), "extra: model.layers.3.eh_proj.weight")
 
 

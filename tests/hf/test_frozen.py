@@ -1,24 +1,22 @@
-"""Checkpoints as transformers 4 and 5 write them compute what transformers computes with them.
+"""Checkpoints written by transformers 4 and 5 give the results of transformers.
 
-`make_fixtures.py` made the files. The live comparison, of more architectures and more deeply, is in
-`tests/parity`.
+`make_fixtures.py` made the files. `tests/parity` compares more architectures in more depth, live.
 """
 
 import functools
 import json
 import pathlib
 
-import batches
 import jax
 import numpy as np
-import ours
 import pytest
 
 from jaxrl_stable import hf
 from jaxrl_stable.hf.files import DTYPES, TensorFiles
+from tests.hf import batches, ours
 
 FROZEN = pathlib.Path(__file__).parent / "frozen"
-TOLERANCE = 2e-5  # relative to the largest entry; of log-probabilities in nats
+TOLERANCE = 2e-5  # relative to the largest entry; log-probabilities in nats
 every = pytest.mark.parametrize("name", sorted(path.name for path in FROZEN.iterdir()))
 
 
@@ -48,7 +46,7 @@ def layout(name):
 
 
 def contents(directory):
-    """Type, shape and values of every tensor."""
+    """Returns type, shape and values of every tensor."""
     files = TensorFiles(directory)
     return {
         name: (files.codes[name], shape, np.array(files.view(name)))
@@ -137,7 +135,7 @@ def test_other_layout_is_the_same_model(name, tmp_path):
 
 
 def test_every_way_of_storing_is_there():
-    """Both versions, both layouts, all types, one file and several."""
+    """The files cover both versions, both layouts, all types, single and several files."""
     names = [path.name for path in FROZEN.iterdir()]
     assert {name.split(".")[1] for name in names} == {"v4", "v5"}
     assert {layout(name) for name in names} == {"fused", "per-expert"}

@@ -1,4 +1,4 @@
-"""A checkpoint straight into the shards of eight devices, and back."""
+"""Loads a checkpoint straight into the shards of eight devices, and saves it again."""
 
 import json
 import os
@@ -42,7 +42,7 @@ for directory in map(pathlib.Path, sys.argv[1:]):
             np.testing.assert_array_equal(param.get_value(), whole[path].get_value(), err_msg=path)
 print(json.dumps(sorted(cut)))
 """
-# Parameters and the axes of theirs that a mesh axis cut: a wrong offset in one of them would show.
+# Parameters and their sharded axes; a wrong offset in any of them would show.
 CUTS = {
     *(("gate", axis, name) for axis, name in ((1, "expert"), (2, "fsdp"), (3, "tensor"))),
     *(("down", axis, name) for axis, name in ((1, "expert"), (2, "tensor"), (3, "fsdp"))),
@@ -51,8 +51,8 @@ CUTS = {
     *(("head", axis, name) for axis, name in ((0, "fsdp"), (1, "tensor"))),
     *(("embedding", axis, name) for axis, name in ((0, "tensor"), (1, "fsdp"))),
     ("weight", 1, "tensor"),  # OLMoE's query norm
-    *(("query", 1, "expert"), ("head", 0, "expert")),  # one axis over two of the mesh
-    ("up", 2, "tensor"),  # of the latent: keys and values of each head
+    *(("query", 1, "expert"), ("head", 0, "expert")),  # one axis over two mesh axes
+    ("up", 2, "tensor"),  # up-projection of the latent to keys and values of each head
     ("router", 1, "fsdp"),
 }
 

@@ -1,4 +1,4 @@
-"""Names and shapes of tensors at real sizes, from shapes alone."""
+"""Names and shapes of tensors at real sizes, without allocating them."""
 
 import functools
 import math
@@ -9,10 +9,10 @@ import pytest
 
 from jaxrl_stable.hf.names import pieces, tensor_shapes
 from jaxrl_stable.model import init_model, qwen3_30b_a3b, tiny
-from jaxrl_stable.model.config import LatentAttention, layer_plan
+from jaxrl_stable.model.config import LatentSizes, layer_plan
 
 pytestmark = pytest.mark.fast
-# Sizes of DeepSeek-V3 (arXiv:2412.19437, §4.2) but for its number of experts.
+# Sizes of DeepSeek-V3 (arXiv:2412.19437, §4.2), except its number of experts.
 DEEPSEEK = dict(
     vocab_size=129_280,
     hidden_size=7168,
@@ -27,7 +27,7 @@ DEEPSEEK = dict(
     selection_bias=True,
     num_shared_experts=1,
     query_key_norm="none",
-    latent=LatentAttention(512, 64, 128, 1536),
+    latent=LatentSizes(512, 64, 128, 1536),
     tie_embeddings=False,
 )
 CONFIGS = {
@@ -84,7 +84,7 @@ def test_pieces_cover_every_tensor_once(name, layout):
 
 
 def test_published_index_of_qwen3_30b():
-    """Number of tensors and bytes that `model.safetensors.index.json` of Qwen3-30B-A3B states."""
+    """Number of tensors and bytes as in `model.safetensors.index.json` of Qwen3-30B-A3B."""
     shapes = tensor_shapes(plan("qwen3_moe", "per-expert"))
     assert len(shapes) == 18_867
     assert 2 * sum(map(math.prod, shapes.values())) == 61_064_245_248
@@ -94,7 +94,7 @@ def test_published_index_of_qwen3_30b():
 
 
 def test_shapes_of_deepseek_v3():
-    """As its index and `transformers` have them."""
+    """As in its index and in `transformers`."""
     shapes, layer = tensor_shapes(plan("deepseek_v3", "per-expert")), "model.layers.60."
     assert shapes[layer + "self_attn.q_a_proj.weight"] == (1536, 7168)
     assert shapes[layer + "self_attn.q_b_proj.weight"] == (24576, 1536)

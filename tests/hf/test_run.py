@@ -33,7 +33,7 @@ def test_from_a_checkpoint_through_a_run_to_a_checkpoint(tmp_path):
         + f"configs.Experiment.init_from = '{origin}'\n"
         + "configs.Reinforcement.steps = 1\n"
         + "configs.Evaluation.every = 9\n"
-        # A random policy earns nothing, so that the loss alone would move nothing.
+        # A random policy earns no reward, so the loss alone would not change it.
         + "rl/configs.Optimizer.weight_decay = 0.1\n"
     )
     gin.write_text("\n".join(x for x in gin.read_text().split("\n") if "model.tiny" not in x))
@@ -48,6 +48,6 @@ def test_from_a_checkpoint_through_a_run_to_a_checkpoint(tmp_path):
     np.testing.assert_array_equal(after["model.embed_tokens.weight"], expected)
     moved = {name: np.abs(after[name] - before[name]).max() for name in before}
     assert max(moved.values()) > 0  # trained,
-    assert max(moved.values()) < 0.1  # and from there: a fresh model would be far away
+    assert max(moved.values()) < 0.1  # from the checkpoint: a fresh model is far away
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["architectures"] == ["Qwen3MoeForCausalLM"]

@@ -27,7 +27,7 @@ DENSE = tiny(
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    """A dense checkpoint with weights large enough for its feed-forward layers to matter."""
+    """Writes a dense checkpoint with weights large enough for its MLPs to matter."""
     directory = tmp_path_factory.mktemp("dense")
     model = init_model(DENSE, 0)
     model = jax.tree.map(lambda w: 2 * w, model)
@@ -63,7 +63,7 @@ def test_upcycled_model_computes_the_dense_one(dense, tmp_path, copies, chosen, 
     expected, _ = log_probs(dense)
     found, router = log_probs(tmp_path / "moe")
     assert np.abs(kl(expected, found)).max() < 1e-6
-    # One copy of each segment, `chosen` times; and not the same copies for every token.
+    # One copy of each segment, `chosen` times, and different copies for different tokens.
     experts = np.asarray(router.experts).reshape(-1, chosen * segments)
     assert (np.bincount((experts % segments).ravel()) == len(experts) * chosen).all()
     assert len(np.unique(experts // segments)) == copies
@@ -102,7 +102,7 @@ def test_upcycling_keeps_the_tokenizer_and_says_what_it_wrote(dense, tmp_path):
     assert (tmp_path / "moe" / "tokenizer.json").exists()
     content = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert content["model_type"] == "qwen3_moe" and content["norm_topk_prob"] is True
-    with pytest.raises(ValueError, match="has experts already"):
+    with pytest.raises(ValueError, match="already has experts"):
         upcycle(tmp_path / "moe", tmp_path / "again", copies=2)
 
 

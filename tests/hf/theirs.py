@@ -1,14 +1,15 @@
-"""What transformers computes on a batch, under the same names as in `ours`; needs torch."""
+"""Results of transformers on a batch, with the names used in `ours`; needs torch."""
 
 import contextlib
 
-import batches
 import numpy as np
 import torch
 
+from tests.hf import batches
+
 
 def observe(model, tokens, positions, segments):
-    """Everything along the way, of a batch with one sequence a row (see `ours.observe`)."""
+    """Returns intermediate results of a batch with one sequence per row (see `ours.observe`)."""
     with _recorded(model) as (layers, gates), torch.no_grad():
         output = model(**_inputs(tokens, positions, segments), output_hidden_states=True)
     following = torch.tensor(np.roll(tokens, -1, axis=1))[..., None]
@@ -26,7 +27,7 @@ def observe(model, tokens, positions, segments):
 
 
 def observe_alone(model, tokens, segments):
-    """Hidden states and log-probabilities of packed rows, each sequence in a batch of its own."""
+    """Returns hidden states and log-probabilities of packed rows, one pass per sequence."""
     hidden = np.zeros((*tokens.shape, model.config.hidden_size), np.float32)
     logp = np.zeros(tokens.shape, np.float32)
     for row, columns in batches.spans(segments):
@@ -38,13 +39,13 @@ def observe_alone(model, tokens, segments):
 
 
 def gradients(model, tokens, positions, segments):
-    """Gradients of Σ w · log π(next token) by parameter."""
+    """Returns gradients of Σ w · log π(next token) by parameter."""
     model.zero_grad()
     logits = model(**_inputs(tokens, positions, segments)).logits
     following = torch.tensor(np.roll(tokens, -1, axis=1))[..., None]
     logp = torch.log_softmax(logits, -1).gather(-1, following)[..., 0]
     (torch.tensor(batches.loss_weights(segments)) * logp).sum().backward()
-    zero = torch.zeros(1)  # experts that nobody chose have none
+    zero = torch.zeros(1)  # experts that no token chose have none
     return {
         name: (zero.expand_as(weight) if weight.grad is None else weight.grad).numpy()
         for name, weight in model.named_parameters()
@@ -52,7 +53,7 @@ def gradients(model, tokens, positions, segments):
 
 
 def greedy(model, tokens, segments):
-    """The likeliest continuation: tokens, and the smallest lead of a winner over the second."""
+    """Returns the greedy continuation and the smallest lead of a token over the second."""
     inputs = _inputs(tokens, None, segments)
     output = model.generate(
         **inputs,
@@ -69,7 +70,7 @@ def greedy(model, tokens, segments):
 
 
 def continued(model, tokens, segments, response):
-    """Log-probabilities of a continuation, from one pass over prompt and response."""
+    """Returns log-probabilities of a continuation, from one pass over prompt and response."""
     tokens = np.concatenate([tokens, response], axis=1)
     segments = np.concatenate([segments, np.ones_like(response)], axis=1)
     positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0)
@@ -109,8 +110,8 @@ def _recorded(model):
 
 
 def _gates(config, output):
-    """What a router returned as one gate per expert, 0 for those that were not chosen."""
-    if isinstance(output, torch.Tensor):  # version 4: logits; the rest is done by the block
+    """Converts a router's output to one gate per expert, 0 for those not chosen."""
+    if isinstance(output, torch.Tensor):  # version 4 returns logits; the block does the rest
         scores = torch.softmax(output.float(), -1)
         weights, chosen = scores.topk(config.num_experts_per_tok, -1)
         if getattr(config, "norm_topk_prob", True):  # Mixtral always does

@@ -3,14 +3,15 @@
 Used by the live comparison and by `make_fixtures.py`; needs torch and transformers.
 """
 
-import batches
 import torch
 import transformers
+
+from tests.hf import batches
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 VERSION = int(transformers.__version__.split(".")[0])
-# The code of the model files, not a kernel that stands in for it.
+# The code in the model files, not a replacement kernel.
 PLAIN = dict(attn_implementation="eager")
 if VERSION >= 5:
     PLAIN["experts_implementation"] = "eager"
@@ -40,7 +41,7 @@ LATENT = dict(
     v_head_dim=9,
     tie_word_embeddings=False,
 )
-# With a base of 100, both ends of the ramp lie among the few frequencies there are, and round.
+# With a base of 100, both ends of the ramp fall among the few frequencies, and are rounded.
 YARN = dict(
     rope_type="yarn",
     type="yarn",
@@ -52,13 +53,13 @@ YARN = dict(
 
 
 def rotary(theta, **scaling):
-    """Base and stretching as this version of transformers spells them."""
+    """Returns rotary base and scaling as this version of transformers spells them."""
     if VERSION >= 5:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
     return {"rope_theta": theta} | ({"rope_scaling": scaling} if scaling else {})
 
 
-# Name: class prefix, and what differs from `COMMON`.
+# Name: class prefix, and differences from `COMMON`.
 ZOO = {
     "qwen3": ("Qwen3", dict(head_dim=8, tie_word_embeddings=True) | rotary(1e4)),
     "qwen3-yarn": ("Qwen3", dict(head_dim=8, tie_word_embeddings=False) | rotary(1e2, **YARN)),
@@ -97,7 +98,7 @@ ZOO = {
         | dict(routed_scaling_factor=2.446, norm_topk_prob=True, first_k_dense_replace=1)
         | rotary(5e4),
     ),
-    # Options that neither of the two uses.
+    # Options that neither DeepSeek-V3 nor Moonlight uses.
     "deepseek-v3-variant": (
         "DeepseekV3",
         LATENT
@@ -110,9 +111,9 @@ ZOO = {
 
 
 def build(name: str, seed: int = 0) -> torch.nn.Module:
-    """The model in float32, its weights drawn so that routers and attention have opinions.
+    """Builds the model in float32, with weights that make routers and attention decisive.
 
-    Norm weights are not one and selection biases not zero: a forgotten one must show.
+    Norm weights differ from one and selection biases from zero, so that a forgotten one shows.
     """
     prefix, special = ZOO[name]
     config = getattr(transformers, f"{prefix}Config")(**(COMMON | special))
@@ -124,13 +125,13 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
                 continue
             noise = torch.randn(weight.shape, generator=generator)
             if path.endswith("e_score_correction_bias"):
-                # Version 4 takes experts of masked groups (score 0) before negative scores; version
+                # Version 4 prefers experts of masked groups (score 0) to negative scores; version
                 # 5 and DeepSeek's own code never do.
                 weight.copy_(0.1 * noise + (0.4 if VERSION < 5 else 0.0))
             elif weight.ndim == 1:
                 weight.copy_(1 + 0.3 * noise)
             else:
-                # Tied embeddings of this size do not just repeat the last token.
+                # At this scale, tied embeddings do not just repeat the last token.
                 scale = 0.3 if "embed" in path else weight.shape[-1] ** -0.5
                 weight.copy_(1.3 * scale * noise)
     return model
@@ -140,7 +141,7 @@ def again(model: torch.nn.Module, directory, **options) -> torch.nn.Module:
     """Loads a directory with the class of `model`.
 
     Raises:
-      ValueError: tensors are missing, unexpected or misshapen; transformers itself only warns.
+      ValueError: if tensors are missing, unexpected or misshapen; transformers only warns.
     """
     loaded, report = type(model).from_pretrained(
         directory, output_loading_info=True, **PLAIN, **options

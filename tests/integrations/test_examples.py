@@ -9,7 +9,8 @@ from functools import partial
 
 import numpy as np
 import pytest
-from outside import EXAMPLES, example, minirl_loss
+
+from tests.integrations.outside import EXAMPLES, example, minirl_loss
 
 # How to find the policy, as a function of tokens, among the arguments of a module's `update`.
 POLICY = {

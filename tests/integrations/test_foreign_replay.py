@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from outside import example
 
 from jaxrl_stable.model import init_model
-from jaxrl_stable.routing import from_token_major, shift, to_token_major
+from jaxrl_stable.routing import from_token_major, to_token_major
+from tests.integrations.outside import example
+from tests.negative_controls import shift
 
 foreign = example("maxtext_like")
 

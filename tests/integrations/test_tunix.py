@@ -6,7 +6,8 @@ import flax
 import numpy as np
 import pytest
 from flax import nnx
-from outside import EXAMPLES, example, minirl_loss
+
+from tests.integrations.outside import EXAMPLES, example, minirl_loss
 
 PAD, EOS = 0, 1
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Tunix's own, in hundreds

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from common import QUICK, small
 from flax import nnx
 
 from jaxrl_stable.model import attention, empty_cache
 from jaxrl_stable.model.rotary import rotate
+from tests.model import reference
+from tests.model.common import QUICK, small
 
 CONFIG = small()
 

@@ -1,11 +1,13 @@
 import dataclasses
 
+import gin
 import jax
 import pytest
-from common import small
 
 from jaxrl_stable import model as m
+from jaxrl_stable.model import config as config_module
 from jaxrl_stable.model.config import EXECUTION_FIELDS, layer_plan
+from tests.model.common import small
 
 
 @pytest.mark.fast
@@ -90,3 +92,23 @@ def test_execution_fields_are_no_part_of_the_architecture():
     other = small(dtype="bfloat16", scan_layers=False, remat="block", experts="dense", head_chunk=9)
     assert config.architecture() == other.architecture()
     assert config.architecture() != small(rope_theta=5.0).architecture()
+
+
+def test_gin_files_may_still_use_the_former_name_of_the_latent_sizes():
+    gin.clear_config()
+    try:
+        with pytest.warns(DeprecationWarning, match="write model.LatentSizes"):
+            gin.parse_config(
+                "from __gin__ import dynamic_registration\n"
+                "from jaxrl_stable.model import config as model\n"
+                "model.tiny.latent = @model.LatentAttention()\n"
+                "model.LatentAttention.key_value_rank = 12\n"
+                "model.LatentAttention.rotary_dim = 4\n"
+                "model.LatentAttention.value_dim = 8\n"
+            )
+        built = gin.get_configurable(config_module.tiny)()
+        assert built.latent == config_module.LatentSizes(12, 4, 8)
+    finally:
+        gin.clear_config()
+    with pytest.raises(AttributeError, match="Latents"):
+        config_module.Latents  # noqa: B018

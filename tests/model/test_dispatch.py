@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import small
 
 from jaxrl_stable.model import dispatch
 from jaxrl_stable.model.dispatch import (
     block_rows,
     experts_implementation,
-    gather_rows,
     group_by_expert,
     grouped_matmul,
     scatter_rows,
     stable_argsort,
+    take_rows,
 )
+from tests.model.common import small
 
 # Four tokens, two choices each; token 2 is padding; expert 1 is unused.
 EXPERTS = jnp.array([[2, 0], [3, 2], [0, 1], [0, 3]])
@@ -104,7 +104,7 @@ def test_gradients_of_the_moves_are_those_of_plain_indexing():
         actual = jax.vjp(lambda x, g=groups: scatter_rows(x, g.source, g.slot), x)[1](cotangent)
         expected = jax.vjp(scatter, x)[1](cotangent)
         np.testing.assert_allclose(actual[0][REAL], expected[0][REAL], rtol=1e-5, atol=1e-6)
-        actual = jax.vjp(lambda y, g=groups: gather_rows(y, g.source, g.slot), rows)[1](pairs)
+        actual = jax.vjp(lambda y, g=groups: take_rows(y, g.source, g.slot), rows)[1](pairs)
         expected = jax.vjp(lambda y, slot=slot: y[slot], rows)[1](pairs)
         np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The embedding lookup; on meshes: tests/meshes."""
+"""The embedding lookup; on meshes: tests/sharding."""
 
 import jax
 import jax.numpy as jnp

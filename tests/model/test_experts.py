@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import QUICK, assert_close, named, small
 from flax import nnx
 
 from jaxrl_stable.model import dispatch
 from jaxrl_stable.model.experts import Experts
 from jaxrl_stable.model.router import gate_weights
 from jaxrl_stable.routing import Routing
+from tests.model.common import QUICK, assert_close, named, small
 
 CONFIG = small()
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import QUICK, random_model, small
 
 from jaxrl_stable import model as m
 from jaxrl_stable.model import head
+from tests.model.common import QUICK, random_model, small
 
 B, T, V = 2, 10, 300
 # V is larger than every other size: nothing but logits has B * T * V entries.

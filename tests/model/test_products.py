@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from common import random_model, small
 from flax import nnx
 
 from jaxrl_stable.model.attention import make_frame
-from jaxrl_stable.model.config import LatentAttention
+from jaxrl_stable.model.config import LatentSizes
 from jaxrl_stable.model.dispatch import ExpertWeights, apply_experts, group_by_expert
 from jaxrl_stable.model.dispatch import grouped_matmul as grouped
 from jaxrl_stable.model.parameters import Quantized
@@ -24,6 +23,7 @@ from jaxrl_stable.model.products import (
     to_grid,
 )
 from jaxrl_stable.sampler.quantize import quantize
+from tests.model.common import random_model, small
 
 LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 
@@ -217,7 +217,7 @@ def test_experts_agree_with_their_oracle_and_over_devices():
 
 def test_latent_attention_decodes_what_it_would_expand():
     """One column in the latent's space, by the same grid as the expanded keys and values."""
-    sizes = LatentAttention(key_value_rank=12, rotary_dim=2, value_dim=5, query_rank=None)
+    sizes = LatentSizes(key_value_rank=12, rotary_dim=2, value_dim=5, query_rank=None)
     config = small(latent=sizes, num_kv_heads=4, num_layers=1)
     model = quantize(random_model(config), "int8_w8a8")
     attention = jax.tree.map(lambda a: a[0], model.stacks[0][0].attention)

@@ -5,8 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from common import (
+
+from jaxrl_stable.routing import Routing, validate
+from tests.model import reference
+from tests.model.common import (
     BATCH,
     MIXED,
     assert_close,
@@ -21,8 +23,7 @@ from common import (
     small,
     value_and_grads,
 )
-
-from jaxrl_stable.routing import Routing, shift, validate
+from tests.negative_controls import shift
 
 REAL = np.asarray(BATCH.segment_ids != 0)
 

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import router_reference as reference
-from common import QUICK, assert_identical, small
 from flax import nnx
 
 from jaxrl_stable.model.experts import Experts
 from jaxrl_stable.model.router import gate_weights
 from jaxrl_stable.routing import Routing
+from tests.model import router_reference as reference
+from tests.model.common import QUICK, assert_identical, small
 
 TOLERANCE = 1e-5
 SIGMOID = dict(router_score="sigmoid")

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from common import (
+
+from jaxrl_stable import model as m
+from tests.model import reference
+from tests.model.common import (
     BATCH,
     MIXED,
     QUICK,
@@ -25,8 +27,6 @@ from common import (
     value_and_grads,
     with_config,
 )
-
-from jaxrl_stable import model as m
 
 score = jax.jit(m.token_log_probs, compiler_options=QUICK)
 

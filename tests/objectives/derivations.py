@@ -2,8 +2,8 @@
 
 Each function returns dL/dlogp of the aggregated loss, token by token and in plain probabilities,
 straight from the formulas of the papers. Nothing here comes from the package that is tested.
-`factor[i, t]` is what the aggregation multiplies the loss of a token by. A loss that belongs to a
-whole response stands in each of its tokens, so that its factor is the sum of the row.
+`factor[i, t]` is the aggregation's factor of the loss at token t. A loss that belongs to a
+whole response is repeated at each of its tokens, so its factor is the sum of the row.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ MODES = (
 
 
 def aggregation_factor(mask, mode, horizon=HORIZON):
-    """d total / d loss[i, t]; rows without response are no sequences."""
+    """d total / d loss[i, t]; rows without a response are not sequences."""
     tokens_of_row = mask.sum(1)
     sequences = sum(n > 0 for n in tokens_of_row)
     factor = np.zeros(mask.shape)

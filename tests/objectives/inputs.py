@@ -46,13 +46,13 @@ def make_inputs(seed, mismatch=0.15, staleness=0.3, shift=0.0):
 
 
 def token_advantages(inputs, seed=0):
-    """The same inputs with one advantage a token, and garbage in the padding of these as well."""
+    """The same inputs with one advantage per token, and garbage in its padding too."""
     noise = np.random.default_rng(seed).normal(size=(B, T)).astype(np.float32).astype(np.float64)
     return inputs._replace(advantages=np.where(inputs.mask, noise, np.nan))
 
 
 def stack(batches):
-    """Inputs with one more axis in front, for `vmap`: one call instead of one a seed."""
+    """Inputs with one more axis in front, for `vmap`: one call instead of one per seed."""
     return Inputs(*(np.stack(x) for x in zip(*batches)))
 
 

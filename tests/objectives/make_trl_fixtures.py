@@ -2,7 +2,7 @@
 
 Needs the extra "parity", best in an environment of its own:
 
-    pip install -e '.[test,parity]' && python tests/objectives/make_trl_fixtures.py
+    pip install -e '.[test,parity]' && python -m tests.objectives.make_trl_fixtures
 """
 
 import importlib.metadata
@@ -10,9 +10,8 @@ import json
 import pathlib
 
 import numpy as np
-import trl_cases
-import trl_ours
-import trl_theirs
+
+from tests.objectives import trl_cases, trl_ours, trl_theirs
 
 FROZEN = pathlib.Path(__file__).parent / "frozen" / "trl.npz"
 SEEDS = range(4)

@@ -2,12 +2,12 @@
 
 Needs torch, and their repositories, of which single functions are run, without what they import:
 
-    python tests/objectives/make_upstream_fixtures.py --verl DIR --verl-dro DIR --bapo DIR \\
+    python -m tests.objectives.make_upstream_fixtures --verl DIR --verl-dro DIR --bapo DIR \\
         --slime DIR --slime-veto DIR [--commits FILE]
 
 `--verl-dro` is a verl that has DRO, `--slime-veto` slime while it still had the veto. A directory
-that is no git checkout takes the commit of each file from `--commits`: JSON, option -> path ->
-commit. Beside the commits the file records a digest of each function without its docstrings,
+that is not a git checkout takes the commit of each file from `--commits`: JSON, option -> path ->
+commit. Besides the commits, the file records a digest of each function without its docstrings,
 comments, and annotations of arguments: what is frozen came from functions transcribed by hand,
 which a checkout of the same commits has to confirm.
 """
@@ -28,7 +28,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import upstream_cases as cases
+
+from tests.objectives import upstream_cases as cases
 
 FROZEN = pathlib.Path(__file__).parent / "frozen" / "upstream.npz"
 CORR, CORE = (f"verl/trainer/ppo/{name}.py" for name in ("rollout_corr_helper", "core_algos"))
@@ -274,7 +275,7 @@ def computed(of: dict) -> dict[str, np.ndarray]:
 
 
 def packed(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What has one number a batch goes into one array, which is smaller."""
+    """Puts values with one number per batch into one array, which is smaller."""
     small = {name: x for name, x in arrays.items() if x.ndim == 1}
     arrays = {name: x for name, x in arrays.items() if x.ndim > 1}
     return dict(names=np.array(list(small)), numbers=np.stack(list(small.values())), **arrays)

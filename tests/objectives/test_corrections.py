@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from derivations import FACTORS
-from inputs import make_batches, stack, to_jax
 
 from jaxrl_stable import corrections
 from jaxrl_stable.objectives import ppo
+from tests.objectives.derivations import FACTORS
+from tests.objectives.inputs import make_batches, stack, to_jax
 
 SMALL = {"mismatch": 0.15}
 LARGE = {"mismatch": 1.0}

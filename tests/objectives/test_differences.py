@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from derivations import GRADIENTS, VALUES, aggregation_factor
-from inputs import B, T, make_batches, stack, to_jax
 
 from jaxrl_stable import objectives
 from jaxrl_stable.objectives import aggregate, divide
+from tests.objectives.derivations import GRADIENTS, VALUES, aggregation_factor
+from tests.objectives.inputs import B, T, make_batches, stack, to_jax
 
 STEP = 1e-6
 MODE = "seq-mean-token-mean"

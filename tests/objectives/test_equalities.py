@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from inputs import B, Inputs, T, make_batches, stack, to_jax
 
 from jaxrl_stable import corrections, objectives
 from jaxrl_stable.objectives import aggregate, divide
+from tests.objectives.inputs import B, Inputs, T, make_batches, stack, to_jax
 
 SUM, MEAN, TOKEN = "seq-mean-token-sum", "seq-mean-token-mean", "token-mean"
 HUGE, HORIZON = 1e9, 20

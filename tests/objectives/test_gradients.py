@@ -1,16 +1,25 @@
 """Every objective and every option of it: gradient and bookkeeping against `derivations.py`."""
 
-import derivations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from derivations import GRADIENTS, HORIZON, MODES, aggregation_factor, bapo_bounds
-from inputs import SEEDS, B, T, make_batches, make_inputs, stack, to_jax, token_advantages
 
 from jaxrl_stable import objectives
 from jaxrl_stable.objectives import TokenLoss, aggregate, divide
 from jaxrl_stable.objectives.capo import CapoHead, capo
+from tests.objectives import derivations
+from tests.objectives.derivations import GRADIENTS, HORIZON, MODES, aggregation_factor, bapo_bounds
+from tests.objectives.inputs import (
+    SEEDS,
+    B,
+    T,
+    make_batches,
+    make_inputs,
+    stack,
+    to_jax,
+    token_advantages,
+)
 
 # (objective, options, scale of the inputs, what has to be at work over the seeds). The scales put
 # some tokens or responses inside the bounds and some outside; GSPO's are narrow.
@@ -64,7 +73,7 @@ CASES = [
 ]
 IDS = [f"{name}-{options}" for name, options, *_ in CASES]
 SEQUENCE = ("gspo", "luspo", "gmpo", "vespo")
-# The gradient is not -weight · A there: a penalty beside the score function.
+# The gradient is not -weight · A there: a penalty is added to the score function.
 PENALISED = ("dro", "cpgd")
 
 
@@ -148,7 +157,7 @@ def test_denominators_that_are_none():
 
 
 def make_heads(scale):
-    """What CAPO looks at besides: random hidden states and a step of the output head."""
+    """Returns CAPO's further inputs: random hidden states and a step of the output head."""
     heads = []
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
@@ -247,7 +256,7 @@ def test_advantage_of_single_tokens(name, options):
     batches = [token_advantages(x, seed) for seed, x in enumerate(make_batches(**scale))]
     actual, out = gradients(name, batches, jnp.float32, **options)
     assert_all_close(name, actual, batches, **options)
-    for field in out:  # whatever the advantages of the padding are
+    for field in out:  # for any advantages in the padding
         assert np.isfinite(field).all()
     assert not out.loss[~stack(batches).mask].any()
 

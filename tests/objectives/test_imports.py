@@ -16,11 +16,12 @@ new = {name.split('.')[0] for name in set(sys.modules) - before}
 third_party = new - set(sys.stdlib_module_names) - {'jaxrl_stable'}
 assert not third_party, third_party
 inside = {name for name in sys.modules if name.startswith('jaxrl_stable.')}
-modules = '_moved objectives importance advantages corrections diagnostics published'.split()
+modules = '_moved array_types importance advantages corrections diagnostics published'.split()
+modules.append('objectives')
 assert all(name.split('.')[1] in modules for name in inside), inside
 """
 
-# Whatever is installed here, imports of anything else fail from now on, also late ones inside
+# From here on, imports of anything else fail even if it is installed, including late ones inside
 # functions: the environment of somebody who has jax alone.
 WALL = """
 import runpy, sys

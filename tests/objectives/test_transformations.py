@@ -2,7 +2,7 @@
 
 The family is found by its signature, so that a new member is tested from its first day. What
 decides on the whole batch (`whole_batch`: m2po, bapo, the normalised weights) cannot be cut into
-shards and is excluded there, by that attribute alone.
+shards and is excluded there, by that trait alone.
 """
 
 import functools
@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from inputs import make_inputs, to_jax
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_stable import corrections, objectives
-from jaxrl_stable.objectives import MODES, aggregate, divide
+from jaxrl_stable.objectives import MODES, aggregate, divide, traits_of
 from jaxrl_stable.objectives.capo import CapoHead, capo
+from tests.objectives.inputs import make_inputs, to_jax
 
 ARRAYS = ("logp", "logp_old", "logp_rollout", "advantages", "mask")
 HORIZON = 12.0
@@ -41,7 +41,7 @@ def family(module):
 
 
 def with_made_up_head(logp, logp_old, logp_rollout, advantages, mask):
-    """CAPO takes its head's input besides; here it is made of the rows, so that it moves along."""
+    """CAPO also takes its head's input; here it is derived from the rows, so it moves with them."""
     rng = np.random.default_rng(0)
     clean = jnp.where(mask, logp_rollout, 0.0).astype(jnp.float32)
     hidden = jnp.stack([jnp.sin(7 * clean), jnp.cos(5 * clean), jnp.ones_like(clean)], axis=-1)
@@ -54,7 +54,7 @@ def with_made_up_head(logp, logp_old, logp_rollout, advantages, mask):
 OBJECTIVES = family(objectives) | {"capo": with_made_up_head}
 CORRECTIONS = family(corrections)
 EVERYTHING = OBJECTIVES | CORRECTIONS
-WHOLE_BATCH = {name for name, f in EVERYTHING.items() if getattr(f, "whole_batch", False)}
+WHOLE_BATCH = {name for name, f in EVERYTHING.items() if traits_of(f).whole_batch}
 
 
 def test_the_family_is_what_it_is_said_to_be():
@@ -68,7 +68,7 @@ def test_the_family_is_what_it_is_said_to_be():
     }
     assert {"m2po", "bapo", "normalized_token_tis", "normalized_sequence_tis"} == WHOLE_BATCH
     takes_arrays = {n for n in objectives.__all__ if callable(getattr(objectives, n))}
-    others = {"CapoHead", "TokenLoss", "aggregate", "divide", "kl_penalty"}
+    others = {"CapoHead", "TokenLoss", "aggregate", "divide", "kl_penalty", "traits", "traits_of"}
     assert takes_arrays - others == set(OBJECTIVES)
 
 
@@ -145,7 +145,7 @@ def test_corrections_are_constants(name):
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_bfloat16_is_computed_in_float32(name):
-    """Nothing is lost but what the inputs lost when they were rounded, and the gradient in turn."""
+    """Only the rounding of the inputs, and of the gradient, loses precision."""
     low = inputs(2, jnp.bfloat16)
     exact = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in low]
     mine, theirs = EVERYTHING[name](*low), EVERYTHING[name](*exact)
@@ -158,7 +158,7 @@ def test_bfloat16_is_computed_in_float32(name):
 
 
 def sharded_and_whole(devices):
-    """Compares the two for everything that is made for it; wants several devices and float64."""
+    """Compares the two for everything that is made for it; needs several devices and float64."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shard = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"))
     exact = functools.partial(close, rtol=1e-12, atol=1e-12)
@@ -194,12 +194,12 @@ def sharded_and_whole(devices):
 
 def test_sharded_loss_equals_the_whole_one():
     """(total, count) added over four devices, divided once: value and gradient, in every mode."""
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    path = os.pathsep.join(sys.path)
     script = """
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
-from test_transformations import sharded_and_whole
+from tests.objectives.test_transformations import sharded_and_whole
 sharded_and_whole(4)
 """
     result = subprocess.run(

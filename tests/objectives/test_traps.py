@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from derivations import FACTORS, GRADIENTS
-from inputs import SEEDS, B, Inputs, T, make_batches, make_inputs, stack, to_jax
 
 from jaxrl_stable import corrections, objectives
 from jaxrl_stable.advantages import (
@@ -18,6 +16,8 @@ from jaxrl_stable.advantages import (
     standardized,
 )
 from jaxrl_stable.objectives import aggregate, divide
+from tests.objectives.derivations import FACTORS, GRADIENTS
+from tests.objectives.inputs import SEEDS, B, Inputs, T, make_batches, make_inputs, stack, to_jax
 
 MODE = "seq-mean-token-mean"
 

@@ -10,12 +10,11 @@ import pathlib
 
 import numpy as np
 import pytest
-import trl_cases
-import trl_ours
 
 from jaxrl_stable.rewards.overlong import overlong_penalty
+from tests.objectives import trl_cases, trl_ours
 
-# Everything in float64, and in float32 what is no variant of another.
+# Everything in float64; in float32 only cases that are not variants of others.
 PRECISIONS = [(name, "float64") for name in trl_cases.LOSSES] + [
     pytest.param(name, "float32", marks=pytest.mark.fast)
     for name in trl_cases.LOSSES
@@ -82,7 +81,7 @@ def test_every_setting_is_at_work():
 
 @pytest.mark.fast
 def test_clips_are_active():
-    """On both sides; a batch of which nothing is clipped would prove little."""
+    """On both sides; a batch without clipped tokens would prove little."""
     for name, case in trl_cases.LOSSES.items():
         for key in (f"loss/{name}/{metric}" for metric in trl_cases.METRICS if "clip" in metric):
             if key in frozen():

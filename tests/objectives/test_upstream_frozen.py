@@ -10,7 +10,6 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-import upstream_cases as cases
 
 from jaxrl_stable import corrections
 from jaxrl_stable.diagnostics.mismatch import mismatch_metrics
@@ -22,6 +21,7 @@ from jaxrl_stable.diagnostics.weights import (
     weight_metrics,
 )
 from jaxrl_stable.objectives import aggregate, divide, minirl
+from tests.objectives import upstream_cases as cases
 
 FLOAT64, FLOAT32 = dict(rtol=1e-9, atol=1e-12), dict(rtol=1e-6, atol=1e-7)
 SEEDS = len(cases.SEEDS)

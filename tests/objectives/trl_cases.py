@@ -1,4 +1,4 @@
-"""The policy losses and advantages of TRL's trainers, each beside the one of ours that equals it.
+"""The policy losses and advantages of TRL's trainers, each with the one of ours that equals it.
 
 `LOSSES` and `ADVANTAGES` say which settings of whom are compared; `trl_ours.py` runs ours on a
 batch, `trl_theirs.py` TRL's own code, which alone needs torch and trl.
@@ -31,7 +31,7 @@ from jaxrl_stable.objectives import (
 
 ROWS, WIDTH, GROUP = 8, 8, 4
 TOLERANCES = {"float64": 1e-9, "float32": 2e-6}  # relative to the largest entry
-EOS, PAD, WORD = 1, 0, 2  # TRL looks at the last token of a response, and at no other
+EOS, PAD, WORD = 1, 0, 2  # TRL reads only the last token of a response
 WEIGHTS = (1.0, 0.5)  # of the two rewards
 LENGTHS = np.arange(16)
 OVERLONG = ((12, 5), (12, 12), (12, 0))  # limit and buffer of the punishment of LENGTHS
@@ -107,7 +107,7 @@ class Loss(NamedTuple):
       unbiased_kl: it is multiplied by r.
       trainer: of TRL.
       off_policy: False where π_old is π_θ.
-      token_advantages: there is one advantage a token.
+      token_advantages: there is one advantage per token.
       tools: some tokens are not the policy's.
       all_rows: TRL's denominator counts the responses that it masked, ours does not.
       same_value: False where the loss of one side is r Â and that of the other Â log π_θ.
@@ -171,7 +171,7 @@ LUSPO = Loss(
     dict(loss_type="luspo", epsilon=2e-3, epsilon_high=2.5e-3, **SEQUENCE),
     MEAN,
 )
-# TRL's bound is absolute here, and it has no lower one.
+# TRL's bound is absolute here, without a lower one.
 CISPO = Loss(cispo, dict(clip_high=0.3), dict(loss_type="cispo", epsilon_high=1.3))
 SAPO = Loss(sapo, {}, dict(loss_type="sapo"), MEAN)
 VESPO = Loss(vespo, {}, dict(loss_type="vespo"))
@@ -188,7 +188,7 @@ LOSSES = {
     "dapo": DAPO,
     "asynchronous": DAPO._replace(trl=dict(epsilon=0.2, epsilon_high=0.28), trainer="AsyncGRPO"),
     "one update": DAPO._replace(off_policy=False),
-    "advantage a token": DAPO._replace(token_advantages=True),
+    "advantage per token": DAPO._replace(token_advantages=True),
     "dual clip": also(GRPO, dict(delta=1.4), options=dict(dual_clip=1.4)),
     "gspo": GSPO,
     "gspo, form of tokens": GSPO._replace(options=dict(form="token", **GSPO.options)),
@@ -321,7 +321,7 @@ def gdpo(rewards, groups, valid):
 
 
 def standardized_rloo(rewards, groups, valid):
-    """Who is alone in the group has no baseline, and TRL leaves it out of the statistics."""
+    """A response alone in its group lacks a baseline, and TRL excludes it from the statistics."""
     compared = valid & (jnp.bincount(groups, valid + 0.0, length=ROWS)[groups] > 1)
     return in_batch(leave_one_out(total(rewards), groups, valid), compared)
 

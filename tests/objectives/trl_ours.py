@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from trl_cases import GROUP, ROWS, TOLERANCES, Advantage, Batch, Loss
 
 from jaxrl_stable import corrections
 from jaxrl_stable.objectives import (
@@ -18,6 +17,7 @@ from jaxrl_stable.objectives import (
     sapo,
     vespo,
 )
+from tests.objectives.trl_cases import GROUP, ROWS, TOLERANCES, Advantage, Batch, Loss
 
 
 def settings(case: Loss | Advantage) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _our_loss(case: Loss, batch: Batch) -> dict[str, jax.Array]:
 
 
 def _metrics(case: Loss, out, mask: jax.Array, advantages: jax.Array) -> dict[str, jax.Array]:
-    """By TRL's names; what has one value a response is averaged over these."""
+    """By TRL's names; values per response are averaged over responses."""
     whole = case.trl.get("importance_sampling_level") == "sequence"
     if case.objective is sapo:
         return {}

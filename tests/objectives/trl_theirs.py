@@ -1,6 +1,6 @@
-"""TRL's side of the comparison: its own code on given log-probabilities; there is no model.
+"""TRL's side of the comparison: its own code on given log-probabilities; no model runs.
 
-From the sampler's tokens to the loss everything is TRL's, but for what would call a model.
+From the sampler's tokens to the loss everything is TRL's, except for calls of a model.
 """
 
 import asyncio
@@ -21,7 +21,8 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.experimental.async_grpo.async_rollout_worker import _AsyncRolloutLoop
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.rewards import get_soft_overlong_punishment
-from trl_cases import (
+
+from tests.objectives.trl_cases import (
     EOS,
     GROUP,
     LENGTHS,
@@ -35,7 +36,7 @@ from trl_cases import (
     Batch,
     Loss,
 )
-from trl_ours import stack
+from tests.objectives.trl_ours import stack
 
 
 def their_losses(case: Loss, batches: Iterable[Batch]) -> dict[str, np.ndarray]:

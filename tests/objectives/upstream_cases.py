@@ -1,6 +1,6 @@
 """What we define like verl, slime and the authors of BAPO: losses, corrections and metrics.
 
-Each of our names and options stands beside theirs. `make_upstream_fixtures.py` runs their code,
+Each of our names and options is listed with theirs. `make_upstream_fixtures.py` runs their code,
 `test_upstream_frozen.py` ours. Equal names are not equal things: `METRICS` has one of our names
 for verl's `kl` and another one for slime's.
 
@@ -18,7 +18,7 @@ from jaxrl_stable.objectives import bapo, cispo, dppo, dro, gmpo, gspo, minirl, 
 
 ROWS, WIDTH = 6, 9
 SEEDS = 4, 5, 11  # of batches in which every clip has something to do
-NO_BOUND = 1e9  # verl has no way to say None: dual clip and truncation are on by default
+NO_BOUND = 1e9  # verl cannot express None: dual clip and truncation are on by default
 
 
 class Batch(NamedTuple):
@@ -395,7 +395,7 @@ METRICS = {
     },
 }
 OVER_LESS_ONE = {"rollout_probs_diff_std": "tokens", "rollout_is_seq_std": "rows"}  # n − 1, not n
-# Of one weight a token, again by their names; all but the shares are of what truncation leaves.
+# For one weight per token, again by their names; all except the shares are after truncation.
 SHARES = {
     "rollout_is_ratio_fraction_high": "weight/share_above_2",
     "rollout_is_ratio_fraction_low": "weight/share_below_half",

@@ -1,34 +1,27 @@
-"""Maximum differences between this package and transformers, one architecture at a time."""
+"""Largest differences between this package and transformers, for one architecture."""
 
 import pathlib
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
-
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "hf"))
-
-import batches
-import ours
-import theirs
 import torch
-import zoo
 
 from jaxrl_stable import hf
+from tests.hf import batches, ours, theirs, zoo
 
 SHARD_BYTES = 20_000  # several files and an index
 
 
 class Check(NamedTuple):
-    """What is compared, and the largest difference that is in order."""
+    """A comparison and its largest acceptable difference."""
 
     description: str
     tolerance: float
 
 
-# Differences are relative to the largest entry of what transformers computes, but for
-# log-probabilities (nats) and what is counted.
+# Differences are relative to the largest entry of transformers' result, except log-probabilities
+# (nats) and counts.
 CHECKS = {
     "layers": Check("outputs of all blocks", 2e-5),
     "hidden": Check("final hidden states", 2e-5),
@@ -50,13 +43,13 @@ CHECKS = {
 
 
 def measure(name: str, directory: pathlib.Path) -> dict[str, float]:
-    """The errors of one architecture of the zoo, by the names of `CHECKS`.
+    """Returns the errors of one architecture of the zoo, by the names of `CHECKS`.
 
     Args:
-      name: in `zoo.ZOO`.
-      directory: empty; checkpoints are written there.
+      name: name in `zoo.ZOO`.
+      directory: empty directory for checkpoints.
     """
-    torch.set_num_threads(1)  # these models are too small to share
+    torch.set_num_threads(1)  # these models are too small for several threads
     reference = zoo.build(name)
     original, fused = directory / "original", directory / "fused"
     reference.save_pretrained(original, max_shard_size=SHARD_BYTES)
@@ -92,7 +85,7 @@ def measure(name: str, directory: pathlib.Path) -> dict[str, float]:
 
 
 def forward(actual: dict, expected: dict, real: np.ndarray) -> dict[str, float]:
-    """Errors of one pass over a padded batch; only real tokens are compared."""
+    """Returns errors of one pass over a padded batch, on real tokens only."""
 
     def both(key):
         for side in (actual, expected):
@@ -105,7 +98,7 @@ def forward(actual: dict, expected: dict, real: np.ndarray) -> dict[str, float]:
 
 
 def gradients(actual: dict, expected: dict) -> float:
-    """Largest error of a tensor; what only this package has is a buffer there and must be zero."""
+    """Returns the largest error. Parameters that are buffers in transformers must get zero."""
     buffers = {name: np.zeros_like(actual[name]) for name in actual.keys() - expected.keys()}
     assert all(name.endswith("e_score_correction_bias") for name in buffers)
     assert different(buffers, {name: actual[name] for name in buffers}) == 0
@@ -136,11 +129,11 @@ def exports(model, reference, directory: pathlib.Path) -> dict[str, float]:
 
 
 def bfloat16(original: pathlib.Path, reference, batch) -> float:
-    """How much more than transformers this package loses in bfloat16.
+    """Returns the bfloat16 error of this package, divided by that of transformers.
 
-    Both round at places of their own, so that single log-probabilities cannot agree; their mean
-    error should. A router that is nearly undecided would choose otherwise and outweigh all else:
-    all passes take the experts of transformers in bfloat16.
+    Both round in different places, so single log-probabilities cannot agree, but their mean errors
+    should. A nearly undecided router would choose other experts and outweigh all else, so all
+    passes replay the experts of transformers in bfloat16.
     """
     half = theirs.observe(zoo.again(reference, original, dtype=torch.bfloat16), *batch)
     replay = ours.routing(half["experts"], batch[2]) if half["experts"].size else None
@@ -151,7 +144,7 @@ def bfloat16(original: pathlib.Path, reference, batch) -> float:
 
 
 def stored(directory: pathlib.Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory."""
+    """Returns all tensors of a directory."""
     found = {}
     for file in sorted(directory.glob("*.safetensors")):
         found |= safetensors.torch.load_file(file)
@@ -159,7 +152,7 @@ def stored(directory: pathlib.Path) -> dict[str, torch.Tensor]:
 
 
 def different(actual: dict, expected: dict) -> float:
-    """Number of arrays that only one side has, or that differ in type, shape or a bit."""
+    """Counts arrays that only one side has, or that differ in type, shape or any bit."""
     count = len(actual.keys() ^ expected.keys())
     for name in actual.keys() & expected.keys():
         a, b = torch.as_tensor(actual[name]), torch.as_tensor(expected[name])
@@ -168,7 +161,7 @@ def different(actual: dict, expected: dict) -> float:
 
 
 def relative(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over the largest entry."""
+    """Returns the largest difference, divided by the largest entry."""
     largest = np.max(np.abs(expected), initial=0.0)
     return absolute(actual, expected) / float(largest or 1.0)
 

@@ -1,6 +1,6 @@
-"""The same numbers as transformers, for every supported architecture and every way in and out.
+"""Agreement with transformers, for every supported architecture and every way in and out.
 
-Needs torch and transformers (the extra "parity", best in an environment of its own).
+Needs torch and transformers (the extra "parity", best in a separate environment).
 """
 
 import functools
@@ -13,7 +13,7 @@ HINT = "needs torch and transformers 5.24: pip install -e '.[test,parity]'"
 pytest.importorskip("torch", reason=HINT)
 pytest.importorskip("transformers", minversion="5.24", reason=HINT)
 
-import measure  # noqa: E402  (it needs both)
+from tests.parity import measure  # noqa: E402  (it needs both)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The same losses, gradients and advantages as TRL, which computes them here and now.
+"""Losses, gradients and advantages agree with TRL, which computes them live.
 
 Needs torch and trl (the extra "parity"); `tests/objectives/test_trl_frozen.py` needs neither.
 """
@@ -6,9 +6,7 @@ Needs torch and trl (the extra "parity"); `tests/objectives/test_trl_frozen.py` 
 import importlib.metadata
 import inspect
 import json
-import pathlib
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -17,17 +15,12 @@ HINT = "needs torch and trl: pip install -e '.[test,parity]'"
 pytest.importorskip("torch", reason=HINT)
 pytest.importorskip("trl", reason=HINT)
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "objectives"))
-
-import make_trl_fixtures  # noqa: E402  (these need both)
 import trl  # noqa: E402
-import trl_cases  # noqa: E402
-import trl_ours  # noqa: E402
-import trl_theirs  # noqa: E402
 
 from jaxrl_stable.rewards.overlong import overlong_penalty  # noqa: E402
+from tests.objectives import make_trl_fixtures, trl_cases, trl_ours, trl_theirs  # noqa: E402
 
-BATCHES = [trl_cases.draw(seed) for seed in range(100, 110)]  # none of them is in the file
+BATCHES = [trl_cases.draw(seed) for seed in range(100, 110)]  # none of them is in the frozen file
 
 
 @pytest.mark.parametrize("name", trl_cases.LOSSES)

@@ -1,4 +1,4 @@
-"""A run as the training program records it, with curves of a plausible shape."""
+"""A synthetic run as the training program records it, with plausible curves."""
 
 import json
 import math
@@ -110,6 +110,6 @@ def _sample_row(rng, step, good):
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """Path and text of the page of a synthetic run."""
+    """Returns path and text of the page of a synthetic run."""
     path = report.write_report(synthetic_run(tmp_path_factory.mktemp("run")))
     return path, path.read_text(encoding="utf-8")

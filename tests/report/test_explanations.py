@@ -11,16 +11,16 @@ from jaxrl_stable.report.run import LAYER
 from jaxrl_stable.run import writer as metrics
 
 PACKAGE = pathlib.Path(jaxrl_stable.__file__).parent
-# Named in the code, but not in the rows: `finalize` turns it into violations.
+# In the code but not in the rows: `finalize` turns it into violations.
 INTERNAL = {"experts/load"}
 
 
 def recorded_names(groups):
-    """Metric names of these groups (`group/metric`) in the code that records them."""
+    """Returns metric names of these groups (`group/metric`) in the code that records them."""
     names = {"loss", "entropy"}
     for path in PACKAGE.rglob("*.py"):
         if path.is_relative_to(PACKAGE / "report") or path.name == "metrics.py":
-            continue  # they name what others record
+            continue  # they name metrics that others record
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 if re.fullmatch(rf"({'|'.join(groups)})/[a-z0-9_]+", node.value):
@@ -70,4 +70,4 @@ def test_other_metrics_are_listed_below(written):
     assert "something/new" in names
     assert names == sorted(names)
     assert not {"eval/avg_at_k", "eval/avg_at_k_low", "routing/agreement_layer_03"} & set(names)
-    assert "Seconds sampling." in other
+    assert "Seconds for sampling." in other

@@ -2,10 +2,12 @@ import re
 import subprocess
 import sys
 
-from html_page import Page
+import pytest
 
 from jaxrl_stable import report
+from jaxrl_stable.report.__main__ import main
 from jaxrl_stable.run import writer as metrics
+from tests.html_page import Page
 
 
 def test_the_page_is_one_file_that_loads_nothing(written):
@@ -82,6 +84,29 @@ def test_program(tmp_path):
     assert failed.stderr == (
         f"report: {tmp_path / 'none'}: no such directory; give the workdir of a training run\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --workdir"),
+        (["--workdir=none", "--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"report: {message} (") and "--help lists the arguments" in said
+
+
+def test_help_lists_the_arguments(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    said = capsys.readouterr()
+    assert exit.value.code == 0 and said.err == ""
+    assert "--workdir DIR" in said.out
 
 
 def test_importing_the_report_defines_no_flag():

@@ -25,7 +25,7 @@ from jaxrl_stable.rewards.answer import marked_answer
         ("####", ""),
         ("plain 5", None),
         (r"box{5} {6}", None),
-        ("#### 5" + " " * 3_000, None),  # out of what is read
+        ("#### 5" + " " * 3_000, None),  # beyond the tail that is read
     ],
 )
 def test_marked_answer(text, answer):
@@ -60,7 +60,7 @@ def test_marked_answer(text, answer):
         (r"\boxed{-\frac{3}{4}}", "-3/4"),
         (r"\boxed{12\text{ pens}}", "12"),
         (r"$\boxed{7}$", "7"),
-        # The last number of a text without a mark.
+        # Without a mark, the last number counts.
         ("First 3, then 4, so 7.", "7"),
         ("It costs $1,000.50.", "2001/2"),
         ("42-8=34", "34"),
@@ -84,7 +84,7 @@ def test_parses(text, value):
         "",
         "no number",
         "####",
-        "3 #### none",  # a mark without a number: no falling back
+        "3 #### none",  # a mark without a number does not fall back to the last number
         "#### 3 or 4",
         "#### 3 4",
         "#### 3+4",

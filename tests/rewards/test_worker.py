@@ -11,24 +11,18 @@ from jaxrl_stable.rewards import Verdict, load_reward
 from jaxrl_stable.rewards.worker import WorkerPool
 
 PROBLEM = {"prompt": "?", "answer": "ab"}
+REWARDS = "tests.rewards.user_rewards"
 OK = Verdict(1.0, "ok")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(pathlib.Path(__file__).parent))
-        yield
-
-
 @pytest.fixture(scope="module")
-def misbehave(importable):
-    with load_reward("user_rewards:misbehave", timeout_s=0.5) as reward:
+def misbehave():
+    with load_reward(f"{REWARDS}:misbehave", timeout_s=0.5) as reward:
         yield reward
 
 
 def is_running(pid):
-    """Whether the process exists and is not a zombie."""
+    """Returns whether the process exists and is not a zombie."""
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -44,11 +38,11 @@ def wait_until(condition, seconds=5.0):
 
 @pytest.mark.fast
 def test_scores_in_order_on_several_workers():
-    with load_reward("user_rewards:length", workers=2) as reward:
+    with load_reward(f"{REWARDS}:length", workers=2) as reward:
         responses = ["x" * n for n in range(20)] + ["é\ud800\x00\n"]
         verdicts = reward([PROBLEM] * 21, responses)
         assert verdicts == [Verdict(n / 2, "ok") for n in range(20)] + [Verdict(2.0, "ok")]
-        # More than a pipe holds.
+        # More than the capacity of a pipe.
         assert reward([PROBLEM], ["x" * 10_000_000]) == [Verdict(5e6, "ok")]
 
 
@@ -61,8 +55,8 @@ def test_overrun_is_killed_and_the_next_response_is_scored(misbehave, how):
 
 
 def test_write_has_the_deadline_too():
-    """A request larger than the pipe to a process that does not read."""
-    pool = WorkerPool("user_rewards:length", timeout_s=0.5)
+    """Sends a request larger than the pipe to a process that does not read."""
+    pool = WorkerPool(f"{REWARDS}:length", timeout_s=0.5)
     os.kill(pool._workers[0]._process.pid, __import__("signal").SIGSTOP)
     assert pool([PROBLEM], ["x" * 10_000_000]) == [Verdict(0.0, "timeout")]
     assert pool([PROBLEM], ["x"]) == [Verdict(0.5, "ok")]
@@ -97,7 +91,7 @@ def test_failures_are_errors_and_the_next_response_is_scored(misbehave, how, ver
 
 
 def test_what_the_function_started_is_killed_with_it(tmp_path):
-    with load_reward("user_rewards:spawn", timeout_s=1.0) as reward:
+    with load_reward(f"{REWARDS}:spawn", timeout_s=1.0) as reward:
         assert reward([PROBLEM], [str(tmp_path / "pid")]) == [Verdict(0.0, "timeout")]
     pid = int((tmp_path / "pid").read_text())
     assert wait_until(lambda: not is_running(pid))
@@ -107,8 +101,14 @@ def test_what_the_function_started_is_killed_with_it(tmp_path):
     ("name", "message"),
     [
         ("no_such_module:f", "'no_such_module:f': ModuleNotFoundError: No module named 'no_such"),
-        ("user_rewards:absent", "AttributeError: .*has no attribute 'absent'; check the name"),
-        ("user_rewards:NOT_A_FUNCTION", "TypeError: user_rewards:NOT_A_FUNCTION is not a function"),
+        (
+            f"{REWARDS}:absent",
+            "AttributeError: .*has no attribute 'absent'; check the name",
+        ),
+        (
+            f"{REWARDS}:NOT_A_FUNCTION",
+            f"TypeError: {REWARDS}:NOT_A_FUNCTION is not a function",
+        ),
     ],
 )
 def test_import_errors_are_reported_at_the_start(name, message):
@@ -131,16 +131,16 @@ def test_a_module_that_ends_the_process_or_fails_to_parse(tmp_path, monkeypatch)
 
 
 def test_a_directory_of_the_user_cannot_shadow_modules(tmp_path, monkeypatch):
-    """The process starts in the working directory, which is not on its path by itself."""
+    """The process starts in the working directory, which -P keeps off its path."""
     (tmp_path / "json.py").write_text("raise RuntimeError('shadowed')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    with load_reward("user_rewards:length") as reward:
+    with load_reward(f"{REWARDS}:length") as reward:
         assert reward([PROBLEM], ["ab"]) == [OK]
 
 
 def test_processes_end_with_close_collection_and_the_interpreter():
-    closed, forgotten = WorkerPool("user_rewards:length"), WorkerPool("user_rewards:length")
+    closed, forgotten = WorkerPool(f"{REWARDS}:length"), WorkerPool(f"{REWARDS}:length")
     pids = [pool._workers[0]._process.pid for pool in (closed, forgotten)]
     assert all(map(is_running, pids))
     closed.close()
@@ -151,7 +151,7 @@ def test_processes_end_with_close_collection_and_the_interpreter():
 
     script = (
         "from jaxrl_stable.rewards.worker import WorkerPool\n"
-        "pool = WorkerPool('user_rewards:length')\n"
+        f"pool = WorkerPool('{REWARDS}:length')\n"
         "print(pool._workers[0]._process.pid)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -162,11 +162,11 @@ def test_processes_end_with_close_collection_and_the_interpreter():
 
 
 def test_process_ends_without_its_parent():
-    """The parent is killed by a signal that it cannot handle, while the process is idle."""
+    """Kills the parent with a signal that it cannot handle, while the process is idle."""
     script = (
         "import os, signal\n"
         "from jaxrl_stable.rewards.worker import WorkerPool\n"
-        "pool = WorkerPool('user_rewards:length')\n"
+        f"pool = WorkerPool('{REWARDS}:length')\n"
         "print(pool._workers[0]._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -179,4 +179,4 @@ def test_process_ends_without_its_parent():
 def test_faulty_settings():
     for settings in ({"timeout_s": 0.0}, {"workers": 0}):
         with pytest.raises(ValueError, match="both must be positive"):
-            load_reward("user_rewards:length", **settings)
+            load_reward(f"{REWARDS}:length", **settings)

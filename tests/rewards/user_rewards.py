@@ -1,4 +1,4 @@
-"""Reward functions as users write them, good and bad; imported in workers by name."""
+"""Good and bad reward functions as users write them; workers import them by name."""
 
 import mmap
 import os
@@ -17,7 +17,7 @@ def length(problem, response):
 
 
 def misbehave(problem, response):
-    """Does what the response says."""
+    """Does what the response asks for."""
     match response:
         case "sleep":
             time.sleep(3600)
@@ -47,7 +47,7 @@ def misbehave(problem, response):
         case "bool":
             return True
         case "memory":
-            mmap.mmap(-1, 9 << 30)  # reserved, never touched
+            mmap.mmap(-1, 9 << 30)  # reserved but never touched
         case "file":
             with tempfile.TemporaryFile() as file:
                 file.truncate(2 << 30)  # sparse
@@ -70,7 +70,7 @@ def misbehave(problem, response):
 
 
 def spawn(problem, response):
-    """Starts a child, writes its process id into the file named by the response, and hangs."""
+    """Starts a child, writes its process id to the file named in the response, and hangs."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     with open(response, "w") as file:
         file.write(str(child.pid))

@@ -57,18 +57,18 @@ def starts(study):
 
 @pytest.fixture(scope="session")
 def together(study, starts):
-    """All runs of the program with four objectives: lot, runs at their start, the program.
+    """All runs of the program with four objectives: wave, runs at their start, the program.
 
     A device makes its runs at once, as accelerators do; the study's own program, in
     test_runner.py, makes them one after another, as it does on a CPU.
     """
     cells = study.cells()
-    (lot,) = plan(study, cells, (), 1)[1]
-    runs = begin_runs(study, cells, lot, starts, jax.devices()[:1])
+    (wave,) = plan(study, cells, (), 1)[1]
+    runs = begin_runs(study, cells, wave, starts, jax.devices()[:1])
     step = partial(
         advance,
         study=study,
-        objectives=tuple(cells[name].objective for name in lot.cells),
+        objectives=tuple(cells[name].objective for name in wave.cells),
         rollout_format="int8",
     )
-    return lot, runs, over_runs(step, jax.devices()[:1], vmapped=True)
+    return wave, runs, over_runs(step, jax.devices()[:1], vmapped=True)

@@ -15,14 +15,14 @@ from jaxrl_stable import gin_files
 from jaxrl_stable.array_tasks import ChainSum
 from jaxrl_stable.files import read_jsonl
 from jaxrl_stable.study import __main__ as study_program
-from jaxrl_stable.study import analysis
-from jaxrl_stable.study.claims import CLAIMS
 from jaxrl_stable.study.config import ColdStart, Grid
-from jaxrl_stable.study.page import read_records
 from jaxrl_stable.study.records import append
-from jaxrl_stable.study.replay import replay_rows
+from jaxrl_stable.study.results import analysis
+from jaxrl_stable.study.results.claims import CLAIMS
+from jaxrl_stable.study.results.evidence import replay_rows
+from jaxrl_stable.study.results.page import read_records
+from jaxrl_stable.study.results.verdicts import matches
 from jaxrl_stable.study.runner import Member, plan, run_study
-from jaxrl_stable.study.verdicts import matches
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = str(pathlib.Path(__file__).parent / "tiny.gin")
@@ -172,7 +172,8 @@ def test_every_claim_finds_its_cells_in_the_grid():
     """The claims name settings; the grid of the paper has a cell for each of them."""
     built = gin_files.load([str(ROOT / "experiments/paper/grid.gin")], [], study_program.build)
     cells = [
-        analysis.Cell(name, cell.settings, cell.figures, ()) for name, cell in built.cells().items()
+        analysis.CellRuns(name, cell.settings, cell.figures, ())
+        for name, cell in built.cells().items()
     ]
     for claim in CLAIMS:
         for side in (side for comparison in claim.comparisons for side in comparison):
@@ -180,23 +181,23 @@ def test_every_claim_finds_its_cells_in_the_grid():
 
 
 def test_plan_shares_programs(study):
-    """One program for all objectives that share their passes; lots of one size."""
+    """One program for all objectives that share their passes; waves of one size."""
     cells = study.cells()
     plans = plan(study, cells, (), 1)
-    assert [len(lots) for lots in plans] == [1, 1]
+    assert [len(waves) for waves in plans] == [1, 1]
     assert plans[1][0].cells == (
         "N=2, R3",
         "N=2, R3, no clip",
         "N=2, gspo, R3",
         "N=2, R3, careful",
     )
-    members = [m for lots in plans for lot in lots for m in lot.members]
+    members = [m for waves in plans for wave in waves for m in wave.members]
     assert len(members) == len(set(members)) == 5 * study.seeds
     few = dataclasses.replace(study, runs_at_a_time=3)
-    lots = plan(few, cells, (Member("N=2, R3", 0),), 2)[1]
-    assert [len(lot.members) for lot in lots] == [4, 3] and {lot.size for lot in lots} == {4}
-    assert all(len(lot.padded) == 4 for lot in lots)
-    assert Member("N=2, R3", 0) not in [m for lot in lots for m in lot.members]
+    waves = plan(few, cells, (Member("N=2, R3", 0),), 2)[1]
+    assert [len(wave.members) for wave in waves] == [4, 3] and {wave.size for wave in waves} == {4}
+    assert all(len(wave.padded) == 4 for wave in waves)
+    assert Member("N=2, R3", 0) not in [m for wave in waves for m in wave.members]
 
 
 def test_evidence(small, finished):
@@ -211,7 +212,7 @@ def test_evidence(small, finished):
     "change, message",
     [
         (dict(gradient_steps=9), "must be a multiple of evaluations"),
-        (dict(evaluations=8), "no multiple of N = 2"),
+        (dict(evaluations=8), "not a multiple of N = 2"),
         (dict(seeds=0), "Study.seeds is 0"),
         (dict(task=None), "Study.task is missing"),
         (dict(rollout_format="int3"), "Study.rollout_format is 'int3'"),

@@ -40,10 +40,10 @@ def leaves(tree):
 
 def test_runs_together_are_runs_alone(study, together):
     """All four objectives, two seeds, two cold starts: each run as if it were the only one."""
-    lot, runs, program = together
+    wave, runs, program = together
     ended, curves = program(runs, jnp.int32(0))
     cells = study.cells()
-    objectives = tuple(cells[name].objective for name in lot.cells)
+    objectives = tuple(cells[name].objective for name in wave.cells)
     alone = jax.jit(partial(advance, study=study, objectives=objectives, rollout_format="int8"))
     for i in (0, 3, 4, 7):
         run, expected = alone(jax.tree.map(lambda x, i=i: x[i], runs), jnp.int32(0))
@@ -57,13 +57,13 @@ def test_runs_together_are_runs_alone(study, together):
 
 def test_objectives_differ(together):
     """What the test above compares is not all the same."""
-    lot, runs, program = together
+    wave, runs, program = together
     ended, _ = program(runs, jnp.int32(0))
     flat = np.stack(
         [np.concatenate([x[i].ravel() for x in leaves(ended.state.model)]) for i in range(8)]
     )
     apart = np.abs(flat[:, None] - flat[None]).max(-1)
-    assert (apart[~np.eye(8, dtype=bool)] > 0).all(), [m for m in lot.members]
+    assert (apart[~np.eye(8, dtype=bool)] > 0).all(), [m for m in wave.members]
 
 
 def test_scores_together_are_scores_alone(study, starts):

@@ -1,0 +1,10 @@
+"""Mistakes made on purpose: what a test must be able to tell from the right thing."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+
+def shift(routing, offset):
+    """Moves every choice by `offset` positions, as a wrong alignment would."""
+    return dataclasses.replace(routing, experts=jnp.roll(routing.experts, offset, axis=2))
