@@ -33,7 +33,7 @@ COUNTED = re.compile(r"step|reward/|response/|sampling/|gradient_steps|gradient/
 
 @pytest.fixture(scope="session")
 def env():
-    """The session's, with a compilation cache that no other test writes at the same time."""
+    """The environment of the session, with a compilation cache of its own."""
     return environment(os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "processes"))
 
 
