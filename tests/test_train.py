@@ -161,36 +161,45 @@ def test_sampled_tokens_are_explained(finished):
         assert {"prompt", "answer", "response", "score", "status", "advantage"} <= row.keys()
 
 
-@pytest.mark.parametrize("phase", ["cold start", "reinforcement"])
-def test_sigkill_and_restart_ends_with_the_same_bits(phase, finished, tmp_path, environment):
-    if phase == "cold start":  # after its first checkpoint, before its second
-        ready = (tmp_path / "cold_start" / "checkpoints" / "4").exists
-    else:  # in step 4 or later: past the checkpoint of step 2, with work to repeat
-        ready = lambda: max(steps(tmp_path / "metrics.jsonl"), default=0) >= 3  # noqa: E731
-    code, _ = interrupt(tmp_path, environment, ready, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    result = run(tmp_path, environment)
-    assert result.returncode == 0, result.stderr
-    (step, ours), (final, theirs) = arrays(tmp_path), arrays(finished)
+def assert_same_bits(workdir, finished):
+    """Checks weights, optimizer and metrics of a run against the run without interruption."""
+    (step, ours), (final, theirs) = arrays(workdir), arrays(finished)
     assert step == final == 6 and ours.keys() == theirs.keys()
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    again, once = (read_jsonl(path / "metrics.jsonl") for path in (tmp_path, finished))
+    again, once = (read_jsonl(path / "metrics.jsonl") for path in (workdir, finished))
     timing = ("time", "throughput")
     keep = lambda row: {k: v for k, v in row.items() if not k.startswith(timing)}  # noqa: E731
     assert [keep(row) for row in again] == [keep(row) for row in once]
 
 
-def test_sigterm_saves_and_ends_cleanly(finished, tmp_path, environment):
+def test_sigkill_and_restart_ends_with_the_same_bits(finished, tmp_path, environment):
+    # In step 4 or later: past the checkpoint of step 2, with work to repeat.
+    ready = lambda: max(steps(tmp_path / "metrics.jsonl"), default=0) >= 3  # noqa: E731
+    code, _ = interrupt(tmp_path, environment, ready, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    result = run(tmp_path, environment)
+    assert result.returncode == 0, result.stderr
+    assert_same_bits(tmp_path, finished)
+
+
+def test_sigkill_in_the_cold_start_then_sigterm(finished, tmp_path, environment):
+    """The first start is killed, the second stopped; the third ends with the same bits."""
+    # After the first checkpoint of the cold start, before its second.
+    ready = (tmp_path / "cold_start" / "checkpoints" / "4").exists
+    code, _ = interrupt(tmp_path, environment, ready, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not steps(tmp_path / "metrics.jsonl")
+
     ready = lambda: max(steps(tmp_path / "metrics.jsonl"), default=0) >= 1  # noqa: E731
     code, output = interrupt(tmp_path, environment, ready, signal.SIGTERM)
     assert code == 0, output
     assert "stopped by SIGTERM after step" in output
     stopped, _ = arrays(tmp_path)
     assert stopped == max(steps(tmp_path / "metrics.jsonl"))
+
     assert run(tmp_path, environment).returncode == 0
-    for name, leaf in arrays(tmp_path)[1].items():
-        np.testing.assert_array_equal(leaf, arrays(finished)[1][name], err_msg=name)
+    assert_same_bits(tmp_path, finished)
 
 
 def test_finished_run_only_writes_its_report(finished, environment):
