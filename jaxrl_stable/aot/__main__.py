@@ -19,13 +19,14 @@ import jax
 
 from jaxrl_stable.aot import programs
 from jaxrl_stable.aot.analysis import Figures, analyse, step_seconds
-from jaxrl_stable.aot.report import details, duration, refusal, size, table
+from jaxrl_stable.aot.report import details, refusal, table
 from jaxrl_stable.aot.sweep import plot_sweep, scaled, sweep_record, sweep_table, topology_record
 from jaxrl_stable.aot.topology import Topology, parse_topology
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.program import GIN_PREFIX, errors_in_one_line
 from jaxrl_stable.sharding import make_mesh
+from jaxrl_stable.text import byte_size, duration
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -94,7 +95,8 @@ def one(experiment: Experiment, options: argparse.Namespace) -> None:
     figures = compile_and_measure(experiment, topology, options.programs, options.hlo)
     seconds = step_seconds(figures, experiment.reinforcement)
     print(
-        f"{topology.name}: {topology.chips} chips of {size(topology.chip.hbm)}, {experiment.mesh}"
+        f"{topology.name}: {topology.chips} chips of {byte_size(topology.chip.hbm)}, "
+        f"{experiment.mesh}"
     )
     print(table(figures), details(figures), sep="\n\n")
     shares = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())

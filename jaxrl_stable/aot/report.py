@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxrl_stable.aot.analysis import Figures, Part
 from jaxrl_stable.aot.memory import Tensor
+from jaxrl_stable.text import aligned, byte_size, duration
 
 _HEADERS = (
     "program",
@@ -37,7 +38,7 @@ def details(figures: list[Figures]) -> str:
     lines = []
     for part in (part for each in figures for part in each.parts):
         if part.sent:
-            kinds = ", ".join(f"{kind} {size(n)}" for kind, n in part.sent.items())
+            kinds = ", ".join(f"{kind} {byte_size(n)}" for kind, n in part.sent.items())
             lines.append(f"{part.name}: {kinds}")
         if part.unknown:
             lines.append(f"{part.name}: without the FLOPs of {', '.join(part.unknown)}")
@@ -50,9 +51,10 @@ def refusal(each: Figures) -> str:
     largest = max(each.tensors, key=lambda tensor: tensor.bytes)
     others = [str(tensor) for tensor in each.tensors[1:3]]
     return (
-        f"{each.name} needs {size(memory.total)} on each chip, which has {size(each.hbm)} "
-        f"({size(memory.arguments)} arguments, {size(memory.temporaries)} temporaries, "
-        f"{size(memory.beside)} held outside the program); the largest is the "
+        f"{each.name} needs {byte_size(memory.total)} on each chip, which has "
+        f"{byte_size(each.hbm)} ({byte_size(memory.arguments)} arguments, "
+        f"{byte_size(memory.temporaries)} temporaries, "
+        f"{byte_size(memory.beside)} held outside the program); the largest is the "
         f"{largest.kind} {largest}, then {', '.join(others)}; {advice(largest)}"
     )
 
@@ -73,43 +75,15 @@ def advice(tensor: Tensor) -> str:
     return "use a larger MeshShape.fsdp or expert, ModelConfig.param_dtype, or a larger slice"
 
 
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Aligns cells in columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def size(count: int | float) -> str:
-    """Formats a number of bytes."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def duration(seconds: int | float) -> str:
-    """Formats a number of seconds."""
-    if seconds >= 1:
-        return f"{seconds:,.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
-
-
 def _row(each: Figures, part: Part) -> tuple[str, ...]:
     first = part is each.parts[0]
     memory = each.memory
     of_program = (
         f"{each.seconds:.1f} s",
-        size(memory.arguments),
-        size(memory.temporaries),
-        size(memory.peak),
-        size(memory.total),
+        byte_size(memory.arguments),
+        byte_size(memory.temporaries),
+        byte_size(memory.peak),
+        byte_size(memory.total),
         f"{memory.total / each.hbm:.0%}",
     )
     return (
@@ -117,8 +91,8 @@ def _row(each: Figures, part: Part) -> tuple[str, ...]:
         *(of_program if first else ("",) * len(of_program)),
         f"{part.flops / 1e12:.3g}",
         f"{part.model_flops / 1e12:.3g}",
-        size(part.hbm_bytes),
-        size(sum(part.sent.values())),
+        byte_size(part.hbm_bytes),
+        byte_size(sum(part.sent.values())),
         part.times.bound,
         duration(part.times.step),
         f"{part.mfu:.0%}" if part.model_flops else "",

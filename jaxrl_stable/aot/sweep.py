@@ -15,9 +15,9 @@ from fractions import Fraction
 from typing import Any
 
 from jaxrl_stable.aot.analysis import Figures
-from jaxrl_stable.aot.report import aligned, duration, size
 from jaxrl_stable.aot.topology import Topology
 from jaxrl_stable.configs import Experiment
+from jaxrl_stable.text import aligned, duration
 
 
 def scaled(experiment: Experiment, factor: Fraction) -> Experiment:
@@ -101,8 +101,8 @@ def _series(
 ) -> Iterator[tuple[str, list[int | float], Callable[[int | float], str]]]:
     """Yields label, value on each topology, and a formatter for the values, for each line."""
     for programs in zip(*(figures for _, figures in sizes), strict=True):
-        yield f"{programs[0].name}: memory", [each.memory.total for each in programs], size
+        yield f"{programs[0].name}: memory", [each.memory.total for each in programs], byte_size
         for parts in zip(*(each.parts for each in programs), strict=True):
             name = parts[0].name
-            yield f"{name}: sent", [math.fsum(part.sent.values()) for part in parts], size
+            yield f"{name}: sent", [math.fsum(part.sent.values()) for part in parts], byte_size
             yield f"{name}: time", [part.times.step for part in parts], duration

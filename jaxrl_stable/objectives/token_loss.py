@@ -97,8 +97,8 @@ def traits_of(function: Callable) -> Traits:
     old_style = [name for name in Traits.__dataclass_fields__ if hasattr(function, name)]
     if old_style:
         raise ValueError(
-            f"{function.__name__}.{old_style[0]} is set as an attribute; decorate the function with "
-            f"@objectives.traits({old_style[0]}=True) instead"
+            f"{function.__name__}.{old_style[0]} is set as an attribute; decorate the function "
+            f"with @objectives.traits({old_style[0]}=True) instead"
         )
     declared = getattr(function, "traits", Traits())
     if not any(map(callable, vars(declared).values())):

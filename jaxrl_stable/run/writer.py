@@ -25,6 +25,7 @@ import rich.console
 import rich.progress
 import rich.text
 import tensorboardX
+from jax.typing import ArrayLike
 
 from jaxrl_stable import distributed
 from jaxrl_stable.distributed.preemption import Stopped
@@ -114,7 +115,7 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.close(failed)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write(self, step: int, scalars: Mapping[str, ArrayLike]) -> None:
         """Appends one row of scalars. Once this returns, a kill of the process cannot lose the row.
 
         A step may be written more than once (training, then evaluation); readers merge the rows.
@@ -136,7 +137,7 @@ class MetricsWriter:
         for row in rows:
             _append(self._samples, {"step": int(step), **row})
 
-    def progress(self, step: int, scalars: Mapping[str, float]) -> None:
+    def progress(self, step: int, scalars: Mapping[str, ArrayLike]) -> None:
         """Moves the bar; without a terminal, prints a plain line now and then."""
         if self._console is None:
             return
@@ -247,7 +248,7 @@ def _progress_bar(console: rich.console.Console, columns: Columns) -> rich.progr
     )
 
 
-def _first(scalars: Mapping[str, float], keys: Sequence[str], form: str) -> str:
+def _first(scalars: Mapping[str, ArrayLike], keys: Sequence[str], form: str) -> str:
     key = next((key for key in keys if key in scalars), None)
     return "–" if key is None else form.format(_scalar(key, scalars[key]))
 

@@ -8,11 +8,12 @@ import pytest
 from jaxrl_stable import configs
 from jaxrl_stable.aot.analysis import Figures, Part, step_seconds
 from jaxrl_stable.aot.memory import Memory, Tensor
-from jaxrl_stable.aot.report import advice, details, duration, refusal, size, table
+from jaxrl_stable.aot.report import advice, details, refusal, table
 from jaxrl_stable.aot.roofline import Roofline
 from jaxrl_stable.aot.sweep import plot_sweep, scaled, sweep_record, sweep_table
 from jaxrl_stable.aot.topology import parse_topology
 from jaxrl_stable.sharding import MeshShape
+from jaxrl_stable.text import byte_size, duration
 
 GiB = 2**30
 LOGITS = Tensor("update/while/dot", "temporary", "f32[2048,151936]", "", 2 * GiB)
@@ -97,7 +98,7 @@ def test_advice_by_tensor(name, kind, spread, remedy):
 
 
 def test_sizes_and_durations():
-    assert [size(n) for n in (12, 1536, 3 * GiB, 2**41)] == [
+    assert [byte_size(n) for n in (12, 1536, 3 * GiB, 2**41)] == [
         "12.0 B",
         "1.5 KiB",
         "3.0 GiB",

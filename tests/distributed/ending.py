@@ -5,6 +5,8 @@ import signal
 import sys
 import time
 
+from jax._src.distributed import global_state
+
 from jaxrl_stable import distributed
 from jaxrl_stable.distributed import watch
 from jaxrl_stable.distributed.preemption import StopRequest
@@ -19,7 +21,7 @@ with watch.together(), errors_in_one_line(False), StopRequest() as stop:
             break
         if step == 3 and how == "same fault":
             raise ValueError("everybody sees this")
-        if step != 3 or distributed.global_state.process_id != who:
+        if step != 3 or global_state.process_id != who:
             # The others wait on the host once, where no broken connection tells them anything.
             time.sleep(0.05 + 60 * (step == 3 and how == "killed in peace"))
             continue

@@ -40,10 +40,12 @@ def events(monkeypatch):
     """What the profiler is asked to do, in order."""
     seen = []
 
-    def annotation(name, step_num):
-        seen.append((name, step_num))
+    class Annotation(jax.profiler.StepTraceAnnotation):
+        def __init__(self, name, step_num):
+            super().__init__(name, step_num=step_num)
+            seen.append((name, step_num))
 
-    monkeypatch.setattr(jax.profiler, "StepTraceAnnotation", annotation)
+    monkeypatch.setattr(jax.profiler, "StepTraceAnnotation", Annotation)
     monkeypatch.setattr(jax.profiler, "start_trace", lambda *_, **__: seen.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
     return seen

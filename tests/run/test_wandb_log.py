@@ -182,10 +182,10 @@ def test_options_of_a_loss_are_part_of_the_configuration():
 
 def test_a_resolved_configuration_from_before_the_field_still_loads(tmp_path):
     """And the field, with its default, is all that differs."""
-    load_experiment([TINY])
+    load_experiment([TINY], ["configs.Experiment.wandb_project=''"])
     resolved = gin_files.resolved_config()
     (line,) = [line for line in resolved.splitlines() if "wandb_project" in line]
     old = tmp_path / "config.gin"
     old.write_text(resolved.replace(line + "\n", ""))
     assert load_experiment([str(old)]).wandb_project == ""
-    assert gin_files.resolved_config() == resolved
+    assert gin_files.resolved_config().replace(line + "\n", "") == old.read_text()

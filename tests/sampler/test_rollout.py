@@ -14,9 +14,18 @@ from jaxrl_stable.trainer.forward import policy_log_probs
 
 
 @pytest.fixture(scope="module")
-def rescored(model, trajectory):
-    batch = make_batch(trajectory, jnp.zeros(len(trajectory.tokens)))
-    return jax.jit(partial(policy_log_probs, replay=None, temperature=1.0))(model, batch)
+def rescore(model):
+    """`rescore(trajectory, temperature)` by the training program."""
+
+    @partial(jax.jit, static_argnums=2)
+    def scored(model, batch, temperature):
+        return policy_log_probs(model, batch, None, temperature)
+
+    def rescore(trajectory, temperature=1.0):
+        batch = make_batch(trajectory, np.zeros(len(trajectory.tokens), np.float32))
+        return scored(model, batch, temperature)
+
+    return rescore
 
 
 def test_layout(trajectory, prompts):
@@ -48,34 +57,31 @@ def test_routing_covers_every_fed_token(trajectory):
 
 
 @pytest.mark.fast
-def test_log_probs_equal_a_teacher_forced_rescore(model, sample):
+def test_log_probs_equal_a_teacher_forced_rescore(model, sample, rescore):
     """64 sampled sequences, every token, float32."""
     worst, count = 0.0, 0
-    score = jax.jit(partial(policy_log_probs, replay=None, temperature=1.0))
     for seed in range(4):
         trajectory = sample(model, jax.random.key(100 + seed))
-        scored, _ = score(model, make_batch(trajectory, jnp.zeros(len(trajectory.tokens))))
+        scored, _ = rescore(trajectory)
         worst = max(worst, float(jnp.abs(scored.logp - trajectory.logp_rollout).max()))
         count += len(trajectory.tokens)
     assert count == 64
     assert worst <= 1e-4
 
 
-def test_temperature_is_the_same_on_both_sides(model, prompts):
+def test_temperature_is_the_same_on_both_sides(model, prompts, rescore):
     """The trainer scores the distribution that was sampled, not that of temperature 1."""
     sampling = Sampling(4, temperature=0.6, stop_ids=(2,))
     run = jax.jit(partial(rollout, sampling=sampling))(model, *prompts, jax.random.key(0))
-    batch = make_batch(run, jnp.zeros(len(run.tokens)))
     deviation = {
-        t: float(jnp.abs(policy_log_probs(model, batch, None, t)[0].logp - run.logp_rollout).max())
-        for t in (0.6, 1.0)
+        t: float(jnp.abs(rescore(run, t)[0].logp - run.logp_rollout).max()) for t in (0.6, 1.0)
     }
     assert deviation[0.6] <= 1e-4 < 0.1 < deviation[1.0]
 
 
-def test_routing_equals_that_of_the_training_forward(trajectory, rescored):
+def test_routing_equals_that_of_the_training_forward(trajectory, rescore):
     """Same program family, same weights: decode with a cache chooses the same experts."""
-    _, router = rescored
+    _, router = rescore(trajectory)
     valid = np.asarray(trajectory.routing.valid)
     ours = np.asarray(trajectory.routing.experts)[:, valid]
     theirs = np.asarray(router.experts)[:, valid]
@@ -120,9 +126,14 @@ def test_samples_follow_the_distribution(model, prompts):
     P = tokens.shape[1]
     counts = np.bincount(np.asarray(run.tokens[:, P]), minlength=32)
     positions = np.maximum(mask[:1].cumsum(-1) - 1, 0)
-    hidden = model(tokens[:1], positions, mask[:1].astype(np.int32)).hidden[:, -1:]
-    hidden = jnp.broadcast_to(hidden, (1, 32, hidden.shape[-1]))
-    logp = token_log_probs(model, hidden, jnp.arange(32)[None], 0.7).logp[0]
+
+    @jax.jit
+    def every_log_prob(model):
+        hidden = model(tokens[:1], positions, mask[:1].astype(np.int32)).hidden[:, -1:]
+        hidden = jnp.broadcast_to(hidden, (1, 32, hidden.shape[-1]))
+        return token_log_probs(model, hidden, jnp.arange(32)[None], 0.7).logp[0]
+
+    logp = every_log_prob(model)
     expected = n * np.exp(np.asarray(logp, np.float64))
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 61.1  # 99.9 % quantile with 31 degrees of freedom
@@ -148,10 +159,10 @@ def test_truncated_sampling_keeps_the_likeliest_tokens():
     assert drawn(temperature=0.0) == {1}
 
 
-def test_truncated_sampling_records_untruncated_log_probs(model, prompts):
+def test_truncated_sampling_records_untruncated_log_probs(model, prompts, rescore):
     sampling = Sampling(4, top_k=3, stop_ids=(2,))
     run = jax.jit(partial(rollout, sampling=sampling))(model, *prompts, jax.random.key(0))
-    scored, _ = policy_log_probs(model, make_batch(run, jnp.zeros(len(run.tokens))), None, 1.0)
+    scored, _ = rescore(run)
     np.testing.assert_allclose(run.logp_rollout, scored.logp, atol=1e-4)
 
 

@@ -146,8 +146,9 @@ def test_other_cold_starts_are_refused(small, finished, tmp_path):
     rows = read_jsonl(finished / "results.jsonl")
     rows[0]["evaluations"]["score"][0] += 0.25
     append(tmp_path / "results.jsonl", rows[:3])
+    # A third seed: three runs are missing, so the programs are those of the test above.
     with pytest.raises(ValueError, match="cold start 'default' of seed 0 scores"):
-        run_study(small, tmp_path)
+        run_study(dataclasses.replace(small, seeds=3), tmp_path)
 
 
 def test_the_study_decides_on_figures(finished, tmp_path):

@@ -1,5 +1,5 @@
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,16 @@ from jaxrl_stable.model import init_model
 from jaxrl_stable.trainer.optimizer import apply_gradients, init_state, make_optimizer
 
 
-def step(model, gradients, config, steps=1):
+@cache
+def made(config):
+    """The optimizer and its jitted step, traced once for all tests of a config."""
     optimizer = make_optimizer(config)
-    state = init_state(model, optimizer)
-    norms, apply = [], jax.jit(partial(apply_gradients, optimizer=optimizer))
+    return optimizer, jax.jit(partial(apply_gradients, optimizer=optimizer))
+
+
+def step(model, gradients, config, steps=1):
+    optimizer, apply = made(config)
+    state, norms = init_state(model, optimizer), []
     for _ in range(steps):
         state, norm = apply(state, gradients)
         norms.append(float(norm))
@@ -80,11 +86,15 @@ def test_weight_decay_spares_the_norms(model):
 
 def test_moments_are_float32_from_the_start(config):
     """Types that change in the first step would compile twice and lose bits on resume."""
-    half = init_model(dataclasses.replace(config, param_dtype="bfloat16"), 0)
     optimizer = make_optimizer(Optimizer())
-    state = init_state(half, optimizer)
-    ones = jax.tree.map(lambda w: jnp.ones(w.shape, jnp.float32), half)
-    after, _ = apply_gradients(state, ones, optimizer)
+
+    def before_and_after():
+        half = init_model(dataclasses.replace(config, param_dtype="bfloat16"), 0)
+        state = init_state(half, optimizer)
+        ones = jax.tree.map(lambda w: jnp.ones(w.shape, jnp.float32), half)
+        return state, apply_gradients(state, ones, optimizer)[0]
+
+    state, after = jax.eval_shape(before_and_after)
     types = [[leaf.dtype for leaf in jax.tree.leaves(tree)] for tree in (state, after)]
     assert types[0] == types[1]
     assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state.inner[1][0].nu)} == {

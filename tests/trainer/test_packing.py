@@ -202,7 +202,7 @@ def test_score_packs_the_rows_that_an_update_packs(model, rows, monkeypatch):
     """Other neighbours would round in another way, and flip close choices of a router."""
     packed = []
     monkeypatch.setattr(
-        "jaxrl_stable.trainer.update.plan",
+        "jaxrl_stable.trainer.score.plan",
         lambda real, size: packed.append(real.shape) or plan(real, size),
     )
     options = dict(replay="none", packed=True, mini_batches=2, **PASSES)

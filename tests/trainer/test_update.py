@@ -59,13 +59,17 @@ def test_ratio_is_one_right_after_score(model, batch, passes):
     assert finalize(metrics)["staleness/ratio_deviation_max"] <= 1e-5
 
 
+def assert_same_step_and_metrics(a, b):
+    assert_same_step(a, b)
+    ours, theirs = finalize(a[1]), finalize(b[1])
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_micro_batches_recut(perturbed, batch, passes, stepped):
-    for size in (2, 16):
-        again = passes.step(passes.init(perturbed), batch, micro_batch_size=size)
-        assert_same_step(again, stepped)
-        ours, theirs = finalize(again[1]), finalize(stepped[1])
-        for name in theirs:
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    """One micro-batch of all rows gives what four of four rows give."""
+    again = passes.step(passes.init(perturbed), batch, micro_batch_size=16)
+    assert_same_step_and_metrics(again, stepped)
 
 
 def take(batch, rows):
@@ -79,38 +83,41 @@ def test_rows_permuted(perturbed, batch, passes, stepped):
     assert_same_step(passes.step(passes.init(perturbed), take(batch, order)), stepped)
 
 
-def test_padding_rows_added(perturbed, batch, passes, stepped):
-    """Rows without a real token change no loss, gradient or metric."""
-    rows = np.arange(len(batch.tokens) + 8) % len(batch.tokens)
+def with_padding_rows(batch, count):
+    """More rows, copies of others, without a real token."""
+    rows = np.arange(len(batch.tokens) + count) % len(batch.tokens)
     padded = take(batch, rows)
     real = np.arange(len(rows))[:, None] < len(batch.tokens)
-    padded = dataclasses.replace(
+    return dataclasses.replace(
         padded,
         real=padded.real & real,
         response_mask=padded.response_mask & real,
         routing=Routing(padded.routing.experts, padded.routing.valid & real),
     )
-    again = passes.step(passes.init(perturbed), padded)
-    assert_same_step(again, stepped)
-    ours, theirs = finalize(again[1]), finalize(stepped[1])
-    for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_padding_columns_added(perturbed, batch, passes, stepped):
-    """Two more padding columns on the right, full of rubbish."""
-    wide = lambda x, value: jnp.pad(x, ((0, 0), (0, 2)), constant_values=value)  # noqa: E731
-    experts = jnp.pad(batch.routing.experts, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=1)
-    padded = dataclasses.replace(
+def with_padding_columns(batch, count):
+    """More columns on the right, full of rubbish."""
+    wide = lambda x, value: np.pad(x, ((0, 0), (0, count)), constant_values=value)  # noqa: E731
+    more = (0, 0), (0, 0), (0, count), (0, 0)
+    return dataclasses.replace(
         batch,
         tokens=wide(batch.tokens, 5),
         real=wide(batch.real, False),
         response_mask=wide(batch.response_mask, False),
         logp_rollout=wide(batch.logp_rollout, 1e4),
         logp_old=wide(batch.logp_old, -1e4),
-        routing=Routing(experts, wide(batch.routing.valid, False)),
+        routing=Routing(
+            np.pad(batch.routing.experts, more, constant_values=1),
+            wide(batch.routing.valid, False),
+        ),
     )
-    assert_same_step(passes.step(passes.init(perturbed), padded), stepped)
+
+
+def test_padding_rows_and_columns_added(perturbed, batch, passes, stepped):
+    """Padding changes no loss, gradient or metric."""
+    padded = with_padding_columns(with_padding_rows(batch, 8), 2)
+    assert_same_step_and_metrics(passes.step(passes.init(perturbed), padded), stepped)
 
 
 @pytest.mark.fast

@@ -1,0 +1,241 @@
+"""What gin builds, and which bindings without effect are refused."""
+
+import functools
+from typing import ClassVar
+
+import pytest
+
+from jaxrl_stable.gin_files import load_experiment
+from jaxrl_stable.model import ModelConfig, tiny
+from jaxrl_stable.objectives import reinforce
+
+HEAD = f"""\
+from __gin__ import dynamic_registration
+from jaxrl_stable import configs
+from jaxrl_stable import objectives
+import {__name__} as own
+"""
+IMPORT = f"import {__name__} as own"  # for names on the command line
+
+
+class Source:
+    """A source of the user, which counts how often it is built."""
+
+    made: ClassVar[list[int]] = []
+
+    def __init__(self, size: int = 4, other: int = 0):
+        self.made.append(size)
+
+
+def small(layers: int = 1) -> ModelConfig:
+    return tiny(num_layers=layers)
+
+
+def smaller(layers: int = 1) -> ModelConfig:
+    return tiny(num_layers=layers, hidden_size=16)
+
+
+@functools.wraps(reinforce)
+def decorated(*arrays):
+    return reinforce(*arrays)
+
+
+WIRED = """
+configs.Experiment.reinforcement = @configs.Reinforcement()
+configs.Reinforcement.optimizer = @rl/configs.Optimizer()
+rl/configs.Optimizer.learning_rate = 1e-3
+configs.Experiment.cold_start = @configs.Supervised()
+configs.Supervised.steps = 3
+"""
+OTHER = "configs.Experiment.seed = 1"  # what a later file says instead of anything to do with it
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Writes each text to a gin file and loads them, with bindings of the command line."""
+    Source.made.clear()
+
+    def load(*texts, bindings=()):
+        paths = [tmp_path / f"{number}.gin" for number in range(len(texts))]
+        for path, text in zip(paths, texts):
+            path.write_text(HEAD + text)
+        return load_experiment([str(path) for path in paths], bindings)
+
+    return load
+
+
+def test_an_experiment_is_built_once_from_all_files_together(load):
+    """A source may read gigabytes; a build after each file would also see half of the bindings."""
+    data = """
+configs.Experiment.data = @configs.Data()
+configs.Data.train = @own.Source()
+own.Source.size = 5
+"""
+    experiment = load(data, "own.Source.size = 6", bindings=[IMPORT, "own.Source.other = 1"])
+    assert Source.made == [6]
+    assert isinstance(experiment.data.train, Source) and experiment.data.heldout is None
+
+
+def test_each_reference_is_one_object(load):
+    data = """
+configs.Experiment.data = @configs.Data()
+configs.Data.train = @train/own.Source()
+configs.Data.heldout = @heldout/own.Source()
+train/own.Source.size = 5
+heldout/own.Source.size = 6
+"""
+    load(data, OTHER)
+    assert sorted(Source.made) == [5, 6]
+
+
+def test_what_a_later_file_replaces_is_not_built(load):
+    data = """
+configs.Experiment.data = @configs.Data()
+configs.Data.train = @big/own.Source()
+big/own.Source.size = 1_000_000
+"""
+    load(data, "configs.Data.train = @own.Source()\nown.Source.size = 2")
+    assert Source.made == [2]
+
+
+def test_a_decorated_loss_is_the_one_that_is_used(load):
+    loss = "configs.Objective.loss = @own.decorated"
+    objective = "configs.Reinforcement.objective = @configs.Objective()"
+    found = load(WIRED, f"{objective}\n{loss}").reinforcement.objective.loss
+    assert found is decorated and found.__wrapped__ is reinforce
+
+
+UNREAD = {
+    "a section that nothing refers to": ("configs.MeshShape.data = 1", "configs.MeshShape.data"),
+    "a scope that nothing uses": (
+        WIRED + "lr/configs.Optimizer.b1 = 0.5",
+        "lr/configs.Optimizer.b1",
+    ),
+    "the field without the scope that is used, which has its own": (
+        WIRED + "configs.Optimizer.learning_rate = 0.5",
+        "configs.Optimizer.learning_rate",
+    ),
+    "a scope inside the one that is used": (
+        WIRED + "rl/inner/configs.Optimizer.b1 = 0.5",
+        "rl/inner/configs.Optimizer.b1",
+    ),
+    "an outer scope that an inner one of its own file hides": (
+        "configs.Experiment.reinforcement = @configs.Reinforcement()\n"
+        "configs.Reinforcement.optimizer = @run/rl/configs.Optimizer()\n"
+        "run/configs.Optimizer.b1 = 0.5\n"
+        "run/rl/configs.Optimizer.b1 = 0.6",
+        "run/configs.Optimizer.b1",
+    ),
+    "options of a loss that is not the objective's": (
+        "objectives.gspo.clip_low = 1e-3",
+        "objectives.gspo.clip_low",
+    ),
+    "a section behind a macro that nothing reads": (
+        "POLICY = @own.small()\nown.smaller.layers = 2",
+        "tests.own.smaller.layers",
+    ),
+    "a section that its own file takes out again": (
+        WIRED + "configs.Experiment.cold_start = None",
+        "configs.Supervised.steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("later", [(), (OTHER,), (OTHER, "configs.Experiment.init_from = ''")])
+@pytest.mark.parametrize("case", UNREAD)
+def test_an_unread_binding_is_refused_whatever_comes_later(load, case, later):
+    text, name = UNREAD[case]
+    with pytest.raises(ValueError, match=rf"^{name} is bound but nothing uses it; bind @"):
+        load(text, *later)
+    with pytest.raises(ValueError, match=rf"^{name} is bound but nothing uses it; bind @"):
+        load(text, *later, bindings=["configs.Experiment.seed = 2"])
+
+
+MODEL = """
+POLICY = @own.small()
+configs.Experiment.model = %POLICY
+LAYERS = 2
+own.small.layers = %LAYERS
+"""
+NESTED = """
+configs.Experiment.reinforcement = @configs.Reinforcement()
+configs.Reinforcement.optimizer = @run/rl/configs.Optimizer()
+configs.Optimizer.eps = 1e-6
+run/configs.Optimizer.b1 = 0.5
+run/rl/configs.Optimizer.b2 = 0.6
+"""
+ORPHANED = {
+    "a section": (WIRED, "configs.Experiment.cold_start = None"),
+    "a scope": (WIRED, "configs.Reinforcement.optimizer = @slow/configs.Optimizer()"),
+    "all of nested scopes": (NESTED, "configs.Reinforcement.optimizer = @configs.Optimizer()"),
+    "the inner of nested scopes": (
+        NESTED,
+        "configs.Reinforcement.optimizer = @run/configs.Optimizer()",
+    ),
+    "a section with a section in it": (
+        WIRED,
+        "configs.Experiment.reinforcement = @other/configs.Reinforcement()\n"
+        "other/configs.Reinforcement.optimizer = @configs.Optimizer()",
+    ),
+    "an outer scope": (
+        "configs.Experiment.reinforcement = @configs.Reinforcement()\n"
+        "configs.Reinforcement.optimizer = @run/rl/configs.Optimizer()\n"
+        "run/configs.Optimizer.b1 = 0.5",
+        "run/rl/configs.Optimizer.b1 = 0.6",
+    ),
+    "options of a loss": (
+        "configs.Experiment.reinforcement = @configs.Reinforcement()\n"
+        "configs.Reinforcement.objective = @configs.Objective()\n"
+        "configs.Objective.loss = @objectives.gspo\nobjectives.gspo.clip_low = 1e-3",
+        "configs.Objective.loss = @objectives.minirl",
+    ),
+    "what a macro names": (MODEL, "POLICY = @own.smaller()"),
+    "a macro": (MODEL, "configs.Experiment.model = @own.smaller()"),
+    "a value that was a macro": (MODEL, "own.small.layers = 1"),
+    "an item of a list": (
+        "configs.Experiment.reinforcement = @configs.Reinforcement()\n"
+        "configs.Reinforcement.objective = @configs.Objective()\n"
+        "from jaxrl_stable import corrections\n"
+        "configs.Objective.loss = @objectives.reinforce\n"
+        "configs.Objective.corrections = [@corrections.token_tis]\n"
+        "corrections.token_tis.cap = 3.0",
+        "configs.Objective.corrections = []",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ORPHANED)
+def test_a_binding_may_be_orphaned_by_a_later_file_or_the_command_line(load, case):
+    text, later = ORPHANED[case]
+    before = load(text)
+    assert load(text, OTHER, later) != before
+    by_file = load(text, later)
+    assert by_file != before
+    assert load(text, bindings=[IMPORT, *later.splitlines()]) == by_file
+    assert load(text, OTHER, bindings=[IMPORT, *later.splitlines()]).seed == 1
+
+
+def test_only_bindings_of_what_was_replaced_may_be_left_over(load):
+    """An orphan of one section does not excuse a typo in another."""
+    with pytest.raises(ValueError, match=r"^lr/configs.Optimizer.b1 is bound"):
+        load(WIRED + "lr/configs.Optimizer.b1 = 0.5", "configs.Experiment.cold_start = None")
+
+
+def test_an_orphan_that_a_later_file_configures_is_refused(load):
+    gone = "configs.Experiment.cold_start = None"
+    with pytest.raises(ValueError, match=r"^configs.Supervised.length is bound"):
+        load(WIRED, gone, "configs.Supervised.length = 64")
+    with pytest.raises(ValueError, match=r"^configs.Supervised.length is bound"):
+        load(WIRED, gone, bindings=["configs.Supervised.length = 64"])
+
+
+def test_each_field_is_read_in_the_longest_scope_that_binds_it(load):
+    optimizer = load(NESTED).reinforcement.optimizer
+    assert (optimizer.eps, optimizer.b1, optimizer.b2) == (1e-6, 0.5, 0.6)
+
+
+def test_a_macro_that_nothing_reads_is_no_mistake(load):
+    assert load("LAYERS = 3\n" + MODEL).model.num_layers == 2
+    assert load("UNUSED = 3").seed == 0
