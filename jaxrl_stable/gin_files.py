@@ -182,34 +182,34 @@ def _bindings() -> dict[Binding, Any]:
 
 
 def _read_bindings(bound: dict[Binding, Any]) -> set[Binding]:
-    """Returns the bindings that something read.
+    """Returns the bindings that something read."""
+    used = gin.config._OPERATIVE_CONFIG.items()
+    found = {_resolve(bound, *key, name) for key, values in used for name in values}
+    return found - {None}
 
-    A use in scope "a/b" reads the binding in the longest of the scopes "a/b", "a" and "".
-    """
-    read = set()
-    for (scope, selector), values in gin.config._OPERATIVE_CONFIG.items():
-        parts = scope.split("/") if scope else []
-        scopes = ["/".join(parts[:length]) for length in range(len(parts), -1, -1)]
-        for name in values:
-            candidates = (Binding(each, selector, name) for each in scopes)
-            read.update(next(([each] for each in candidates if each in bound), []))
-    return read
+
+def _resolve(bound: dict[Binding, Any], scope: str, selector: str, name: str) -> Binding | None:
+    """Returns the binding that a use reads: in scope "a/b", the longest of "a/b", "a" and ""."""
+    parts = scope.split("/") if scope else []
+    scopes = ("/".join(parts[:length]) for length in range(len(parts), -1, -1))
+    candidates = (Binding(each, selector, name) for each in scopes)
+    return next((each for each in candidates if each in bound), None)
 
 
 def _refuse_unread(tables: Sequence[dict[Binding, Any]]) -> None:
-    """Raises ValueError for a binding that nothing reads and nothing ever referred to.
+    """Raises ValueError for a binding that nothing reads and nothing would ever have read.
 
     Args:
       tables: what was bound after the defaults, after each file, and after the command line.
     """
     defaults, *_, final = tables
-    last = max(i for i, table in enumerate(tables) if i == 0 or table != tables[i - 1])
+    reachable = [_reachable(table, _roots(final)) for table in tables]
     for binding in sorted(final.keys() - _read_bindings(final)):
         value = final[binding]
         if binding.selector == "gin.macro" or defaults.get(binding, tables) is value:
             continue
         source = next(i for i, table in enumerate(tables) if table.get(binding, tables) is value)
-        if source < last and _refers(tables[source], binding):
+        if binding in reachable[source] - reachable[-1]:
             continue
         name = binding.selector.removeprefix("jaxrl_stable.")
         call = "" if name.split(".")[0] in FUNCTIONS else "()"
@@ -220,14 +220,28 @@ def _refuse_unread(tables: Sequence[dict[Binding, Any]]) -> None:
         )
 
 
-def _refers(table: dict[Binding, Any], binding: Binding) -> bool:
-    """Returns whether a bound value refers to what the binding configures, in its scope."""
-    prefix = f"{binding.scope}/" * bool(binding.scope)
-    return any(
-        selector == binding.selector and f"{scope}/".startswith(prefix)
-        for value in table.values()
-        for scope, selector in _references(value)
-    )
+def _roots(table: dict[Binding, Any]) -> set[str]:
+    """Returns the selectors that were called without a reference, such as the experiment."""
+    referred = {selector for value in table.values() for _, selector in _references(value)}
+    return {selector for _, selector in gin.config._OPERATIVE_CONFIG} - referred
+
+
+def _reachable(table: dict[Binding, Any], roots: set[str]) -> set[Binding]:
+    """Returns the bindings that a build from this table would read, by following references."""
+    fields: dict[str, set[str]] = {}
+    for binding in table:
+        fields.setdefault(binding.selector, set()).add(binding.name)
+    found, seen, todo = set(), set(), [("", root) for root in roots]
+    while todo:
+        scope, selector = todo.pop()
+        seen.add((scope, selector))
+        for name in fields.get(selector, ()):
+            binding = _resolve(table, scope, selector, name)
+            if binding is not None:
+                found.add(binding)
+                # A reference is called in its own scope, not in that of the caller.
+                todo += set(_references(table[binding])) - seen
+    return found
 
 
 def _references(value: Any) -> Iterator[tuple[str, str]]:
