@@ -46,6 +46,29 @@ ROWS, WIDTH, MAX_TOKENS, EOS = 16, 7, 9, 2
 gc.set_threshold(100_000, 50, 100)
 
 
+# Files that take longest. pytest-xdist hands out files by their number of tests, so these, which
+# have few, would come last, and one worker would end minutes after the other.
+LONGEST = (
+    "test_notebooks",
+    "test_train",
+    "test_processes",
+    "test_runner",
+    "test_runs",
+    "test_meshes",
+    "test_update",
+)
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist keeps the order of collection
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Frees compiled programs before they are too many.

@@ -29,7 +29,10 @@ def command(workdir, *flags, program="train"):
 
 @pytest.fixture(scope="session")
 def environment():
-    """The session's, with a compilation cache that no other process writes at the same time."""
+    """The environment of the session, with a compilation cache of its own.
+
+    A cache that another process is writing can make a run print a warning.
+    """
     cache = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "runs")
     return os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
 

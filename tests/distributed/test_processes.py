@@ -33,7 +33,7 @@ COUNTED = re.compile(r"step|reward/|response/|sampling/|gradient_steps|gradient/
 
 @pytest.fixture(scope="session")
 def env():
-    """The session's, with a compilation cache that no other test writes at the same time."""
+    """The environment of the session, with a compilation cache of its own."""
     return environment(os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "processes"))
 
 
@@ -76,9 +76,9 @@ def position(workdir):
         return newest._position(newest.steps[-1])
 
 
-def kill(workdir, env, processes, victim, ready):
+def kill(workdir, env, processes, victim, ready, flags=()):
     """Kills one process of a run; returns what the others say, and how long they take to end."""
-    process = start(launch(processes, workdir), env)
+    process = start(launch(processes, workdir, *flags), env)
     wait_until(ready, process)
     os.kill(children(process)[victim], signal.SIGKILL)
     begin = time.monotonic()
@@ -111,12 +111,12 @@ def test_what_processes_agree_on(tmp_path, env):
 
 
 def test_killed_in_two_processes_and_finished_by_one_on_another_mesh(tmp_path, env, alone):
-    said, seconds = kill(tmp_path, env, 2, victim=1, ready=after(tmp_path, 3))
+    flags = ("--gin.configs.MeshShape.fsdp=2", "--gin.configs.MeshShape.tensor=2")
+    said, seconds = kill(tmp_path, env, 2, victim=1, ready=after(tmp_path, 3), flags=flags)
     assert seconds < 60
     assert len(said) == 1 and said[0].startswith("[0] error: process 1 gives no sign of life")
     assert checkpoints(tmp_path)[-1] in (2, LAST)
-    flags = ("--gin.configs.MeshShape.fsdp=2", "--gin.configs.MeshShape.tensor=2")
-    status, _, errors = run(launch(1, tmp_path, *flags), env)
+    status, _, errors = run(launch(1, tmp_path), env)  # the programs of `alone`
     assert status == 0, errors
     same_run(tmp_path, alone)
     assert position(tmp_path) == position(alone)
