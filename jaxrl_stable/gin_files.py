@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -123,18 +124,26 @@ def settled(function: Callable) -> Callable:
     Raises:
       ValueError: if the function has a gin scope.
     """
-    # Not `inspect.unwrap`: what gin knows may itself be a wrapper, such as a shape checker.
-    known = gin.config._inverse_lookup(function, allow_decorators=True)
-    if known is None or known.wrapped is function:
+    # Stops at gin's wrapper: the function inside keeps its own decorators.
+    wrapper = inspect.unwrap(function, stop=_is_configurable)
+    if not hasattr(wrapper, "__wrapped__"):
         return function
-    original = known.wrapped
-    if function is not gin.get_configurable(original):
+    original = wrapper.__wrapped__
+    if function is not wrapper:
         raise ValueError(
             f"@…/{original.__name__} has a scope, which the functions of an Objective do not "
             "take; bind it without one"
         )
-    options = gin.get_bindings(original)
+    options = gin.get_bindings(function)
     return functools.partial(original, **options) if options else original
+
+
+def _is_configurable(function: Callable) -> bool:
+    """Returns whether a function is the wrapper through which gin configures another one."""
+    try:
+        return gin.get_configurable(function) is function
+    except ValueError:  # unknown to gin
+        return False
 
 
 def one_line(error: Exception) -> str:

@@ -8,15 +8,17 @@ which was never fed. No expert id serves as a sentinel: `uint8` has no spare val
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int32, UInt
+from jaxtyping import Int32, Integer, UInt
 
 from jaxrl_stable.array_types import Array, Bool, Float, Int
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -47,7 +49,7 @@ def expert_dtype(num_experts: int) -> jnp.dtype:
     return jnp.dtype(jnp.uint8 if num_experts <= 256 else jnp.uint16)
 
 
-def overlap(a: UInt[Array, "*N K"], b: UInt[Array, "*N K"]) -> Float[Array, "*N"]:
+def overlap(a: Integer[Array, "*N K"], b: Integer[Array, "*N K"]) -> Float[Array, "*N"]:
     """Returns the share of the K experts that two choices have in common, in any order.
 
     >>> print(overlap(jnp.array([[0, 1], [2, 3]]), jnp.array([[1, 0], [2, 4]])))
@@ -121,9 +123,8 @@ def from_token_major(experts: Int[Array, "B T L K"], num_experts: int) -> Routin
 
     Args:
       experts: expert ids of a signed type; an unsigned one could not mark missing rows. Each token
-        has K different experts in each layer, or only negative values: −1 (no record) or −2 (Tunix:
-          no
-        token). `L` counts MoE layers only.
+        has K different experts in each layer, or only negative values: −1 (no record) or −2 (no
+        token, in Tunix). `L` counts MoE layers only.
       num_experts: E of the model.
 
     Returns:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 
+from jaxrl_stable import gin_files
 from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.model import ModelConfig, tiny
 from jaxrl_stable.objectives import reinforce
@@ -105,6 +106,13 @@ def test_a_decorated_loss_is_the_one_that_is_used(load):
     objective = "configs.Reinforcement.objective = @configs.Objective()"
     found = load(WIRED, f"{objective}\n{loss}").reinforcement.objective.loss
     assert found is decorated and found.__wrapped__ is reinforce
+
+
+def test_a_decorated_loss_that_gin_does_not_know_stays_as_it_is(load):
+    loss = "configs.Objective.loss = @objectives.reinforce"
+    load(WIRED, f"configs.Reinforcement.objective = @configs.Objective()\n{loss}")
+    own = functools.wraps(reinforce)(lambda *arrays: reinforce(*arrays))
+    assert gin_files.settled(own) is own
 
 
 UNREAD = {

@@ -16,6 +16,7 @@ from jaxrl_stable import advantages as estimators
 from jaxrl_stable import corrections, objectives
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.objective import Objective, ObjectiveLike
+from jaxrl_stable.trainer import update
 from jaxrl_stable.trainer.batch import make_batch
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import typing
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ AnyArray = Array | np.ndarray | np.generic  # on the device or the host
 Size = int | Int[AnyArray, ""]
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problems:

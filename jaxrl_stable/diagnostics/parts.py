@@ -7,6 +7,7 @@ A part holds sums, not results, so any split of the rows gives the same figures 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxrl_stable.array_types import Array, Bool, Float, Shaped
 
 
+@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
@@ -31,6 +33,7 @@ class Mean:
         return self.total / jnp.where(self.count > 0, self.count, 1.0)
 
 
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Max:
@@ -45,6 +48,7 @@ class Max:
         return self.maximum
 
 
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Min:
@@ -59,6 +63,7 @@ class Min:
         return self.minimum
 
 
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sum:
@@ -73,6 +78,7 @@ class Sum:
         return self.total
 
 
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spread:
@@ -98,6 +104,7 @@ class Spread:
         return jnp.sqrt(self.variance())
 
 
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EffectiveShare(Spread):
@@ -111,6 +118,7 @@ class EffectiveShare(Spread):
         return square / jnp.maximum(square + self.variance(), 1e-30)
 
 
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Correlation:

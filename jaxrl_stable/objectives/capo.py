@@ -48,7 +48,10 @@ class Curvature(NamedTuple):
 
 
 def curvature(
-    head: CapoHead, advantages: Float[Array, "B"], mask: Bool[Array, "B T"], discount: float = 1.0
+    head: CapoHead,
+    advantages: Float[Array, "B"] | Float[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    discount: float = 1.0,
 ) -> Curvature:
     """Returns m_H = g̃ᵀΔψ + ½ ΔψᵀH̃Δψ and m_F = ½ ΔψᵀF̃Δψ per token.
 

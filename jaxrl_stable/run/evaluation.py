@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_stable.configs import Evaluation, Experiment
 from jaxrl_stable.data import encode_prompts
@@ -36,7 +36,7 @@ class Result:
     """
 
     scores: Float[np.ndarray, "problems k"]
-    lengths: Float[np.ndarray, "problems k"]
+    lengths: Int[np.ndarray, "problems k"]
     finished: Bool[np.ndarray, "problems k"]
 
     @property

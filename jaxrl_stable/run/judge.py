@@ -33,7 +33,7 @@ class Judged(NamedTuple):
 
     rewards: Float[np.ndarray, "B"]
     status: Int[np.ndarray, "B"]
-    lengths: Float[np.ndarray, "B"]
+    lengths: Int[np.ndarray, "B"]
     finished: Bool[np.ndarray, "B"]
 
     @property
@@ -67,7 +67,7 @@ def judge(task: Task, problems: Sequence[Problem | None], trajectory: Trajectory
     rewards, status = np.zeros(rows, np.float32), np.zeros(rows, np.int8)
     rewards[own] = [verdict.score for verdict in verdicts]
     status[own] = [STATUSES.index(verdict.status) for verdict in verdicts]
-    lengths = mask.sum(-1).astype(np.float32)
+    lengths = mask.sum(-1, dtype=np.int32)
     return distributed.gather_rows(Judged(rewards, status, lengths, finished), owners)
 
 

@@ -16,7 +16,7 @@ from jaxrl_stable.diagnostics import Mean, Metrics
 from jaxrl_stable.model.experts import RouterOutput
 from jaxrl_stable.model.head import HeadOutput
 from jaxrl_stable.model.transformer import Transformer
-from jaxrl_stable.objective import Decided, Objective
+from jaxrl_stable.objective import Decided, ObjectiveLike
 from jaxrl_stable.objectives import divide
 from jaxrl_stable.sharding import constrain_state, expert_parts
 from jaxrl_stable.trainer.batch import TrainBatch
@@ -29,7 +29,7 @@ def update(
     state: TrainState,
     batch: TrainBatch,
     *,
-    objective: Objective,
+    objective: ObjectiveLike,
     optimizer: optax.GradientTransformation,
     micro_batch_size: int,
     temperature: float,
@@ -81,7 +81,7 @@ def _check(batch: TrainBatch, objective: Objective) -> None:
 def _gradients(
     model: Transformer,
     batch: TrainBatch,
-    objective: Objective,
+    objective: ObjectiveLike,
     micro_batch_size: int,
     temperature: float,
     packing: Packing | None,
@@ -137,7 +137,7 @@ def _gradients(
 def _whole_batch_cotangents(
     forward: Callable[[Micro], HeadOutput],
     batch: TrainBatch,
-    objective: Objective,
+    objective: ObjectiveLike,
     scan: Callable[..., tuple[Any, Any]],
     packing: Packing | None,
 ) -> HeadOutput:

@@ -74,7 +74,7 @@ REPLAY = {
     "load drifts: padding counted, or sent to the first experts (SkyRL#2091, prime-rl#3350)": [
         "catalogue/test_bugs_of_replay.py::test_padding_may_name_one_expert_k_times",
         "model/test_router_kinds.py::test_padding_reaches_nothing",
-        "trainer/test_update.py::test_padding_rows_added",
+        "trainer/test_update.py::test_padding_rows_and_columns_added",
     ],
     "replay of the teacher, the sampler or an evaluation (NeMo-RL#4083)": [
         "catalogue/test_bugs_of_replay.py::test_models_of_one_program_have_their_own_routing",

@@ -4,7 +4,6 @@ The whole list, with what other test files defend, stands in test_bug_catalogue.
 """
 
 import dataclasses
-import types
 from functools import partial
 
 import jax
@@ -17,15 +16,17 @@ from jaxrl_stable.advantages import centered
 from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.model import token_log_probs
 from jaxrl_stable.objectives import aggregate, minirl
-from jaxrl_stable.rewards import Verdict
+from jaxrl_stable.rewards import Reward, Verdict
 from jaxrl_stable.routing import Routing
 from jaxrl_stable.run.gates import check_finite, check_first_mini_batch
 from jaxrl_stable.run.judge import judge
 from jaxrl_stable.run.programs import make_programs
+from jaxrl_stable.run.task import Task
 from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.trainer.batch import make_batch
 from jaxrl_stable.trainer.forward import policy_log_probs
 from jaxrl_stable.trainer.score import score, with_old_policy
+from tests.run.test_judge import Words
 
 GATE = configs.Reinforcement().gate("float32")
 
@@ -193,10 +194,7 @@ def whole_step(model, perturbed, passes):
         pairs = zip(problems, responses, strict=True)
         return [Verdict(float(sum(map(ord, r)) % 2 == p["id"] % 2), "ok") for p, r in pairs]
 
-    task = types.SimpleNamespace(
-        decode=lambda tokens, mask: ["".join(map(chr, t[m])) for t, m in zip(tokens, mask)],
-        reward=reward,
-    )
+    task = Task([], [], Words(), Reward("parity", reward))
 
     def run(trajectory, problems, groups):
         judged = judge(task, problems, trajectory)

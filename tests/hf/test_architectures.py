@@ -141,7 +141,7 @@ def test_no_config(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "3"])
 def test_config_that_is_no_json_object(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: .*JSON.*; fix or remove it"):
+    with pytest.raises(ValueError, match=r"config\.json: .*JSON.*; fix or delete it"):
         hf.read_config(tmp_path)
 
 

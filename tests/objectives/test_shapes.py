@@ -13,7 +13,7 @@ from jaxrl_stable.objectives.token_loss import TokenLoss
 
 B, T, D, V = 3, 4, 2, 5
 ARRAYS = ("logp", "logp_old", "logp_rollout", "advantages", "mask")
-PER_TOKEN, PER_RESPONSE = (B, T), (B,)
+PER_RESPONSE = ("gspo", "luspo", "gmpo", "vespo")
 
 pytestmark = pytest.mark.fast
 
@@ -65,6 +65,7 @@ def test_the_families_are_complete():
     assert len(FAMILY) == 16 + 9 and len(ESTIMATORS) == 7
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 @pytest.mark.parametrize("name", FAMILY)
 def test_losses_and_corrections_refuse(name, wrong):
@@ -97,13 +98,18 @@ def test_what_is_documented_passes(name):
 
 def test_one_advantage_per_token_passes_where_it_is_documented():
     arrays = CORRECT | {"advantages": zeros(B, T)}
-    for name in FAMILY.keys() - {"gspo", "luspo", "gmpo", "vespo"}:
+    for name in FAMILY.keys() - set(PER_RESPONSE):
         FAMILY[name](*arrays.values())
-    for name in ("gspo", "luspo", "gmpo", "vespo"):
-        with pytest.raises(ValueError, match=rf"^{name}.*give one advantage per response, \[B\]$"):
-            FAMILY[name](*arrays.values())
 
 
+@pytest.mark.refusal
+@pytest.mark.parametrize("name", PER_RESPONSE)
+def test_one_advantage_per_token_is_refused_elsewhere(name):
+    with pytest.raises(ValueError, match=rf"^{name}.*give one advantage per response, \[B\]$"):
+        FAMILY[name](*(CORRECT | {"advantages": zeros(B, T)}).values())
+
+
+@pytest.mark.refusal
 @pytest.mark.parametrize(("argument", "shape"), [(a, s) for a, s in WRONG if a == "mask"])
 def test_the_reduction_refuses(argument, shape):
     loss, mask = zeros(B, T), np.ones(shape, bool)
@@ -112,6 +118,7 @@ def test_the_reduction_refuses(argument, shape):
             call(loss, mask)
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("argument", ["logp_reference", "mask", "logp_old"])
 def test_the_penalty_refuses(argument):
     arrays = {name: CORRECT[name] for name in ("logp", "mask", "logp_old")}
@@ -121,12 +128,14 @@ def test_the_penalty_refuses(argument):
         kl_penalty(**arrays)
 
 
+@pytest.mark.refusal
 def test_a_factor_of_another_shape_is_refused():
     loss = objectives.minirl(*CORRECT.values())
     with pytest.raises(ValueError, match=r"^correct: .*loss \[3, 4\], factor \[3, 1\]"):
         corrections.correct(loss, zeros(B, 1))
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("argument", ["rewards", "group_ids", "valid", "lengths"])
 @pytest.mark.parametrize("shape", [(1,), (B, 1), (), (B + 1,)], ids=str)
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -31,7 +31,7 @@ def make_round(number, scores, valid=None):
     judged = Judged(
         scores,
         np.where(valid, STATUSES.index("ok"), STATUSES.index("timeout")),
-        ids.astype(np.float32),
+        ids,
         ids % 2 == 0,
     )
     return Round(ids, trajectory, judged)

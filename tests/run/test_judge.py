@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import configs
-from jaxrl_stable.rewards import Verdict
+from jaxrl_stable.rewards import Reward, Verdict
 from jaxrl_stable.run.evaluation import Result
 from jaxrl_stable.run.judge import (
     STATUSES,
@@ -24,10 +24,16 @@ from jaxrl_stable.sampler.rollout import Sampling
 class Words:
     """A tokenizer whose token i is the text "<i>"."""
 
-    eos_ids, pad_id = (2, 3, 4), 0
+    vocab_size, pad_id, bos_id, eos_id, eos_ids = 32, 0, None, 2, (2, 3, 4)
+
+    def encode(self, text):
+        return [int(i) for i in text[1:-1].split("><")]
 
     def decode(self, ids):
         return "".join(f"<{i}>" for i in ids)
+
+    def control_token(self, text):
+        return None
 
 
 @pytest.mark.fast
@@ -39,7 +45,7 @@ def test_responses_are_decoded_without_prompt_stop_token_and_padding(trajectory)
         return [Verdict(1.0, "ok")] * len(responses)
 
     rows = 10  # the others are padding rows
-    judged = judge(Task(None, None, Words(), reward), [{}] * rows, trajectory)
+    judged = judge(Task([], [], Words(), Reward("test", reward)), [{}] * rows, trajectory)
     P = trajectory.prompt_width
     for i in range(rows):
         sampled = [int(t) for t in trajectory.tokens[i, P:]]
@@ -56,7 +62,7 @@ def judged_of(scores, statuses):
     return Judged(
         np.array(scores, np.float32),
         np.array([STATUSES.index(status) for status in statuses]),
-        np.arange(1.0, n + 1),
+        np.arange(1, n + 1),
         np.array([True] * (n - 1) + [False]),
     )
 
@@ -77,7 +83,7 @@ def test_reward_metrics_by_hand():
 
 def test_evaluation_counts_a_failed_checker_as_wrong_and_says_so():
     scores = np.array([[1.0, 0.0], [np.nan, 1.0], [0.0, 0.0]])
-    metrics = Result(scores, np.ones((3, 2)), np.ones((3, 2), bool)).metrics()
+    metrics = Result(scores, np.ones((3, 2), int), np.ones((3, 2), bool)).metrics()
     assert metrics["eval/avg_at_k"] == pytest.approx(2 / 6)
     assert metrics["eval/pass_at_k"] == pytest.approx(2 / 3)
     assert metrics["eval/failed_share"] == pytest.approx(1 / 6)
@@ -87,7 +93,7 @@ def test_evaluation_counts_a_failed_checker_as_wrong_and_says_so():
 @pytest.mark.fast
 def test_overlong_responses_are_punished_or_filtered():
     """Limit 8, of which the last half punishes; the fourth response was cut off at the limit."""
-    judged = judged_of([1, 0, 1, 1], ["ok"] * 4)._replace(lengths=np.array([4.0, 6.0, 7.0, 8.0]))
+    judged = judged_of([1, 0, 1, 1], ["ok"] * 4)._replace(lengths=np.array([4, 6, 7, 8]))
     make = partial(configs.Reinforcement, prompts=2, group_size=2, max_tokens=8, micro_batch_size=1)
     objective = configs.Objective(mini_batches=1)
     kept, rewards, groups, valid, lengths = advantage_inputs(make(objective=objective), judged)
