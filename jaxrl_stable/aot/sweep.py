@@ -17,7 +17,7 @@ from typing import Any
 from jaxrl_stable.aot.analysis import Figures
 from jaxrl_stable.aot.topology import Topology
 from jaxrl_stable.configs import Experiment
-from jaxrl_stable.text import aligned, duration
+from jaxrl_stable.text import aligned, byte_size, duration
 
 
 def scaled(experiment: Experiment, factor: Fraction) -> Experiment:

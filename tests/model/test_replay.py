@@ -208,7 +208,7 @@ def test_value_depends_on_the_replayed_experts(model, live):
 def test_a_routing_of_another_shape_is_not_broadcast(cut):
     routing = random_routing(MIXED, BATCH)
     narrow = dataclasses.replace(routing, experts=routing.experts[cut])
-    with pytest.raises(ValueError, match=r"these tokens need|must be \[L, B, T, K\]"):
+    with pytest.raises(ValueError, match=r"these tokens need|use \[L, B, T, K\]"):
         forward(random_model(MIXED), BATCH, narrow)
 
 
