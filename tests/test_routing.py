@@ -176,5 +176,5 @@ def test_wrong_token_major_values_are_refused_on_the_host(index, value, message)
 )
 def test_wrong_token_major_layouts_are_refused_also_when_tracing(wrong):
     for convert in (from_token_major, jax.jit(from_token_major, static_argnums=1)):
-        with pytest.raises(ValueError, match=r"\[B, T, L, K\] of a signed integer type"):
+        with pytest.raises(ValueError, match=r"\[B, T, L, K\] and a signed integer type"):
             convert(wrong, 8)
