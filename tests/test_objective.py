@@ -18,6 +18,7 @@ from jaxrl_stable.diagnostics import finalize
 from jaxrl_stable.objective import Objective, ObjectiveLike
 from jaxrl_stable.trainer import update
 from jaxrl_stable.trainer.batch import make_batch
+from jaxrl_stable.trainer.forward import policy_log_probs
 
 
 @pytest.mark.fast
