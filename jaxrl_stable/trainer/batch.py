@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_stable.array_types import Array, Bool, Float, Int
 from jaxrl_stable.routing import Routing
 from jaxrl_stable.sharding.rows import cut_rows
 from jaxrl_stable.trajectory import Trajectory
