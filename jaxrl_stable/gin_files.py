@@ -21,7 +21,7 @@ from jaxrl_stable import configs
 
 T = TypeVar("T")
 
-# Bindings on the command line may use these names, whatever the gin files import.
+# Bindings on the command line may use these names even if the gin files import none of them.
 PREAMBLE = (
     "from __gin__ import dynamic_registration",
     "from jaxrl_stable import advantages",

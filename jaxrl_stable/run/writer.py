@@ -43,7 +43,7 @@ COLUMNS: Columns = (
     ("entropy", "{:.3f}", ("entropy",)),
     ("tok/s", "{:,.0f}", ("throughput/tokens_per_s",)),
 )
-PLAIN_LINES = 20  # lines a run prints where there is no terminal to draw a bar on
+PLAIN_LINES = 20  # lines that a run prints without a terminal
 SHOWN_CHARACTERS = 1_000
 
 
