@@ -171,6 +171,7 @@ def test_wrong_token_major_values_are_refused_on_the_host(index, value, message)
     jax.eval_shape(lambda a: from_token_major(a, 8), wrong)  # values are not there to look at
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize(
     "wrong", [TOKEN_MAJOR[0], TOKEN_MAJOR.astype(np.uint8), TOKEN_MAJOR.astype(np.float32)]
 )

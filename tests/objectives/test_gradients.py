@@ -261,6 +261,7 @@ def test_advantage_of_single_tokens(name, options):
     assert not out.loss[~stack(batches).mask].any()
 
 
+@pytest.mark.refusal
 @pytest.mark.parametrize("name", SEQUENCE)
 def test_a_response_has_one_advantage(name):
     with pytest.raises(ValueError):
