@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib.metadata
 import os
 import pathlib
 from collections.abc import Callable
