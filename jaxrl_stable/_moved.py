@@ -52,6 +52,12 @@ MODULES = {
 # Names that left a module which still exists (or moved under its old path): (module, name) -> where
 # and under which name they are now.
 NAMES = {
+    ("array_tasks", "Task"): ("array_tasks", "ArrayTask"),
+    ("array_tasks.task", "Task"): ("array_tasks", "ArrayTask"),
+    ("study.runs", "Run"): ("study.runs", "RunState"),
+    ("evaluate", "Sampler"): ("run.evaluation", "Sampler"),
+    ("update", "hidden_states"): ("trainer.forward", "hidden_states"),
+    ("update", "response_log_probs"): ("trainer.forward", "response_log_probs"),
     ("data.files", "write_atomically"): ("files", "write_atomic"),
     ("evaluate", "Result"): ("run.evaluation", "Result"),
     ("evaluate", "evaluate"): ("run.evaluation", "evaluate"),
@@ -124,8 +130,10 @@ class _OldPaths(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         new = f"{PACKAGE}.{MODULES[old]}"
         _warn(module.__name__, new)
         stand_in = _OldModule(module.__name__)
+        own = {"__name__", "__spec__", "__loader__", *(name for m, name in NAMES if m == old)}
         contents = importlib.import_module(new).__dict__.items()
-        stand_in.__dict__.update((name, x) for name, x in contents if (old, name) not in NAMES)
+        stand_in.__dict__.update((name, x) for name, x in contents if name not in own)
+        stand_in.__spec__, stand_in.__loader__ = module.__spec__, self
         stand_in.__dict__["__getattr__"] = moved_names(module.__name__)
         sys.modules[module.__name__] = stand_in  # what the import statement then returns
 

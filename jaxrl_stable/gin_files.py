@@ -209,7 +209,8 @@ def _refuse_unread(tables: Sequence[dict[Binding, Any]]) -> None:
         if binding.selector == "gin.macro" or defaults.get(binding, tables) is value:
             continue
         source = next(i for i, table in enumerate(tables) if table.get(binding, tables) is value)
-        if binding in reachable[source] - reachable[-1]:
+        before = set().union(*reachable[source:-1])
+        if binding in before - reachable[-1]:
             continue
         name = binding.selector.removeprefix("jaxrl_stable.")
         call = "" if name.split(".")[0] in FUNCTIONS else "()"
@@ -239,8 +240,9 @@ def _reachable(table: dict[Binding, Any], roots: set[str]) -> set[Binding]:
             binding = _resolve(table, scope, selector, name)
             if binding is not None:
                 found.add(binding)
-                # A reference is called in its own scope, not in that of the caller.
-                todo += set(_references(table[binding])) - seen
+                # A reference without a scope is called in the scope of its caller.
+                uses = {(own or scope, used) for own, used in _references(table[binding])}
+                todo += uses - seen
     return found
 
 

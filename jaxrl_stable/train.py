@@ -239,7 +239,8 @@ def host_metrics(rl: Reinforcement, judged: Judged, rounds: Sequence[Judged]) ->
 
 def main(experiment: Experiment, workdir: str) -> None:
     """Trains, then writes the report."""
-    profile_steps = parse_profile_steps(PROFILE_STEPS.value)
+    flag = PROFILE_STEPS.value if flags.FLAGS.is_parsed() else ""  # `main` can be called directly
+    profile_steps = parse_profile_steps(flag)
     if distributed.is_main():
         print(implementations(experiment))
     begin = time.time()

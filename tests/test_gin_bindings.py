@@ -1,6 +1,7 @@
 """What gin builds, and which bindings without effect are refused."""
 
 import functools
+import pathlib
 from typing import ClassVar
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from jaxrl_stable import gin_files
 from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.model import ModelConfig, tiny
-from jaxrl_stable.objectives import reinforce
+from jaxrl_stable.objectives import cispo, reinforce
 
 HEAD = f"""\
 from __gin__ import dynamic_registration
@@ -247,3 +248,36 @@ def test_each_field_is_read_in_the_longest_scope_that_binds_it(load):
 def test_a_macro_that_nothing_reads_is_no_mistake(load):
     assert load("LAYERS = 3\n" + MODEL).model.num_layers == 2
     assert load("UNUSED = 3").seed == 0
+
+
+@pytest.mark.fast
+def test_what_a_file_between_referred_to_may_be_orphaned_by_a_later_one(tmp_path):
+    files = {
+        "base": "objectives.gspo.clip_low = 1e-3",
+        "middle": "configs.Objective.loss = @objectives.gspo",
+        "top": "configs.Objective.loss = @objectives.cispo",
+    }
+    paths = [str(pathlib.Path(__file__).with_name("experiment.gin"))]  # wires the objective in
+    for name, line in files.items():
+        paths.append(str(tmp_path / f"{name}.gin"))
+        pathlib.Path(paths[-1]).write_text(
+            "from __gin__ import dynamic_registration\nfrom jaxrl_stable import configs\n"
+            f"from jaxrl_stable import objectives\n{line}\n"
+        )
+    assert load_experiment(paths).reinforcement.objective.loss is cispo
+    with pytest.raises(ValueError, match=r"objectives\.gspo\.clip_low is bound but nothing"):
+        load_experiment(paths[:2])
+
+
+@pytest.mark.fast
+def test_a_reference_without_a_scope_is_called_in_that_of_its_caller(tmp_path):
+    head = "from __gin__ import dynamic_registration\nfrom jaxrl_stable import configs\n"
+    scoped, plain = tmp_path / "scoped.gin", tmp_path / "plain.gin"
+    scoped.write_text(
+        f"{head}configs.Experiment.reinforcement = @own/configs.Reinforcement()\n"
+        "own/configs.Reinforcement.optimizer = @configs.Optimizer()\n"
+        "own/configs.Optimizer.learning_rate = 0.125\n"
+    )
+    assert load_experiment([str(scoped)]).reinforcement.optimizer.learning_rate == 0.125
+    plain.write_text(f"{head}configs.Experiment.reinforcement = @configs.Reinforcement()\n")
+    assert load_experiment([str(scoped), str(plain)]).reinforcement.optimizer.learning_rate == 1e-6

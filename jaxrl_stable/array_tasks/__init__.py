@@ -20,6 +20,7 @@ One file per family:
     countdown.py   Countdown, and its parser
 """
 
+from jaxrl_stable import _moved
 from jaxrl_stable.array_tasks.arithmetic import ChainSum, ModularAddition, Parity
 from jaxrl_stable.array_tasks.countdown import Countdown
 from jaxrl_stable.array_tasks.sequences import Reverse, Sort
@@ -36,3 +37,6 @@ __all__ = [
     "Sort",
     "is_heldout",
 ]
+
+
+__getattr__ = _moved.moved_names("jaxrl_stable.array_tasks")  # names that are elsewhere today

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrl_stable import _moved
 from jaxrl_stable.checks import one_of
 
 PAD, EOS = 0, 1
@@ -236,3 +237,6 @@ def check_sizes(task: ArrayTask, least: int) -> None:
             f"{type(task).__name__}.smallest is {task.smallest} and largest {task.largest}; use "
             f"{least} <= smallest <= largest"
         )
+
+
+__getattr__ = _moved.moved_names("jaxrl_stable.array_tasks.task")  # names that are elsewhere today

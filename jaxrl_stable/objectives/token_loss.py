@@ -104,7 +104,7 @@ def traits_of(function: Callable) -> Traits:
     if not any(map(callable, vars(declared).values())):
         return declared
     parameters = inspect.signature(function).parameters.values()
-    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | bound
+    options = {p.name: p.default for p in parameters if p.default is not p.empty} | bound
     return Traits(*(x(**options) if callable(x) else x for x in vars(declared).values()))
 
 

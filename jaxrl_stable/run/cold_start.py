@@ -86,6 +86,8 @@ def run_cold_start(
         restored = checkpoints.restore(to_parts(template), batches)
         state = from_parts(restored) if restored else sharded_init(mesh, init)
         start = int(state.step)
+        if start >= config.steps:
+            return state.model
         with open_writer(
             workdir,
             start_step=start,

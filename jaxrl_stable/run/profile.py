@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+from absl import logging
+
+from jaxrl_stable import distributed
 
 
 class ProfileSteps(NamedTuple):
@@ -35,14 +40,17 @@ def parse_profile_steps(text: str) -> ProfileSteps | None:
 class Profiler:
     """Traces the steps of a run that `--profile_steps` names. Use as a context manager.
 
-    The trace goes to `tensorboard/plugins/profile/` in the working directory, as an XPlane for
-    TensorBoard's profile plugin and as `perfetto_trace.json.gz` for https://ui.perfetto.dev. Each
-    process traces its own devices.
+    Traces go to `tensorboard/plugins/profile/` in the working directory, as an XPlane for
+    TensorBoard's profile plugin and as `perfetto_trace.json.gz` for https://ui.perfetto.dev. With
+    several processes each one has a directory of its own, `tensorboard/process_N/`, and writes only
+    the XPlane. A trace that cannot be written is a warning: it does not end the run.
     """
 
     def __init__(self, workdir: str | os.PathLike, steps: ProfileSteps | None):
-        self._directory = str(pathlib.Path(workdir, "tensorboard"))
-        self._steps, self._active = steps, False
+        self._directory, self._steps = pathlib.Path(workdir, "tensorboard"), steps
+        if distributed.several():
+            self._directory /= f"process_{jax.process_index()}"
+        self._active = False
 
     def __enter__(self) -> Profiler:
         return self
@@ -50,16 +58,25 @@ class Profiler:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """Begins step `number`; returns the annotation to run it in."""
-        if self._steps and number > self._steps.last:
-            self._stop()
-        elif self._steps and number >= self._steps.first and not self._active:
-            jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Annotates step `number`, and traces it if it is one of the chosen steps."""
+        chosen = self._steps is not None and self._steps.first <= number <= self._steps.last
+        if chosen and not self._active:
+            jax.profiler.start_trace(
+                str(self._directory), create_perfetto_trace=not distributed.several()
+            )
             self._active = True
-        return jax.profiler.StepTraceAnnotation("train", step_num=number)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+        if chosen and number == self._steps.last:
+            self._stop()
 
     def _stop(self) -> None:
-        if self._active:
+        if not self._active:
+            return
+        self._active = False
+        try:
             jax.profiler.stop_trace()
-            self._active = False
+        except (OSError, RuntimeError, ValueError) as error:
+            logging.warning("the profile in %s could not be written: %s", self._directory, error)

@@ -38,6 +38,8 @@ def identify(study: Study, directory: pathlib.Path) -> None:
     path, old = directory / "study.json", {}
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        # LatentSizes was called LatentAttention in older versions.
+        old = {name: text.replace("LatentAttention(", "LatentSizes(") for name, text in old.items()}
         for name, value in settings.items():
             if old.get(name, value) != value:
                 raise ValueError(

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from jaxrl_stable import diagnostics
+from jaxrl_stable import _moved, diagnostics
 from jaxrl_stable.array_tasks import ArrayTask, Problems
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.objective import Objective
@@ -271,3 +271,6 @@ def repeated(problems: Problems, times: int) -> Problems:
 
 def _mini_batch(study: Study) -> int:
     return study.prompts * study.group_size
+
+
+__getattr__ = _moved.moved_names("jaxrl_stable.study.runs")  # names that are elsewhere today

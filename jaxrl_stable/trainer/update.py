@@ -65,7 +65,7 @@ def update(
     return state, metrics | {"gradient/norm": Mean(norm, jnp.ones(()))}
 
 
-def _check(batch: TrainBatch, objective: Objective) -> None:
+def _check(batch: TrainBatch, objective: ObjectiveLike) -> None:
     if batch.logp_old is None and objective.needs_old_policy:
         raise ValueError(
             "update: this objective needs the π_old (under R2 the experts too) of a score pass, "

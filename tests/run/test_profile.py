@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from jaxrl_stable import train
+from jaxrl_stable import distributed, train
 from jaxrl_stable.files import read_jsonl
 from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.run.profile import Profiler, ProfileSteps, parse_profile_steps
@@ -65,7 +65,8 @@ def events(monkeypatch):
 def test_the_trace_covers_the_chosen_steps(events, tmp_path, steps, expected):
     with Profiler(tmp_path, steps and ProfileSteps(*steps)) as profiler:
         for number in range(1, 5):
-            profiler.step(number)
+            with profiler.step(number):
+                pass
     assert events == [("train", each) if isinstance(each, int) else each for each in expected]
 
 
@@ -73,16 +74,44 @@ def test_the_trace_covers_the_chosen_steps(events, tmp_path, steps, expected):
 def test_a_resumed_run_traces_what_is_left_of_the_range(events, tmp_path):
     with Profiler(tmp_path, ProfileSteps(2, 4)) as profiler:
         for number in range(4, 6):
-            profiler.step(number)
+            with profiler.step(number):
+                pass
     assert events == ["start", ("train", 4), "stop", ("train", 5)]
 
 
 @pytest.mark.fast
 def test_an_error_in_a_traced_step_still_writes_the_trace(events, tmp_path):
-    with pytest.raises(RuntimeError), Profiler(tmp_path, ProfileSteps(1, 2)) as profiler:
-        profiler.step(1)
+    profiler = Profiler(tmp_path, ProfileSteps(1, 2))
+    with pytest.raises(RuntimeError), profiler, profiler.step(1):
         raise RuntimeError
     assert events == ["start", ("train", 1), "stop"]
+
+
+@pytest.mark.fast
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(events, tmp_path, monkeypatch):
+    def fail():
+        events.append("stop")
+        raise ValueError("Invalid trace folder")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", fail)
+    with Profiler(tmp_path, ProfileSteps(1, 1)) as profiler:
+        for number in (1, 2):
+            with profiler.step(number):
+                pass
+    assert events == ["start", ("train", 1), "stop", ("train", 2)]
+
+
+@pytest.mark.fast
+def test_each_of_several_processes_has_a_directory(events, tmp_path, monkeypatch):
+    """They would write files of one name, and jax's Perfetto export wants just one."""
+    seen = []
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 3)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *a, **k: seen.append((a, k)))
+    with Profiler(tmp_path, ProfileSteps(1, 1)) as profiler, profiler.step(1):
+        pass
+    directory = str(tmp_path / "tensorboard" / "process_3")
+    assert seen == [((directory,), {"create_perfetto_trace": False})]
 
 
 def test_a_run_leaves_a_profile_of_its_second_step(tmp_path):
