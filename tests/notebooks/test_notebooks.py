@@ -58,7 +58,10 @@ def test_runs_from_top_to_bottom(path, environment):
     client = NotebookClient(
         notebook, km=manager, timeout=300, resources={"metadata": {"path": str(path.parent)}}
     )
-    client.execute(env=environment)  # an error in a cell raises
+    try:
+        client.execute(env=environment)  # an error in a cell raises
+    finally:
+        manager.shutdown_kernel(now=True)  # it holds half a gigabyte
     assert all(cell.execution_count for cell in code_cells(notebook))
     assert not complaints(notebook), complaints(notebook)
     assert len(plots(notebook)) == stored >= 2
