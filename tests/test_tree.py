@@ -4,6 +4,8 @@ import pathlib
 
 import pytest
 
+from tests.conftest import LONGEST
+
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
 PACKAGE = ROOT / "jaxrl_stable"
@@ -49,3 +51,9 @@ def test_no_folder_is_empty():
     """A folder with nothing but `__init__.py` would count as the tests of a package."""
     for folder in packages(TESTS):
         assert any((TESTS / folder).rglob("test_*.py")), folder
+
+
+@pytest.mark.fast
+def test_the_files_that_start_first_exist():
+    stems = {path.stem for path in TESTS.rglob("test_*.py")}
+    assert set(LONGEST) <= stems, set(LONGEST) - stems
