@@ -27,7 +27,6 @@ from jaxrl_stable.diagnostics import Metrics
 from jaxrl_stable.distributed.preemption import Stopped, StopRequest
 from jaxrl_stable.gin_files import resolved_config
 from jaxrl_stable.model.transformer import parameter_count
-from jaxrl_stable.report import write_report
 from jaxrl_stable.run.describe import implementations
 from jaxrl_stable.run.dynamic_sampling import Round, collect
 from jaxrl_stable.run.evaluation import evaluate, evaluation_key, make_sampler
@@ -254,6 +253,8 @@ def main(experiment: Experiment, workdir: str) -> None:
         "seconds": time.time() - begin,
     }
     pathlib.Path(workdir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    from jaxrl_stable.report import write_report  # matplotlib would take a quarter of the start
+
     print(f"report: {write_report(workdir)}")
 
 

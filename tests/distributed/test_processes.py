@@ -110,6 +110,7 @@ def test_what_processes_agree_on(tmp_path, env):
     assert len(list(tmp_path.glob("passed.*"))) == 2
 
 
+@pytest.mark.slow
 def test_killed_in_two_processes_and_finished_by_one_on_another_mesh(tmp_path, env, alone):
     flags = ("--gin.configs.MeshShape.fsdp=2", "--gin.configs.MeshShape.tensor=2")
     said, seconds = kill(tmp_path, env, 2, victim=1, ready=after(tmp_path, 3), flags=flags)
