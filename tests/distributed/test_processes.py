@@ -103,6 +103,7 @@ def alone(tmp_path_factory, env):
     return workdir
 
 
+@pytest.mark.slow  # CI runs it, and the next one
 def test_what_processes_agree_on(tmp_path, env):
     frozen = ROOT / "tests" / "hf" / "frozen" / "qwen3-moe.v5"
     status, _, errors = run(command(2, HERE / "agreeing.py", tmp_path, frozen, devices=2), env)

@@ -46,7 +46,15 @@ def environment(tmp_path_factory):
     }
 
 
-@by_name
+# Those that make whole studies are slow tests, which CI runs.
+STUDIES = ("off_policy", "on_policy", "quantised_routing")
+SLOW = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in STUDIES))
+    for path in NOTEBOOKS
+]
+
+
+@pytest.mark.parametrize("path", SLOW)
 def test_runs_from_top_to_bottom(path, environment):
     """In a kernel of its own, of this Python; the code is what is stored."""
     notebook = nbformat.read(path, as_version=4)
