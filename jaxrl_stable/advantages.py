@@ -185,8 +185,7 @@ def maxrl(
     For rewards of 0 and 1: hard problems weigh 1/p, as in a likelihood.
 
     Args:
-      rewards, group_ids, valid, lengths: see `centered`; rewards are not
-        negative.
+      rewards, group_ids, valid, lengths: see `centered`; rewards are non-negative.
       eps: added to the mean.
 
     Returns:

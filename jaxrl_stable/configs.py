@@ -136,14 +136,14 @@ class Reinforcement:
       max_rounds: largest number of rollouts per step, drawn until the rewards of each group differ
         (DAPO's dynamic sampling); 1 takes the first rollout as it is.
       temperature: temperature of the sampler, and hence of the policy that is trained.
-      top_k, top_p: see `rollout.Sampling`; values other than 0 and 1 bias the gradient.
+      top_k, top_p: see `sampler.rollout.Sampling`; values other than 0 and 1 bias the gradient.
       rollout_format: number format of the sampler: "none" (the policy itself); weights in "int8",
         "int4" or "fp8"; or activations too, "int8_w8a8" or "fp8_w8a8". See `quantize`.
       rollout_rows: responses sampled at a time, which bounds the memory for keys and values; all
         responses of a step by default.
       rollout_cache: whether the sampler keeps keys and values of past tokens. False reruns the
         training program over the whole row for each token, for a mismatch of exactly 0. It is slow
-        and meant for science and debugging; see `uncached`.
+        and meant for science and debugging; see `sampler.uncached`.
       objective: loss, corrections and replay.
       optimizer: learning rate and other settings of AdamW.
       micro_batch_size: rows of one forward and backward pass.

@@ -54,7 +54,7 @@ def main(experiment: Experiment, workdir: str) -> None:
     pathlib.Path(workdir, "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-__getattr__ = _moved.moved_names("jaxrl_stable.evaluate")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.evaluate")  # names that have moved
 
 
 if __name__ == "__main__":

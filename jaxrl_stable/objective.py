@@ -271,4 +271,4 @@ class Decided:
     kl: Float[Array, "B T"] | None
 
 
-__getattr__ = _moved.moved_names("jaxrl_stable.objective")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.objective")  # names that have moved

@@ -128,4 +128,4 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
         sys.exit(2)
 
 
-__getattr__ = _moved.moved_names("jaxrl_stable.program")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.program")  # names that have moved

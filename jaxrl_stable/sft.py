@@ -20,7 +20,7 @@ def main(experiment: Experiment, workdir: str) -> None:
         run_cold_start(experiment, task, mesh, workdir)
 
 
-__getattr__ = _moved.moved_names("jaxrl_stable.sft")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.sft")  # names that have moved
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""MiniRL: rollout, reward, score, N updates, and again.
+"""RL training loop: rollout, reward, score, N updates, repeat.
 
     python -m jaxrl_stable.train --gin_file=experiments/quickstart.gin --workdir=runs/quickstart
 
@@ -258,7 +258,7 @@ def main(experiment: Experiment, workdir: str) -> None:
     print(f"report: {write_report(workdir)}")
 
 
-__getattr__ = _moved.moved_names("jaxrl_stable.train")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.train")  # names that have moved
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The programs of a run, compiled for devices that this machine does not have.
 
-They are the programs of `train.make_programs`, with the same donation, and each takes what the one
-before returns, so results here hold for real runs. Arguments are shapes with shardings; nothing is
-allocated.
+They are the programs of `run.programs.make_programs`, with the same donation, and each takes what
+the one before returns, so results here hold for real runs. Arguments are shapes with shardings;
+nothing is allocated.
 
 Every response is assumed to have full length. The programs have fixed shapes, so a shorter response
 only changes how often the decode loop runs.
@@ -46,7 +46,7 @@ class Program:
     """One jitted program and its abstract arguments.
 
     Attributes:
-      name: name in `train.Programs`.
+      name: name in `run.programs.Programs`.
       function: the jitted function.
       arguments: arguments by name, in order: shapes with shardings.
       beside: what else the run holds on its chips meanwhile, by name.

@@ -39,4 +39,4 @@ __all__ = [
 ]
 
 
-__getattr__ = _moved.moved_names("jaxrl_stable.array_tasks")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.array_tasks")  # names that have moved

@@ -239,4 +239,4 @@ def check_sizes(task: ArrayTask, least: int) -> None:
         )
 
 
-__getattr__ = _moved.moved_names("jaxrl_stable.array_tasks.task")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.array_tasks.task")  # names that have moved

@@ -20,9 +20,8 @@ def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"])
     - `routing/differing_tokens_share`: share of tokens with at least one differing layer
       (94 % at 48 layers in arXiv:2510.11370)
     - `routing/zero_overlap_share`: share of layers and tokens whose choices share no expert.
-      Routers seldom differ that much: it indicates routes that are shifted, stale or from another
-        row. miles'
-      replay check counts the same
+      Routers rarely differ that much; a high share points to routes that are shifted, stale, or
+      from another row. The replay check of miles counts the same quantity
     """
     if agreement.shape[0] == 0:
         return {}

@@ -14,7 +14,7 @@ from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.expert_parallel import mixture
 from jaxrl_stable.model.parameters import matrix, offset, read
 from jaxrl_stable.model.products import product
-from jaxrl_stable.model.router import choose, gate_weights
+from jaxrl_stable.model.router import choose, gate_weights, replayed
 from jaxrl_stable.routing import Routing, expert_dtype
 from jaxrl_stable.sharding.layout import ONE_DEVICE, Layout
 
@@ -91,9 +91,7 @@ class Experts(nnx.Module):
             )
             bias = read(self.selection_bias, jnp.float32) if config.selection_bias else None
             live = choose(logits, bias, config)
-            chosen = live
-            if replay is not None:
-                chosen = jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
+            chosen = live if replay is None else replayed(live, replay)
             gates, confidence = gate_weights(logits, chosen, config)
         params = self.gate, self.up, self.down
         y = mixture(params, x, real, chosen, gates.astype(x.dtype), config, layout)

@@ -1,4 +1,4 @@
-"""Routers: the choice of experts per token, and their gate weights.
+"""Routers: the choice of experts per token, its replay (R2, R3), and the gate weights.
 
 Choice and gates are separate functions because replay replaces only the choice. Gates are always
 gathered from the live, dense scores at the chosen indices, never from a masked copy, so an index
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrl_stable.model.config import ModelConfig
+from jaxrl_stable.routing import Routing
 
 
 def choose(
@@ -33,6 +34,16 @@ def choose(
         allowed = jax.nn.one_hot(best, config.expert_groups, dtype=bool).any(-2)
         ranked = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranked.shape)
     return jax.lax.top_k(ranked, config.num_experts_per_token)[1]
+
+
+def replayed(live: Int[Array, "B T K"], replay: Routing) -> Int[Array, "B T K"]:
+    """Returns the replayed experts (Routing Replay, https://arxiv.org/abs/2512.01374, §3).
+
+    Args:
+      live: the router's own choice, used where the replayed routing is not valid.
+      replay: routing of this layer, without `L`: e^π_old under R2, e^μ under R3.
+    """
+    return jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
 
 
 def gate_weights(

@@ -49,7 +49,7 @@ def sample_rows(
         if of_score:
             old, differs = of_score
             row["log_weight"] = (old[i] - rollout[i])[mask[i]].tolist()
-            # The experts that shaped token t are those of the token before it.
+            # Token t was predicted from token t − 1, whose experts are in row t − 1.
             row["differs"] = differs[i][:-1][mask[i][1:]].tolist()
         rows.append(row)
     return rows

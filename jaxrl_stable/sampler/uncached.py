@@ -2,7 +2,7 @@
 
 Each new token runs whole rows through the model again, which costs about `max_tokens` passes of
 `score`. This is for debugging and for experiments that need a mismatch of exactly 0 between sampler
-and trainer; experiments/README.md lists the other conditions.
+and trainer; the head of experiments/exact.gin lists the other conditions.
 """
 
 from __future__ import annotations

@@ -52,4 +52,4 @@ __all__ = [
     "state_shardings",
 ]
 
-__getattr__ = _moved.moved_names("jaxrl_stable.sharding")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.sharding")  # names that have moved

@@ -273,4 +273,4 @@ def _mini_batch(study: Study) -> int:
     return study.prompts * study.group_size
 
 
-__getattr__ = _moved.moved_names("jaxrl_stable.study.runs")  # names that are elsewhere today
+__getattr__ = _moved.moved_names("jaxrl_stable.study.runs")  # names that have moved

@@ -58,6 +58,7 @@ def update(
     gradients, scored, metrics = _gradients(
         state.model, batch, objective, micro_batch_size, temperature, packing
     )
+    # Again on the whole mini-batch, for the metrics and the count.
     _, decided = objective.total(scored.logp, scored.entropy, batch)
     metrics |= measure(decided, scored, batch)
     gradients = jax.tree.map(lambda g: divide(g, metrics["loss"].count), gradients)

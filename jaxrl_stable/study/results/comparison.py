@@ -60,8 +60,7 @@ def paired(
 
     Student's t is the main evidence. The permutation test assumes nothing, but cannot reach a small
     p with few pairs: its p is at least 2^(1−n), 1/16 with 5 pairs. It is reported as a check. If
-      all
-    differences are equal, t is undefined and p comes from the sign test.
+    all differences are equal, t is undefined and p comes from the sign test.
 
     Raises:
       ValueError: if there are fewer than two pairs, or a value is not finite.
