@@ -74,7 +74,7 @@ class Optimizer:
       b1, b2, eps: Adam's constants.
       weight_decay: decoupled weight decay of matrices; vectors such as norm scales have none.
       clip_norm: largest global norm of a gradient.
-      master_weights: whether to keep float32 weights if the parameters are stored in less
+      master_weights: whether to keep float32 weights if parameters have a narrower dtype
         (`ModelConfig.param_dtype`). False saves that memory and loses updates below the spacing of
         the stored dtype.
       first_moment_dtype: dtype of Adam's first moment; the second is float32.
@@ -143,7 +143,7 @@ class Reinforcement:
         responses of a step by default.
       rollout_cache: whether the sampler keeps keys and values of past tokens. False reruns the
         training program over the whole row for each token, for a mismatch of exactly 0. It is slow
-        and meant for science and debugging; see `sampler.uncached`.
+        and meant for controlled experiments and debugging; see `sampler.uncached`.
       objective: loss, corrections and replay.
       optimizer: learning rate and other settings of AdamW.
       micro_batch_size: rows of one forward and backward pass.
@@ -242,7 +242,7 @@ class Evaluation:
       every: training steps between evaluations; the first and the last state are always evaluated.
       problems: number of held-out problems, from the start of the source.
       samples: k, responses per problem.
-      temperature, top_p: sampling of these responses.
+      temperature, top_p: sampling settings of the evaluation.
       batch_size: responses sampled at a time.
     """
 

@@ -54,8 +54,8 @@ def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> confi
 def load(files: Sequence[str], bindings: Sequence[str], build: Callable[[], T]) -> T:
     """Reads gin files and bindings, and builds what they describe, once.
 
-    A binding that nothing reads is refused. The exception is a binding that something referred to
-    until a later file, or the command line, put another thing in its place.
+    A binding that nothing reads is refused, except if it was in use until a later file or the
+    command line replaced its target.
 
     Args:
       files: gin files; later ones override earlier ones.
@@ -139,7 +139,7 @@ def settled(function: Callable) -> Callable:
 
 
 def _is_configurable(function: Callable) -> bool:
-    """Returns whether a function is the wrapper through which gin configures another one."""
+    """Returns whether a function is gin's wrapper around another function."""
     try:
         return gin.get_configurable(function) is function
     except ValueError:  # unknown to gin
@@ -147,7 +147,7 @@ def _is_configurable(function: Callable) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the message of an error, without gin's note of the call that it came through."""
+    """Returns the message of an error, without gin's "In call to configurable …" suffix."""
     return re.sub(r" In call to configurable .*$", "", " ".join(str(error).split()))
 
 
@@ -197,7 +197,7 @@ def _resolve(bound: dict[Binding, Any], scope: str, selector: str, name: str) ->
 
 
 def _refuse_unread(tables: Sequence[dict[Binding, Any]]) -> None:
-    """Raises ValueError for a binding that nothing reads and nothing would ever have read.
+    """Raises ValueError for a binding that is unused and was never reachable in any earlier file.
 
     Args:
       tables: what was bound after the defaults, after each file, and after the command line.
@@ -222,7 +222,7 @@ def _refuse_unread(tables: Sequence[dict[Binding, Any]]) -> None:
 
 
 def _roots(table: dict[Binding, Any]) -> set[str]:
-    """Returns the selectors that were called without a reference, such as the experiment."""
+    """Returns the root selectors: used, but referenced by nothing, such as the experiment."""
     referred = {selector for value in table.values() for _, selector in _references(value)}
     return {selector for _, selector in gin.config._OPERATIVE_CONFIG} - referred
 

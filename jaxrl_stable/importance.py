@@ -22,7 +22,7 @@ LOG_RATIO_BOUND = 20.0
 
 
 def at_least_float32(x: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
-    """Casts to float32 whatever the model's dtype; float64 stays (JAX creates none by default)."""
+    """Casts to at least float32; keeps float64 (which JAX creates only on request)."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

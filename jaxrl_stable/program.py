@@ -1,4 +1,4 @@
-"""What the programs share: flags, one-line errors, and a start that processes make together.
+"""Common entry point of all programs: flags, one-line errors, multi-process start-up.
 
     python -m jaxrl_stable.train --gin_file=experiments/quickstart.gin --workdir=runs/quickstart \
         --gin.configs.Experiment.seed=1
@@ -25,10 +25,10 @@ GIN_PREFIX = "--gin."
 
 
 class Kind(NamedTuple):
-    """What a program reads from gin.
+    """How a program builds what it runs from gin.
 
     Attributes:
-      build: makes it, once gin has parsed everything.
+      build: builds it after gin has parsed all files.
       describe: returns the text that a dry run prints.
       default_workdir: returns the working directory for the given gin files if there is no
         `--workdir`; None makes the flag mandatory.

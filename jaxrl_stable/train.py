@@ -70,7 +70,7 @@ def train(
       The last state.
 
     Raises:
-      ValueError, FileNotFoundError: if something in the experiment or its data is wrong.
+      ValueError, FileNotFoundError: if the experiment or its data is invalid.
       RuntimeError: if the first mini-batch after a start disagrees with `score`, or if too many
         gradients in a row are not finite.
       Stopped: if the run was asked to stop; the state is saved.
@@ -220,7 +220,7 @@ def train(
 
 
 def host_metrics(rl: Reinforcement, judged: Judged, rounds: Sequence[Judged]) -> dict[str, float]:
-    """Returns the metrics of a step that the host knows.
+    """Returns the host-side metrics of a step.
 
     Args:
       rl: settings of the run.

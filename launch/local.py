@@ -4,7 +4,7 @@
         python -m jaxrl_stable.train --gin_file=experiments/quickstart.gin --workdir=runs/quickstart
 
 Every process runs the same command; environment variables tell it its rank. Output lines start with
-the number of the process. The exit status is that of the first process that failed, or 0. After a
+the number of the process. Exits with the status of the first failed process, or 0. After a
 failure the others may end on their own; after `--patience` seconds they are killed. SIGINT and
 SIGTERM go to all. `--dry_run` prints one command per process, each ready for its own shell.
 """

@@ -1,4 +1,4 @@
-"""Building blocks of metrics, which micro-batches, mini-batches and devices add up.
+"""Metric accumulators, combined over micro-batches, mini-batches and devices.
 
 A part holds sums, not results, so any split of the rows gives the same figures as the whole, and
 `value` divides once. `collapse` combines the entries of a leading axis.

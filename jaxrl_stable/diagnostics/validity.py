@@ -39,7 +39,7 @@ def validity_metrics(
     - `validity/interaction`: Σ |A_i| |e_i − e_i^mismatch − e_i^staleness| / Σ |A_i|, the part that
       neither causes alone
 
-    These are the weights before truncation and clip, whatever the objective does with them. Under
+    All weights are taken before truncation and clipping, even if the objective applies them. Under
     replay π is the policy with the replayed experts.
 
     Args:

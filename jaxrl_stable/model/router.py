@@ -20,7 +20,7 @@ def choose(
 ) -> Int[Array, "... K"]:
     """Returns the live choice: the K best experts, best first.
 
-    Softmax routers rank by logits, which the softmax keeps in order. Sigmoid routers rank by
+    Softmax routers rank by logits (softmax is monotonic). Sigmoid routers rank by
     σ(s) + bias. With groups, only the `chosen_groups` groups whose two best biased scores have the
     largest sums are eligible (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
     """

@@ -1,4 +1,4 @@
-"""Checks that stop a run before it wastes more time."""
+"""Checks that stop a run early: wrong π_old, non-finite gradients, failing rewards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_first_mini_batch(metrics: Metrics, tolerance: float, step: int) -> Non
 
 
 def check_finite(state: TrainState, limit: int) -> None:
-    """Checks that gradients do not stay non-finite.
+    """Checks that fewer than `limit` consecutive gradients were non-finite.
 
     Raises:
       RuntimeError: if the last `limit` steps were all skipped.

@@ -22,7 +22,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 class Judged(NamedTuple):
-    """What the host knows about the responses of a rollout; identical in every process.
+    """Verdicts and lengths of a rollout's responses, on the host; identical in every process.
 
     Attributes:
       rewards: scores; 0 if the checker failed.
@@ -87,7 +87,7 @@ def failed_share(rounds: Sequence[Judged]) -> float:
 
 
 def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
-    """Returns the metrics of a rollout batch that the host knows.
+    """Returns the host-side metrics of a rollout batch.
 
     - `reward/mean`: mean score of the responses whose checker did not fail
     - `reward/accuracy`: share of them with score 1 or more
@@ -109,7 +109,7 @@ def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
 
 
 def advantage_inputs(rl: Reinforcement, judged: Judged) -> tuple[np.ndarray, ...]:
-    """Returns the arguments of `Programs.advantages`.
+    """Builds the arguments of `Programs.advantages`.
 
     Returns:
       A mask of the rows that keep their advantage, then rewards (with DAPO's length penalty),

@@ -28,15 +28,15 @@ class Programs(NamedTuple):
     """Jitted programs of a run; each compiles once.
 
     Attributes:
-      quantize: the sampling copy of the policy.
-      rollout: responses to a batch of prompts.
+      quantize: makes the sampler's (quantised) copy of the policy.
+      rollout: samples responses to a batch of prompts.
       fill: `fill_rows`, for dynamic sampling.
-      advantages: rewards to advantages.
-      score: π_old of a rollout batch.
-      reference: log-probabilities of the policy that a KL term keeps to.
-      update: one gradient step.
-      split: a rollout batch to its mini-batches.
-      summarize: metrics of all mini-batches to scalars.
+      advantages: computes advantages from rewards.
+      score: computes log π_old of a rollout batch.
+      reference: computes log-probabilities under the reference policy of the KL term.
+      update: takes one gradient step.
+      split: splits a rollout batch into mini-batches.
+      summarize: reduces the metrics of all mini-batches to scalars.
     """
 
     quantize: Callable[[Transformer], Transformer]
@@ -80,7 +80,7 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         return jnp.where(kept, rl.objective.advantages(*rewards), 0.0)
 
     def reference(model: Transformer, batch: TrainBatch) -> Array:
-        return scoring(model, batch, replay="none").logp_old  # other weights, other routes
+        return scoring(model, batch, replay="none").logp_old  # its own routing
 
     return Programs(
         quantize=jax.jit(partial(copy, format=rl.rollout_format)),

@@ -26,8 +26,8 @@ def sample_rows(
     """Returns the first responses, one per given problem. All processes must call this.
 
     Each row has, per token: its text; `log_weight`, log π_old − log μ_old in nats, the mismatch
-    part of its importance weight; and `differs`, the number of MoE layers in which the training
-    router would have chosen other experts for the token before it, from whose output it was drawn.
+    part of its importance weight; and `differs`, the number of MoE layers where the training router
+    disagrees with the sampler on the preceding token, whose output this token was sampled from.
     The last two need a `score` pass.
     """
     arrays = [batch.tokens, batch.response_mask, batch.logp_rollout, advantages]

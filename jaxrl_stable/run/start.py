@@ -1,4 +1,4 @@
-"""How a run begins: from its newest checkpoint, from other weights, from a cold start, or fresh."""
+"""Initial state of a run: newest checkpoint, other weights, a cold start, or random weights."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def restore_or_start(
     """Restores the newest checkpoint of this run, or makes its first state.
 
     Args:
-      experiment: what the run depends on.
+      experiment: the experiment.
       task: problems and tokenizer, for a cold start.
       mesh: device mesh of the run.
       workdir: directory of the run.
-      checkpoints: its checkpoints.
+      checkpoints: checkpoints of the run.
       prompts: iterator of prompts; moved to the position of the checkpoint.
 
     Returns:

@@ -26,14 +26,14 @@ TOKENIZER_PROBLEMS = 20_000  # read per source to train a tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the policy is trained on. A context manager, which closes the reward.
+    """Problems, tokenizer and reward. A context manager that closes the reward.
 
     Attributes:
       train: training problems.
       heldout: held-out problems.
       tokenizer: text to ids and back.
       reward: scores responses.
-      identity: names problems, tokenizer and chat template; compared when a run resumes.
+      identity: identifies problems, tokenizer and chat template; compared when a run resumes.
       template: turns a problem into a prompt.
     """
 

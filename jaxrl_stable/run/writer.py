@@ -116,7 +116,7 @@ class MetricsWriter:
             self._wandb.close(failed)
 
     def write(self, step: int, scalars: Mapping[str, ArrayLike]) -> None:
-        """Appends one row of scalars. Once this returns, a kill of the process cannot lose the row.
+        """Appends one row of scalars. The row survives a kill once this returns.
 
         A step may be written more than once (training, then evaluation); readers merge the rows.
         """
@@ -138,7 +138,7 @@ class MetricsWriter:
             _append(self._samples, {"step": int(step), **row})
 
     def progress(self, step: int, scalars: Mapping[str, ArrayLike]) -> None:
-        """Moves the bar; without a terminal, prints a plain line now and then."""
+        """Updates the bar; without a terminal, prints about 20 plain lines per run."""
         if self._console is None:
             return
         shown = {label: _first(scalars, keys, form) for label, form, keys in self._columns}
@@ -228,7 +228,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
             raise ValueError(
                 f"{path}, row {number}: no integer 'step'; fix it or use another directory"
             )
-    # Always rewritten: this also removes a torn last line, which the next row would be glued to.
+    # Always rewritten, to remove a torn last line: the next row would be appended to it.
     kept = [row for row in rows if row["step"] <= step]
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
 

@@ -93,5 +93,5 @@ def mesh_in_use() -> Any:
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Returns the mesh axes of one entry of a partition."""
+    """Returns the mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)

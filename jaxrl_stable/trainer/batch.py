@@ -59,7 +59,7 @@ def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBa
 def split(batch: TrainBatch, parts: int) -> TrainBatch:
     """Splits the rows into mini-batches, in order; every array gets a leading axis.
 
-    Reshards: a mini-batch's rows sit on few devices before and on all of them after. Only batch
+    Reshards: contiguous rows on a few devices become rows spread over all devices. Only batch
     arrays move (tokens, log-probabilities, routing), once per rollout.
     """
     return _cut(batch, partial(cut_rows, parts=parts, in_order=True))

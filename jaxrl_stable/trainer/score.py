@@ -61,7 +61,7 @@ def score(
       model: the training policy, with the weights of the rollout.
       batch: the rollout, with its routing.
       replay: "none", "R2" or "R3".
-      micro_batch_size: rows of one forward pass; the same as in `update`, so that both round alike.
+      micro_batch_size: rows of one forward pass; must match `update`, to round alike.
       temperature: the sampler's temperature.
       packed: whether several responses share one row; see `packing`.
       mini_batches: number of mini-batches; rows are packed within each, as `update` packs them.
@@ -102,5 +102,5 @@ def score(
 
 
 def _predicts(real: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Returns a mask of the real tokens that precede another: only they predict a scored token."""
+    """Returns a mask of the real tokens that another real token follows: only these predict one."""
     return real & jnp.pad(real[:, 1:], ((0, 0), (0, 1)))

@@ -50,8 +50,8 @@ def update(
       The next state, and metrics of this step as parts that combine exactly (`diagnostics.merge`).
 
     Raises:
-      ValueError: if the objective needs a pass of `score`, or a reference policy, and the batch has
-        none.
+      ValueError: if the objective needs log π_old or reference log-probabilities and the batch
+        lacks them.
     """
     _check(batch, objective)
     packing = plan(batch.real, micro_batch_size) if packed else None
@@ -172,7 +172,7 @@ def _forward_metrics(
 
 
 def measure(decided: Decided, scored: HeadOutput, batch: TrainBatch) -> Metrics:
-    """Returns the metrics of a loss on some rows.
+    """Returns the metrics of an update's loss.
 
     Args:
       decided: from `Objective.total`.
