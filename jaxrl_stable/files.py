@@ -10,8 +10,12 @@ import tempfile
 from typing import Any
 
 
-def existing(path: str | os.PathLike[str], what: str = "tokenizer") -> pathlib.Path:
+def existing(path: str | os.PathLike[str], what: str) -> pathlib.Path:
     """Returns the path.
+
+    Args:
+      path: a file or directory.
+      what: what should be there, for the error.
 
     Raises:
       FileNotFoundError: if nothing is there.

@@ -116,14 +116,14 @@ def analyse(
     parts += [part("decode", loop, program.loop_flops) for loop in loops]
     largest = [
         *named_tensors(program.arguments, "argument"),
-        *named_tensors(program.beside, "beside"),
+        *named_tensors(program.resident, "resident"),
         *temporaries(module),
     ]
     largest.sort(key=lambda tensor: -tensor.bytes)
     return Figures(
         name=program.name,
         seconds=compiled.seconds,
-        memory=memory(compiled.executable, program.beside),
+        memory=memory(compiled.executable, program.resident),
         hbm=topology.chip.hbm,
         parts=tuple(parts),
         tensors=tuple(largest[:tensors]),

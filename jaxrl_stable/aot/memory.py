@@ -25,7 +25,7 @@ class Memory:
       arguments, temporaries, outputs: what the compiler laid out in main memory.
       donated: the part of the arguments that outputs reuse.
       peak: the most that the program holds at once, by the compiler's own simulation.
-      beside: what the run holds outside the program, such as the optimizer's moments during a
+      resident: what the run holds outside the program, such as the optimizer's moments during a
         rollout.
     """
 
@@ -34,12 +34,12 @@ class Memory:
     outputs: int
     donated: int
     peak: int
-    beside: int
+    resident: int
 
     @property
     def total(self) -> int:
         """The memory that a chip needs: everything that is laid out, even if the peak is lower."""
-        return self.arguments + self.temporaries + self.outputs - self.donated + self.beside
+        return self.arguments + self.temporaries + self.outputs - self.donated + self.resident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Tensor:
 
     Attributes:
       name: path of an argument, or the operation that makes a temporary.
-      kind: "argument", "beside" (see `Memory`) or "temporary".
+      kind: "argument", "resident" (see `Memory`) or "temporary".
       shape: type and sizes; of a chip's part for temporaries, else of the whole array.
       spread: how it is spread over the mesh; "" for temporaries.
       bytes: bytes on one chip.
@@ -65,7 +65,7 @@ class Tensor:
         return f"{self.name} {self.shape}{spread}: {self.bytes / 2**30:.2f} GiB"
 
 
-def memory(executable: jax.stages.Compiled, beside: Any) -> Memory:
+def memory(executable: jax.stages.Compiled, resident: Any) -> Memory:
     """Reads the compiler's memory analysis."""
     stats = executable.memory_analysis()
     return Memory(
@@ -74,7 +74,7 @@ def memory(executable: jax.stages.Compiled, beside: Any) -> Memory:
         outputs=stats.output_size_in_bytes,
         donated=stats.alias_size_in_bytes,
         peak=stats.peak_memory_in_bytes,
-        beside=chip_bytes(beside),
+        resident=chip_bytes(resident),
     )
 
 

@@ -49,7 +49,7 @@ class Program:
       name: name in `run.programs.Programs`.
       function: the jitted function.
       arguments: arguments by name, in order: shapes with shardings.
-      beside: what else the run holds on its chips meanwhile, by name.
+      resident: what else the run holds on its chips meanwhile, by name.
       model_flops: FLOPs that the model needs on all chips together, outside loops of unknown
         length.
       loop_flops: like `model_flops`, for one iteration of such a loop (one token of all rows in a
@@ -59,7 +59,7 @@ class Program:
     name: str
     function: Callable[..., Any]
     arguments: dict[str, Any]
-    beside: dict[str, Any]
+    resident: dict[str, Any]
     model_flops: float
     loop_flops: float = 0.0
 
@@ -171,8 +171,8 @@ def compiled_programs(
         batch = dataclasses.replace(batch, logp_reference=logp)
 
     if "update" in names:
-        beside = held | {"model": state.model}
-        split = Program("split", programs.split, {"batch": batch}, beside, 0.0).compile()
+        resident = held | {"model": state.model}
+        split = Program("split", programs.split, {"batch": batch}, resident, 0.0).compile()
         yield split
         first: TrainBatch = split.outputs[0]
         yield Program(

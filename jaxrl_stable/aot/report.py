@@ -54,7 +54,7 @@ def refusal(each: Figures) -> str:
         f"{each.name} needs {byte_size(memory.total)} on each chip, which has "
         f"{byte_size(each.hbm)} ({byte_size(memory.arguments)} arguments, "
         f"{byte_size(memory.temporaries)} temporaries, "
-        f"{byte_size(memory.beside)} held outside the program); the largest is the "
+        f"{byte_size(memory.resident)} held outside the program); the largest is the "
         f"{largest.kind} {largest}, then {', '.join(others)}; {advice(largest)}"
     )
 

@@ -72,7 +72,7 @@ def convert_tiktoken(
       FileNotFoundError: if the vocabulary does not exist.
       ValueError: if a line or an id is invalid, or `words` is unknown. The message names the place.
     """
-    path = existing(path)
+    path = existing(path, "tokenizer")
     if isinstance(words, str):
         if words not in WORDS:
             raise ValueError(

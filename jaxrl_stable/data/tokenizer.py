@@ -62,7 +62,7 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        content = existing(path).read_bytes()
+        content = existing(path, "tokenizer").read_bytes()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
@@ -104,9 +104,9 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        file = existing(path)
+        file = existing(path, "tokenizer")
         if file.is_dir():
-            file = existing(file / "tokenizer.json")
+            file = existing(file / "tokenizer.json", "tokenizer")
         try:
             self._model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception
@@ -187,7 +187,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
       FileNotFoundError: if the path does not exist or the directory contains no tokenizer.
       ValueError: if the file has another format or is damaged.
     """
-    file = existing(path)
+    file = existing(path, "tokenizer")
     if file.is_dir():
         names = ("tokenizer.json", "tokenizer.model")
         found = [file / name for name in names if (file / name).exists()]

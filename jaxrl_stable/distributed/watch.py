@@ -84,7 +84,7 @@ def report(message: str, status: int = 2) -> bool:
       status: exit status of all processes.
 
     Returns:
-      Whether this process should print the message; False if another one has reported the same.
+      True if this process should print the message, False if another process already has.
     """
     if not several():
         return True

@@ -50,7 +50,7 @@ METRICS = (
     ),
     Metric(
         "mismatch/kl_k1_token_mean",
-        "The same KL, estimated as in the paper: mean of log μ − log π_old.",
+        "This KL, estimated as in the paper: mean of log μ − log π_old.",
         "like k3, but noisier; may be below 0",
         -0.05,
         0.05,
@@ -127,7 +127,7 @@ METRICS = (
     ),
     Metric(
         "validity/gradient_error",
-        "The same for the weights of a token's gradient, Π(1 + δ_t) and 1 + δ_t. First order in δ.",
+        "Like value_error, for the weights of a token's gradient: Π(1 + δ_t), 1 + δ_t; order δ.",
         "below 1 (quickstart: 0.1); near 1 the two gradients have little in common",
     ),
     Metric(
@@ -203,13 +203,17 @@ METRICS = (
         0.3,
     ),
     Metric(
-        "clip/low_share", "The same, if the advantage pushes down.", "like clip/high_share", 0, 0.3
+        "clip/low_share",
+        "Like clip/high_share, for negative advantages.",
+        "like clip/high_share",
+        0,
+        0.3,
     ),
     Metric("clip/region_share", "Tokens without gradient, in either direction."),
     Metric("clip/high_seq_max", "Largest clip/high_share of a response."),
     Metric("clip/low_seq_min", "Smallest clip/low_share of a response."),
     Metric("clip/kl_k3_clipped", "Mean of w − 1 − ln w over tokens without gradient."),
-    Metric("clip/kl_k3_kept", "The same over tokens with a gradient."),
+    Metric("clip/kl_k3_kept", "Like clip/kl_k3_clipped, over tokens with a gradient."),
     Metric("correction/factor_mean", "Mean factor of the correction, including dropped tokens."),
     Metric(
         "correction/dropped_share", "Tokens that the correction drops.", "small; they are lost data"
@@ -245,7 +249,9 @@ METRICS = (
         "Load of the busiest expert × E − 1, worst layer.",
         "0 if even; a steady rise means that the router collapses",
     ),
-    Metric("experts/min_violation", "The same for the least busy expert; −1 if it is idle."),
+    Metric(
+        "experts/min_violation", "Like max_violation, for the least busy expert; −1 if it is idle."
+    ),
     Metric("experts/avg_violation", "Mean of |load × E − 1| over layers and experts."),
     Metric("experts/idle_share", "Experts without any token.", "near 0"),
     Metric(

@@ -32,13 +32,13 @@ def figures(name="update", temporaries=8, hbm=16, parts=None):
         outputs=3 * GiB,
         donated=3 * GiB,
         peak=9 * GiB,
-        beside=GiB,
+        resident=GiB,
     )
     return Figures(name, 12.5, memory, hbm * GiB, parts or (part(name),), (LOGITS, EMBEDDING))
 
 
 def test_a_chip_must_have_what_is_laid_out_once():
-    """4 + 8 + 3 GiB of which 3 take the place of arguments, and 1 that is held beside."""
+    """4 + 8 + 3 GiB of which 3 take the place of arguments, and 1 that is resident."""
     assert figures().memory.total == 13 * GiB
     assert figures(hbm=13).fits
     assert not figures(hbm=12).fits
@@ -88,7 +88,7 @@ def test_a_refusal_names_the_tensor_and_the_remedy_in_one_line():
     "name, kind, spread, remedy",
     [
         ("model.norm", "argument", "on every chip", "spread it: MeshShape.fsdp"),
-        ("model.head", "beside", "over (fsdp, –)", "a larger MeshShape.fsdp"),
+        ("model.head", "resident", "over (fsdp, –)", "a larger MeshShape.fsdp"),
         ("batch.routing.experts", "argument", "over (–, data)", "fewer Reinforcement.prompts"),
         ("while/gather", "temporary", "", "ModelConfig.experts_rows"),
     ],

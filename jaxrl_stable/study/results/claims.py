@@ -142,13 +142,13 @@ def _off_policy(n: int, figure: str) -> tuple[Claim, ...]:
         _paper(
             f"n{n}-{id}-{outcome}",
             figure,
-            f"N = {n}, {beside}: without {part} the run {effect}.",
+            f"N = {n}, {context}: without {part} the run {effect}.",
             first,
             second,
             outcome,
             "lower",
         )
-        for id, part, beside, first, second in pairs
+        for id, part, context, first, second in pairs
         for outcome, effect in (("survival", "collapses earlier"), ("peak", "peaks lower"))
     ]
     better, worse = ("R2", "R3") if n == 2 else ("R3", "R2")
@@ -184,14 +184,14 @@ OFF_POLICY = (
     *(
         Claim(
             f"off-policy-{id}",
-            f"N = 2, 4 and 8 together, {beside}: without {part} the run collapses earlier.",
+            f"N = 2, 4 and 8 together, {context}: without {part} the run collapses earlier.",
             "arXiv:2512.01374, Figs 2–4",
             comparisons,
             "survival",
             "lower",
             together=True,
         )
-        for id, part, beside, comparisons in (
+        for id, part, context, comparisons in (
             ("clip", "clipping", "with any replay", _each("replay", {"clip": False}, {})),
             ("r2", "R2", "clipped or not", _each("clip", {}, R2)),
             ("r3", "R3", "clipped or not", _each("clip", {}, R3)),
