@@ -13,12 +13,13 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxrl_stable.checks import one_of, positive
+from jaxrl_stable.checks import expand_paths, field_types, one_of, positive, sources, within
 from jaxrl_stable.model.config import ModelConfig, tiny
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.sharding import BATCH, ROWS, MeshShape
 
 MOMENT_DTYPES = ("float32", "bfloat16")
+MAX_SEED = 2**32 - 1  # of grain's shuffle
 RANKING = ("reward", "avg_at_k", "pass_at_k")
 FORMATS = ("none", "int8", "int4", "fp8", "int8_w8a8", "fp8_w8a8")  # see `quantize`
 
@@ -61,6 +62,11 @@ class Data:
     reward_workers: int = 1
 
     def __post_init__(self):
+        field_types(self)
+        sources(self, "train", "heldout")
+        expand_paths(self, "train", "heldout", "tokenizer")
+        positive(self, "vocab_size", "prompt_width", "reward_workers")
+        within(self, "reward_timeout", above=0)
         for field in ("system", "chat_variables"):
             if getattr(self, field) and not self.chat:
                 raise ValueError(f"Data.{field} is for chats; set Data.chat = True, or remove it")
@@ -96,7 +102,11 @@ class Optimizer:
     first_moment_dtype: str = "float32"
 
     def __post_init__(self):
+        field_types(self)
         one_of(self, "first_moment_dtype", MOMENT_DTYPES)
+        within(self, "learning_rate", "warmup_steps", "decay_steps", "weight_decay", at_least=0)
+        within(self, "b1", "b2", at_least=0, below=1)
+        within(self, "eps", "clip_norm", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +130,10 @@ class Supervised:
     checkpoint_every: int = 200
 
     def __post_init__(self):
+        field_types(self)
+        sources(self, "demonstrations")
+        expand_paths(self, "demonstrations")
+        within(self, "steps", at_least=0)
         positive(self, "batch_size", "length", "checkpoint_every")
 
 
@@ -189,7 +203,11 @@ class Reinforcement:
     show_every: int = 10
 
     def __post_init__(self):
+        field_types(self)
         one_of(self, "rollout_format", FORMATS)
+        within(self, "steps", "top_k", "ratio_tolerance", at_least=0)
+        within(self, "top_p", above=0, at_most=1)
+        within(self, "max_failed_rewards", at_least=0, at_most=1)
         positive(self, "prompts", "group_size", "max_tokens", "micro_batch_size", "max_skipped")
         positive(self, "checkpoint_every", "keep_checkpoints", "show_every", "max_rounds")
         if not 0 <= self.overlong_buffer <= 1:
@@ -218,7 +236,7 @@ class Reinforcement:
                 "Reinforcement.rollout_cache = False samples in padded rows, and packed rows round "
                 "differently; set packed = False, or rollout_cache = True"
             )
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"Reinforcement.temperature is {self.temperature}; training needs a positive value"
             )
@@ -264,9 +282,10 @@ class Evaluation:
     best: str = "reward"
 
     def __post_init__(self):
-        positive(self, "every", "problems", "samples", "batch_size")
-        if self.max_tokens is not None:
-            positive(self, "max_tokens")
+        field_types(self)
+        positive(self, "every", "problems", "samples", "batch_size", "max_tokens")
+        within(self, "temperature", "top_k", at_least=0)
+        within(self, "top_p", above=0, at_most=1)
         one_of(self, "best", RANKING)
 
 
@@ -300,6 +319,9 @@ class Experiment:
     wandb_project: str = ""
 
     def __post_init__(self):
+        field_types(self)
+        expand_paths(self, "init_from")
+        within(self, "seed", at_least=0, at_most=MAX_SEED)
         if self.reinforcement.packed and self.mesh.context > 1:
             raise ValueError(
                 f"Reinforcement.packed needs all columns of a row on one device, but "

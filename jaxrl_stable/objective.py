@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxrl_stable import _moved
 from jaxrl_stable.advantages import centered
 from jaxrl_stable.array_types import Array, Bool, Float
-from jaxrl_stable.checks import one_of
+from jaxrl_stable.checks import bound_options, field_types, one_of, positive, within
 from jaxrl_stable.corrections import correct
 from jaxrl_stable.objectives import (
     KL_ESTIMATORS,
@@ -107,15 +107,16 @@ class Objective:
     entropy_coefficient: float = 0.0
 
     def __post_init__(self):
+        field_types(self)
         object.__setattr__(self, "corrections", tuple(self.corrections))
         one_of(self, "replay", REPLAYS)
         one_of(self, "aggregation", MODES)
         one_of(self, "policies", POLICIES)
         one_of(self, "kl_estimator", KL_ESTIMATORS)
-        if self.mini_batches < 1:
-            raise ValueError(
-                f"Objective.mini_batches is {self.mini_batches}; it must be at least 1"
-            )
+        positive(self, "mini_batches")
+        within(self, "horizon", above=0)
+        within(self, "kl_coefficient", at_least=0)
+        within(self, "entropy_coefficient")
         if self.kl_weighted and self.kl_estimator not in ("k1", "k3"):
             raise ValueError(
                 f"Objective.kl_weighted biases kl_estimator={self.kl_estimator!r}; use 'k1' or 'k3'"
@@ -141,10 +142,12 @@ class Objective:
         """Checks that loss and corrections are compatible, then traces each (`try_functions`).
 
         Raises:
-          ValueError: if the mismatch would count twice, if it is replaced by 1 where a function
-            needs it, or if `try_functions` fails.
+          ValueError: if an option has the wrong type, if the mismatch would count twice, if it is
+            replaced by 1 where a function needs it, or if `try_functions` fails.
         """
         functions = (self.loss, *self.corrections)
+        for function in (*functions, self.advantages):
+            bound_options(function)
         weights = [name_of(f) for f in functions if traits_of(f).weighs_mismatch]
         if len(weights) > 1:
             raise ValueError(

@@ -12,6 +12,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
+from jaxrl_stable.checks import local_path
+
 ROLES = ("system", "user", "assistant")
 
 
@@ -57,6 +59,7 @@ class JsonlSource:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
+        path = local_path("JsonlSource.path", path)
         self._name = os.path.basename(path)
         try:
             with open(path, "rb") as file:

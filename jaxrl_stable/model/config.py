@@ -11,6 +11,8 @@ import math
 import warnings
 from typing import Any
 
+from jaxrl_stable.checks import field_types, one_of, positive, within
+
 # Fields that determine how a model is computed, not what it computes. Configs that differ only in
 # these can share a checkpoint.
 EXECUTION_FIELDS = (
@@ -24,6 +26,14 @@ EXECUTION_FIELDS = (
     "experts_rows",
     "head_chunk",
 )
+
+
+DTYPES = ("float32", "bfloat16")
+# Types that users ask for and that do not work, with the reason.
+NOT_SUPPORTED = {
+    "float16": "its products are not available on every device and overflow at 65,504",
+    "float64": "jax computes it in float32 unless told otherwise, and kernels lack it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +59,12 @@ class Yarn:
     softmax_mscale: float = 0.0
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        field_types(self)
+        positive(self, "original_context")
+        within(self, "factor", "beta_fast", "beta_slow", "rotation_scale", above=0)
+        within(self, "softmax_mscale")
+
     @property
     def softmax_scale(self) -> float:
         return (0.1 * self.softmax_mscale * math.log(max(self.factor, 1.0)) + 1.0) ** 2
@@ -71,6 +87,10 @@ class LatentSizes:
     value_dim: int
     query_rank: int | None = None
     interleaved: bool = True
+
+    def __post_init__(self) -> None:
+        field_types(self)
+        positive(self, "key_value_rank", "rotary_dim", "value_dim", "query_rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,29 +182,35 @@ class ModelConfig:
     head_chunk: int = 2048
 
     def __post_init__(self) -> None:
-        choices = {
-            "router_score": ("softmax", "sigmoid"),
-            "query_key_norm": ("head", "layer", "none"),
-            "remat": ("none", "dots", "block", "offload"),
-            "attention": ("auto", "xla", "cudnn", "splash"),
-            "experts": ("auto", "ragged", "blocked", "megablox", "tokamax", "dense"),
-            "experts_exchange": ("all_gather", "ragged_all_to_all"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
+        field_types(self)
+        for field in ("dtype", "param_dtype"):
+            value = getattr(self, field)
+            if value in NOT_SUPPORTED:
                 raise ValueError(
-                    f"ModelConfig.{field} is {getattr(self, field)!r}; use one of {allowed}"
+                    f"ModelConfig.{field} is {value!r}, which is not supported "
+                    f"({NOT_SUPPORTED[value]}); use 'bfloat16' or 'float32'"
                 )
+            one_of(self, field, DTYPES)
+        one_of(self, "router_score", ("softmax", "sigmoid"))
+        one_of(self, "query_key_norm", ("head", "layer", "none"))
+        one_of(self, "remat", ("none", "dots", "block", "offload"))
+        one_of(self, "attention", ("auto", "xla", "cudnn", "splash"))
+        experts = ("auto", "ragged", "blocked", "megablox", "tokamax", "dense")
+        one_of(self, "experts", experts)
+        one_of(self, "experts_exchange", ("all_gather", "ragged_all_to_all"))
+        positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
+        positive(self, "head_dim", "decoder_sparse_step", "expert_groups", "chosen_groups")
+        positive(self, "experts_rows", "head_chunk")
+        within(self, "intermediate_size", "num_experts", "num_experts_per_token", at_least=0)
+        within(self, "num_shared_experts", at_least=0)
+        within(self, "clip_qkv", "rope_theta", "rms_norm_eps", "routed_scaling", above=0)
+        if self.num_experts:
+            positive(self, "moe_intermediate_size")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
-        positive = ("vocab_size", "hidden_size", "num_layers", "decoder_sparse_step")
-        positive += ("experts_rows", "head_chunk")
-        for field in positive:
-            if getattr(self, field) < 1:
-                raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"ModelConfig rotates {self.rotary_dim} of head_dim {self.head_dim}; use an even "

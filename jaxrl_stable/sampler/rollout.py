@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrl_stable.checks import field_types, positive, within
 from jaxrl_stable.model import head
 from jaxrl_stable.model.cache import Cache, empty_cache
 from jaxrl_stable.model.transformer import Transformer
@@ -49,13 +50,10 @@ class Sampling:
     pad_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"Sampling.max_tokens is {self.max_tokens}; it must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                f"Sampling(temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}) "
-                "is out of range; use temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
-            )
+        field_types(self)
+        positive(self, "max_tokens")
+        within(self, "temperature", "top_k", at_least=0)
+        within(self, "top_p", above=0, at_most=1)
 
 
 class _Decode(NamedTuple):

@@ -11,6 +11,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jaxrl_stable.checks import field_types, positive
+
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 
@@ -41,6 +43,12 @@ class MeshShape:
     expert: int = 1
     tensor: int = 1
     context: int = 1
+
+    def __post_init__(self):
+        field_types(self)
+        positive(self, *(name for name in AXES if name != "data"))
+        if self.data != -1 and self.data < 1:
+            raise ValueError(f"MeshShape.data is {self.data}; use at least 1, or -1 for the rest")
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
