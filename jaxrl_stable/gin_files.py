@@ -105,8 +105,10 @@ def build_experiment() -> configs.Experiment:
     """Builds the experiment that gin has parsed."""
     experiment = configured(configs.Experiment)()
     rl = experiment.reinforcement
+    objective = _settled(rl.objective)
+    objective.check_options()  # before a call fails with a worse message
     rl.resolved_objective.try_functions()  # calls them through gin, which records what they read
-    rl = dataclasses.replace(rl, objective=_settled(rl.objective))
+    rl = dataclasses.replace(rl, objective=objective)
     rl.resolved_objective.check()
     return dataclasses.replace(experiment, reinforcement=rl)
 

@@ -138,6 +138,11 @@ class Objective:
         """True if the loss or a correction decides on all tokens of a mini-batch together."""
         return any(traits_of(f).whole_batch for f in (self.loss, *self.corrections))
 
+    def check_options(self) -> None:
+        """Checks the types of options that are bound to the functions; raises ValueError if not."""
+        for function in (self.loss, *self.corrections, self.advantages):
+            bound_options(function)
+
     def check(self) -> None:
         """Checks that loss and corrections are compatible, then traces each (`try_functions`).
 
@@ -145,9 +150,8 @@ class Objective:
           ValueError: if an option has the wrong type, if the mismatch would count twice, if it is
             replaced by 1 where a function needs it, or if `try_functions` fails.
         """
+        self.check_options()
         functions = (self.loss, *self.corrections)
-        for function in (*functions, self.advantages):
-            bound_options(function)
         weights = [name_of(f) for f in functions if traits_of(f).weighs_mismatch]
         if len(weights) > 1:
             raise ValueError(

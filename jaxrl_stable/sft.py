@@ -5,10 +5,17 @@ python -m jaxrl_stable.sft --gin_file=… --workdir=runs/cold_start
 
 from jaxrl_stable import _moved, program
 from jaxrl_stable.configs import Experiment
-from jaxrl_stable.run.cold_start import run_cold_start
+from jaxrl_stable.run.cold_start import cold_start_of, run_cold_start
+from jaxrl_stable.run.rehearsal import rehearse
 from jaxrl_stable.run.task import load_task
 from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.sharding import make_mesh
+
+
+def check(experiment: Experiment, workdir: str) -> None:
+    """Checks, in a dry run, what `main` would refuse before its first step."""
+    cold_start_of(experiment)
+    rehearse(experiment, workdir)
 
 
 def main(experiment: Experiment, workdir: str) -> None:
@@ -24,4 +31,4 @@ __getattr__ = _moved.moved_names("jaxrl_stable.sft")  # names that have moved
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, program.EXPERIMENT._replace(check=check))

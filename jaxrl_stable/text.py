@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from collections.abc import Sequence
+
+
+def any_terminal() -> None:
+    """Lets stdout and stderr print "?" for characters that the terminal's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def byte_size(count: float) -> str:

@@ -41,6 +41,7 @@ from jaxrl_stable.run.judge import (
 )
 from jaxrl_stable.run.profile import Profiler, ProfileSteps, parse_profile_steps
 from jaxrl_stable.run.programs import make_programs
+from jaxrl_stable.run.rehearsal import rehearse
 from jaxrl_stable.run.samples import sample_rows
 from jaxrl_stable.run.start import first_policy, restore_or_start
 from jaxrl_stable.run.task import load_task
@@ -112,7 +113,7 @@ def train(
         if rl.objective.kl_coefficient:
             reference = first_policy(experiment, task, mesh, workdir)
         if distributed.is_main():
-            (workdir / "config.gin").write_text(resolved_config())
+            (workdir / "config.gin").write_text(resolved_config(), encoding="utf-8")
         sampling = task.sampling(rl.max_tokens, rl.temperature, rl.top_k, rl.top_p)
         programs = make_programs(rl, sampling)
         sampler = make_sampler(task, experiment.evaluation, rl.max_tokens)
@@ -204,6 +205,7 @@ def train(
             measured = programs.summarize(updates, scored.metrics if scored else {})
             values |= diagnostics.as_floats(measured)
             values["gradient/skipped"] = float(jax.device_get(state.skipped))
+            values["optimizer/learning_rate"] = float(programs.learning_rate(state))
             values["gradient_steps"] = float(step * rl.objective.mini_batches)
             values["throughput/tokens_per_s"] = values["response/tokens"] / values["time/step"]
             writer.write(step, values)
@@ -252,10 +254,21 @@ def host_metrics(
     }
 
 
+def profiled() -> ProfileSteps | None:
+    """Returns the steps of `--profile_steps`, if any."""
+    # `main` can be called directly, without flags.
+    return parse_profile_steps(PROFILE_STEPS.value if flags.FLAGS.is_parsed() else "")
+
+
+def check(experiment: Experiment, workdir: str) -> None:
+    """Checks, in a dry run, what `main` would refuse before its first step."""
+    profiled()
+    rehearse(experiment, workdir)
+
+
 def main(experiment: Experiment, workdir: str) -> None:
     """Trains, then writes the report."""
-    flag = PROFILE_STEPS.value if flags.FLAGS.is_parsed() else ""  # `main` can be called directly
-    profile_steps = parse_profile_steps(flag)
+    profile_steps = profiled()
     if distributed.is_main():
         print(implementations(experiment))
     begin = time.time()
@@ -278,4 +291,4 @@ __getattr__ = _moved.moved_names("jaxrl_stable.train")  # names that have moved
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, program.EXPERIMENT._replace(check=check))

@@ -157,7 +157,10 @@ def prompt_iterator(
         tokens[held], mask[held] = encode_prompts(known, tokenizer, width, template, names)
         return {"tokens": tokens, "mask": mask, "problems": problems, "index": index}
 
-    batches = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().batch(batch_size)
+    order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
+    # An endless data set has sys.maxsize items. grain rounds their number in batches of one, in
+    # floating point, to more than that, and fails.
+    batches = order.batch(batch_size) if batch_size > 1 else order.map(lambda i: np.array([i]))
     # One thread: problem generators need not be thread-safe. Prefetching two batches hides slow
     # ones.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -117,7 +117,7 @@ def _read_deepseek_v3(content: Json) -> Json:
 
 
 def _write_deepseek_v3(config: ModelConfig) -> Json:
-    latent = config.latent or LatentSizes(0, 0, 0)
+    latent = config.latent or LatentSizes(1, 2, 1)  # any: it reads back as another model
     return dict(
         head_dim=latent.rotary_dim,  # transformers uses it for the rotation
         qk_head_dim=config.head_dim,

@@ -46,18 +46,8 @@ def load(
       ValueError: if the config has another architecture, or if tensors are missing, extra,
         misshapen, of an unknown type or not finite. The message lists them.
     """
-    stored = read_config(directory)
-    config = stored if config is None else config
-    if config.architecture() != stored.architecture():
-        differing = [
-            f"{name} is {value!r} there and {config.architecture()[name]!r} here"
-            for name, value in stored.architecture().items()
-            if config.architecture()[name] != value
-        ]
-        raise ValueError(
-            f"{directory} holds another model: {'; '.join(differing)}. Take the architecture from "
-            "the checkpoint: hf.read_config"
-        )
+    config = read_config(directory) if config is None else config
+    _check_architecture(directory, config)
     files = TensorFiles(directory)
     abstract = abstract_state(mesh, lambda: init_model(config, 0))
     plan = plan_of(files, config, abstract)
@@ -76,6 +66,32 @@ def load(
             "it again, or find out what wrote it"
         )
     return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
+
+
+def check(directory: str | pathlib.Path, config: ModelConfig) -> None:
+    """Checks that `load` would find a model's tensors: architecture, names, shapes and types.
+
+    No values are read, so this takes no memory.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load` does, except for values that are not finite.
+    """
+    _check_architecture(directory, config)
+    plan_of(TensorFiles(directory), config, jax.eval_shape(lambda: init_model(config, 0)))
+
+
+def _check_architecture(directory: str | pathlib.Path, config: ModelConfig) -> None:
+    stored = read_config(directory)
+    if config.architecture() != stored.architecture():
+        differing = [
+            f"{name} is {value!r} there and {config.architecture()[name]!r} here"
+            for name, value in stored.architecture().items()
+            if config.architecture()[name] != value
+        ]
+        raise ValueError(
+            f"{directory} holds another model: {'; '.join(differing)}. Take the architecture from "
+            "the checkpoint: hf.read_config"
+        )
 
 
 def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, list[Piece]]:

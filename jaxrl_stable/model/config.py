@@ -29,6 +29,7 @@ EXECUTION_FIELDS = (
 
 
 DTYPES = ("float32", "bfloat16")
+PARAM_DTYPES = (*DTYPES, "float16")  # float16 keeps the weights of such a checkpoint as they are
 # Types that users ask for and that do not work, with the reason.
 NOT_SUPPORTED = {
     "float16": "its products are not available on every device and overflow at 65,504",
@@ -183,14 +184,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         field_types(self)
-        for field in ("dtype", "param_dtype"):
+        for field, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
             value = getattr(self, field)
-            if value in NOT_SUPPORTED:
+            if value in NOT_SUPPORTED and value not in allowed:
                 raise ValueError(
                     f"ModelConfig.{field} is {value!r}, which is not supported "
                     f"({NOT_SUPPORTED[value]}); use 'bfloat16' or 'float32'"
                 )
-            one_of(self, field, DTYPES)
+            one_of(self, field, allowed)
         one_of(self, "router_score", ("softmax", "sigmoid"))
         one_of(self, "query_key_norm", ("head", "layer", "none"))
         one_of(self, "remat", ("none", "dots", "block", "offload"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxrl_stable.report import write_report
+from jaxrl_stable.text import any_terminal
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,6 +28,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the report and prints its path."""
+    any_terminal()
     workdir = parse(arguments).workdir
     try:
         path = write_report(workdir)

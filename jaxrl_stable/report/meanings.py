@@ -240,6 +240,11 @@ METRICS = (
     Metric("gradient/norm", "Global norm before clipping.", "finite, without spikes"),
     Metric("gradient/skipped", "Updates skipped so far because they were not finite.", "0", 0, 0),
     Metric(
+        "optimizer/learning_rate",
+        "Learning rate of the last gradient step of the rollout that was not skipped.",
+        "follows the schedule",
+    ),
+    Metric(
         "routing/agreement",
         "Share of the sampler's experts that the trainer's router, without replay, also chooses.",
         "about 0.9 in a deep model (R3 paper)",

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxrl_stable import diagnostics
 from jaxrl_stable.checkpoint import Checkpointer
-from jaxrl_stable.configs import Experiment
+from jaxrl_stable.configs import Experiment, Supervised
 from jaxrl_stable.data import packed_iterator
 from jaxrl_stable.distributed.preemption import Stopped, StopRequest
 from jaxrl_stable.model.transformer import Transformer, init_model
@@ -23,6 +23,7 @@ from jaxrl_stable.trainer.optimizer import (
     TrainState,
     from_parts,
     init_state,
+    learning_rate,
     make_optimizer,
     to_parts,
 )
@@ -35,6 +36,13 @@ COLUMNS = (
     ("s/step", "{:.3f}", ("time/step",)),
 )
 LOG_EVERY = 10  # steps
+
+
+def cold_start_of(experiment: Experiment) -> Supervised:
+    """Returns `Experiment.cold_start`; raises ValueError if the experiment has none."""
+    if experiment.cold_start is None:
+        raise ValueError("Experiment.cold_start is missing; bind it to @configs.Supervised()")
+    return experiment.cold_start
 
 
 def run_cold_start(
@@ -55,9 +63,7 @@ def run_cold_start(
       ValueError: if the experiment has no cold start.
       Stopped: if the run was asked to stop; the state is saved.
     """
-    config = experiment.cold_start
-    if config is None:
-        raise ValueError("Experiment.cold_start is missing; bind it to @configs.Supervised()")
+    config = cold_start_of(experiment)
     optimizer = make_optimizer(config.optimizer)
     source = task.train if config.demonstrations is None else open_source(config.demonstrations)
     identity = f"{source!r} with {task.identity}, seed {experiment.seed}"
@@ -69,6 +75,7 @@ def run_cold_start(
         seed=experiment.seed,
         template=task.template,
     )
+    rate_fn = jax.jit(partial(learning_rate, config=config.optimizer))
     step_fn = jax.jit(partial(supervised_update, optimizer=optimizer), donate_argnums=0)
 
     def init() -> TrainState:
@@ -103,6 +110,7 @@ def run_cold_start(
                 if step % LOG_EVERY == 0 or last:
                     values = diagnostics.as_floats(diagnostics.finalize(metrics))
                     values["gradient/skipped"] = float(state.skipped)
+                    values["optimizer/learning_rate"] = float(rate_fn(state))
                     values["time/step"] = (time.perf_counter() - clock) / (step - logged)
                     clock, logged = time.perf_counter(), step
                     check_finite(state, limit=10)

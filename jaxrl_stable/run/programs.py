@@ -18,7 +18,7 @@ from jaxrl_stable.sampler.quantize import quantize, sampling_copy
 from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.sampler.uncached import uncached_rollout
 from jaxrl_stable.trainer.batch import TrainBatch, split
-from jaxrl_stable.trainer.optimizer import TrainState, make_optimizer
+from jaxrl_stable.trainer.optimizer import TrainState, learning_rate, make_optimizer
 from jaxrl_stable.trainer.score import Scored, score
 from jaxrl_stable.trainer.update import update
 from jaxrl_stable.trajectory import Trajectory, fill_rows
@@ -36,6 +36,7 @@ class Programs(NamedTuple):
       reference: computes log-probabilities under the reference policy of the KL term.
       update: takes one gradient step.
       split: splits a rollout batch into mini-batches.
+      learning_rate: returns the learning rate of the last update.
       summarize: reduces the metrics of all mini-batches to scalars.
     """
 
@@ -47,6 +48,7 @@ class Programs(NamedTuple):
     reference: Callable[..., Array]
     update: Callable[..., tuple[TrainState, Metrics]]
     split: Callable[[TrainBatch], list[TrainBatch]]
+    learning_rate: Callable[[TrainState], Array]
     summarize: Callable[[list[Metrics], Metrics], dict[str, Array]]
 
 
@@ -91,5 +93,6 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         reference=jax.jit(reference),
         update=jax.jit(step, donate_argnums=0),
         split=jax.jit(mini_batches),
+        learning_rate=jax.jit(partial(learning_rate, config=rl.optimizer)),
         summarize=jax.jit(summarize),
     )

@@ -42,8 +42,8 @@ class TrainState:
     skipped_in_a_row: Int[Array, ""]
 
 
-def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
-    """Builds the optax chain of a config."""
+def make_schedule(config: Optimizer) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of the update; the first is 1."""
     rate, warmup = config.learning_rate, max(config.warmup_steps, 1)
     schedule = optax.linear_schedule(0.0, rate, warmup)
     if config.decay_steps:
@@ -51,6 +51,12 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
         whole = warmup + config.decay_steps
         share = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, whole, 0.1)
         schedule = lambda count: rate * share(count)  # noqa: E731
+    return schedule
+
+
+def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
+    """Builds the optax chain of a config."""
+    schedule = make_schedule(config)
     # optax counts from 0; the shift by one gives the first update a non-zero rate.
     return in_float32(
         optax.chain(
@@ -67,6 +73,16 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
         ),
         config.master_weights,
     )
+
+
+def learning_rate(state: TrainState, config: Optimizer) -> Float[Array, ""]:
+    """Returns the learning rate of the last update that was not skipped; 0 before the first."""
+
+    def is_schedule(node: object) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    nodes = filter(is_schedule, jax.tree.leaves(state.opt_state, is_leaf=is_schedule))
+    return make_schedule(config)(next(nodes).count)
 
 
 class Float32State(NamedTuple):

@@ -1,0 +1,228 @@
+"""`--dry_run` refuses what a run would refuse: in one line that names the setting, with no traces.
+
+Add a row to `BROKEN` for each new kind of mistake that can be found before the first step.
+"""
+
+import io
+import json
+import pathlib
+import sys
+from typing import NamedTuple
+
+import jax
+import pytest
+from absl import flags
+
+from jaxrl_stable import evaluate, program, sft, train
+from jaxrl_stable.checkpoint import Checkpointer
+from jaxrl_stable.model import init_model, tiny
+
+GIN = str(pathlib.Path(__file__).with_name("experiment.gin"))
+GOOD = json.dumps({"prompt": "1+1?", "answer": "2"})
+
+pytestmark = pytest.mark.fast
+
+
+class Broken(NamedTuple):
+    """A mistake, and what its line of error has to say.
+
+    Attributes:
+      kind: name of the mistake.
+      arguments: of the command line; `{dir}` is a temporary directory.
+      message: parts of the line, in any order; the setting comes first.
+      files: name and content of files in that directory.
+    """
+
+    kind: str
+    arguments: tuple[str, ...]
+    message: tuple[str, ...]
+    files: dict[str, str] = {}  # noqa: RUF012
+
+
+def setting(value, *message, kind="", **files):
+    """A mistake in a single binding."""
+    return Broken(kind or value, (f"--gin.{value}",), message, files)
+
+
+def data(kind, line, *message):
+    """A mistake in a file of training problems."""
+    arguments = ("--gin.configs.Data.train='{dir}/bad.jsonl'",)
+    return Broken(kind, arguments, ("bad.jsonl", *message), {"bad.jsonl": f"{GOOD}\n{line}\n"})
+
+
+MESH = "--gin.configs.Experiment.mesh=@configs.MeshShape()"
+CHAT = "--gin.configs.Data.chat=True"
+BROKEN = (
+    # --- Types
+    setting("configs.Reinforcement.steps=1e3", "Reinforcement.steps is 1000.0", "write 1000"),
+    setting("configs.Reinforcement.prompts=4.0", "Reinforcement.prompts is 4.0", "write 4"),
+    setting("configs.Reinforcement.steps=True", "Reinforcement.steps is True", "an integer"),
+    setting("rl/configs.Optimizer.learning_rate='3e-4'", "Optimizer.learning_rate is '3e-4'"),
+    setting("configs.Data.chat='False'", "Data.chat is 'False'", "write False, without quotes"),
+    setting("configs.Data.tokenizer=['a', 'b']", "Data.tokenizer is ['a', 'b']", "a text"),
+    setting("configs.Data.train=[1]", "Data.train is [1]", "JSONL"),
+    setting("configs.Experiment.model='tiny'", "Experiment.model is 'tiny'", "ModelConfig"),
+    setting("configs.Experiment.reinforcement=@configs.Data()", "Experiment.reinforcement is Data"),
+    setting("configs.Objective.loss='gspo'", "Objective.loss is 'gspo'", "@name"),
+    setting("objectives.minirl.clip_high='0.2'", "minirl.clip_high is '0.2'", "a number"),
+    setting("model.tiny.dtype='bf16'", "ModelConfig.dtype is 'bf16'", "'float32', 'bfloat16'"),
+    setting("model.tiny.dtype='float16'", "ModelConfig.dtype is 'float16'", "overflow"),
+    setting("model.tiny.dtype='float64'", "ModelConfig.dtype is 'float64'", "in float32"),
+    setting("model.tiny.param_dtype='int8'", "ModelConfig.param_dtype is 'int8'"),
+    # --- Ranges
+    setting("configs.Reinforcement.steps=-5", "Reinforcement.steps is -5; use at least 0"),
+    setting("configs.Reinforcement.top_p=1.5", "Reinforcement.top_p is 1.5", "at most 1"),
+    setting("configs.Reinforcement.temperature=0.0", "Reinforcement.temperature is 0.0"),
+    setting("configs.Reinforcement.max_failed_rewards=-1", "max_failed_rewards is -1"),
+    setting("configs.Evaluation.temperature=-1", "Evaluation.temperature is -1"),
+    setting("configs.Evaluation.top_p=0", "Evaluation.top_p is 0; use more than 0"),
+    setting("configs.Evaluation.top_k=-1", "Evaluation.top_k is -1"),
+    setting("rl/configs.Optimizer.learning_rate=-1", "Optimizer.learning_rate is -1"),
+    setting("rl/configs.Optimizer.learning_rate=1e999", "learning_rate is inf", "a finite number"),
+    setting("rl/configs.Optimizer.b1=2", "Optimizer.b1 is 2", "less than 1"),
+    setting("rl/configs.Optimizer.clip_norm=0", "Optimizer.clip_norm is 0; use more than 0"),
+    setting("configs.Supervised.steps=-1", "Supervised.steps is -1"),
+    setting("configs.Data.reward_timeout=0", "Data.reward_timeout is 0"),
+    setting("configs.Experiment.seed=-1", "Experiment.seed is -1"),
+    setting("configs.Objective.kl_coefficient=-0.1", "Objective.kl_coefficient is -0.1"),
+    setting("objectives.minirl.truncation=-1", "minirl", "truncation is -1"),
+    setting("model.tiny.num_kv_heads=0", "ModelConfig.num_kv_heads is 0"),
+    Broken("an axis of 0", (MESH, "--gin.configs.MeshShape.fsdp=0"), ("MeshShape.fsdp is 0",)),
+    # --- Choices and combinations
+    setting("configs.Data.reward='guess'", "'guess'", "numeric"),
+    setting("configs.Objective.replay='R4'", "Objective.replay is 'R4'"),
+    setting("configs.Reinforcement.micro_batch_size=3", "Reinforcement.micro_batch_size (3)"),
+    setting("configs.Reinforcement.prompts=1", "Reinforcement.prompts (1) must be a multiple of"),
+    Broken("rows", (MESH, "--gin.configs.MeshShape.fsdp=3"), ("Reinforcement.", "multiple of 3")),
+    # --- Names
+    setting("configs.Reinforcement.stepz=3", "stepz", "configs.Reinforcement"),
+    setting("HELD_OUT='mine.jsonl'", "the macro HELD_OUT is bound but nothing uses it"),
+    setting("configs.Data.train=%TRAIN", "the macro TRAIN is used but not bound"),
+    setting(
+        "configs.Data.reward=numeric", "configs.Data.reward is bound to numeric", "\"'numeric'\""
+    ),
+    setting("configs.Data.train='mine.jsonl", "--gin.configs.Data.train='mine.jsonl"),
+    setting("configs.Data.train=['a'", "a bracket or quote is never closed"),
+    # --- Data, tokenizer and reward
+    setting("configs.Data.train='absent.jsonl'", "absent.jsonl", "check the path"),
+    data("no JSON", "{not json", "line 2", "not JSON"),
+    data("no answer", '{"prompt": "x"}', "line 2", "'answer' is missing"),
+    data("a reference that cannot be read", '{"prompt": "x", "answer": "two"}', "two"),
+    setting("configs.Data.prompt_width=5", "prompt width of 5", "records affected"),
+    setting("configs.Data.template='no place'", "{prompt}"),
+    setting("configs.Evaluation.problems=9", "Evaluation.problems is 9"),
+    setting("model.tiny.vocab_size=64", "ModelConfig.vocab_size is 64"),
+    setting("configs.Data.tokenizer='absent.model'", "absent.model"),
+    setting("configs.Data.reward='absent_module:f'", "absent_module"),
+    Broken("chat without a template", (CHAT,), ("chat",)),
+    # --- Paths and origin
+    Broken("bucket", ("--workdir=gs://bucket/run",), ("--workdir is 'gs://bucket/run'", "gcsfuse")),
+    setting("configs.Data.train='s3://bucket/x'", "Data.train is 's3://bucket/x'", "mount"),
+    setting("configs.Experiment.init_from='absent'", "Experiment.init_from is 'absent'"),
+    setting("configs.Experiment.init_from='{dir}'", "holds no checkpoint", kind="no checkpoint"),
+    Broken("profile", ("--profile_steps=x",), ("--profile_steps is 'x'",)),
+)
+
+
+@pytest.fixture
+def dry_run(tmp_path, monkeypatch, capsys):
+    """Runs the training program in this process; returns status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def start(*arguments, module=train):
+        arguments = [each.replace("{dir}", str(tmp_path)) for each in arguments]
+        argv = ["train", f"--gin_file={GIN}", "--workdir=run", "--dry_run", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        flags.FLAGS.unparse_flags()
+        status = 0
+        try:
+            program.run(module.main, program.EXPERIMENT._replace(check=module.check))
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    yield start
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.refusal
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.kind)
+def test_mistakes(broken, dry_run, tmp_path):
+    for name, content in broken.files.items():
+        (tmp_path / name).write_text(content)
+    status, _, errors = dry_run(*broken.arguments)
+    assert status == 2, errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), errors
+    for part in broken.message:
+        assert part in lines[0]
+    assert {path.name for path in tmp_path.iterdir()} == broken.files.keys()
+
+
+def test_a_good_configuration_leaves_no_trace(dry_run, tmp_path):
+    status, printed, errors = dry_run()
+    assert status == 0, errors
+    assert "configs.Objective.replay = 'R3'" in printed and "key/value cache" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_home_directory_is_expanded(dry_run, tmp_path):
+    """The shell leaves `--workdir=~/run` and quoted bindings as they are."""
+    (tmp_path / "mine.jsonl").write_text(GOOD + "\n")
+    status, printed, errors = dry_run("--workdir=~/run", "--gin.configs.Data.train='~/mine.jsonl'")
+    assert status == 0, errors
+    assert "~/mine.jsonl" in printed
+    _, _, errors = dry_run("--gin.configs.Data.tokenizer='~/absent.model'")
+    assert f"{tmp_path}/absent.model" in errors
+
+
+def test_weights_of_another_model(dry_run, tmp_path):
+    """Found by the architecture alone: no weights are read."""
+    model = tiny(vocab_size=96, hidden_size=32, num_layers=2, num_experts=4)
+    with Checkpointer(tmp_path / "old" / "checkpoints", model.architecture(), 1) as checkpoints:
+        checkpoints.save(1, {"model": init_model(model, 0)}, None, None)
+    status, _, errors = dry_run("--gin.configs.Experiment.init_from='old'")
+    assert status == 2 and "old holds another model: num_layers is 2 there and 1 here" in errors
+
+
+def test_other_programs(dry_run):
+    status, _, errors = dry_run(module=evaluate)
+    assert status == 2 and "run/checkpoints holds no checkpoint" in errors
+    status, _, errors = dry_run("--gin.configs.Experiment.cold_start=None", module=sft)
+    assert status == 2 and "Experiment.cold_start is missing" in errors
+
+
+@pytest.mark.refusal
+def test_double_precision(dry_run):
+    jax.config.update("jax_enable_x64", True)
+    try:
+        status, _, errors = dry_run()
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert status == 2 and "JAX_ENABLE_X64 is on" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.refusal
+def test_a_device_that_is_not_there(dry_run, monkeypatch):
+    """For JAX_PLATFORMS=cuda without a GPU jax raises an assertion without a message."""
+
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    status, _, errors = dry_run()
+    assert status == 2 and "JAX_PLATFORMS is 'cpu', but jax cannot use it here" in errors
+    assert errors.count("\n") == 1
+
+
+def test_an_ascii_terminal(dry_run, monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    status, *_ = dry_run()
+    out.flush()
+    assert status == 0 and b"4 prompts ? 4 = 16 rows" in out.buffer.getvalue()
+    status, *_ = dry_run("--gin.configs.Data.reward='µ'")
+    err.flush()
+    assert status == 2 and b"error: " in err.buffer.getvalue()
