@@ -1,6 +1,7 @@
 """`--dry_run` refuses what a run would refuse: in one line that names the setting, with no traces.
 
-Add a row to `BROKEN` for each new kind of mistake that can be found before the first step.
+Add a row to `BROKEN` for each new kind of mistake that can be found before the first step, or to
+`WRONG_TYPES` if its value has a type that the annotation forbids.
 """
 
 import io
@@ -52,8 +53,7 @@ def data(kind, line, *message):
 
 MESH = "--gin.configs.Experiment.mesh=@configs.MeshShape()"
 CHAT = "--gin.configs.Data.chat=True"
-BROKEN = (
-    # --- Types
+WRONG_TYPES = (
     setting("configs.Reinforcement.steps=1e3", "Reinforcement.steps is 1000.0", "write 1000"),
     setting("configs.Reinforcement.prompts=4.0", "Reinforcement.prompts is 4.0", "write 4"),
     setting("configs.Reinforcement.steps=True", "Reinforcement.steps is True", "an integer"),
@@ -69,23 +69,25 @@ BROKEN = (
     setting("model.tiny.dtype='float16'", "ModelConfig.dtype is 'float16'", "overflow"),
     setting("model.tiny.dtype='float64'", "ModelConfig.dtype is 'float64'", "in float32"),
     setting("model.tiny.param_dtype='int8'", "ModelConfig.param_dtype is 'int8'"),
+)
+BROKEN = (
     # --- Ranges
     setting("configs.Reinforcement.steps=-5", "Reinforcement.steps is -5; use at least 0"),
     setting("configs.Reinforcement.top_p=1.5", "Reinforcement.top_p is 1.5", "at most 1"),
     setting("configs.Reinforcement.temperature=0.0", "Reinforcement.temperature is 0.0"),
-    setting("configs.Reinforcement.max_failed_rewards=-1", "max_failed_rewards is -1"),
-    setting("configs.Evaluation.temperature=-1", "Evaluation.temperature is -1"),
-    setting("configs.Evaluation.top_p=0", "Evaluation.top_p is 0; use more than 0"),
+    setting("configs.Reinforcement.max_failed_rewards=-1.0", "max_failed_rewards is -1.0"),
+    setting("configs.Evaluation.temperature=-1.0", "Evaluation.temperature is -1.0"),
+    setting("configs.Evaluation.top_p=0.0", "Evaluation.top_p is 0.0; use more than 0"),
     setting("configs.Evaluation.top_k=-1", "Evaluation.top_k is -1"),
-    setting("rl/configs.Optimizer.learning_rate=-1", "Optimizer.learning_rate is -1"),
+    setting("rl/configs.Optimizer.learning_rate=-1.0", "Optimizer.learning_rate is -1.0"),
     setting("rl/configs.Optimizer.learning_rate=1e999", "learning_rate is inf", "a finite number"),
-    setting("rl/configs.Optimizer.b1=2", "Optimizer.b1 is 2", "less than 1"),
-    setting("rl/configs.Optimizer.clip_norm=0", "Optimizer.clip_norm is 0; use more than 0"),
+    setting("rl/configs.Optimizer.b1=2.0", "Optimizer.b1 is 2.0", "less than 1"),
+    setting("rl/configs.Optimizer.clip_norm=0.0", "Optimizer.clip_norm is 0.0; use more than 0"),
     setting("configs.Supervised.steps=-1", "Supervised.steps is -1"),
-    setting("configs.Data.reward_timeout=0", "Data.reward_timeout is 0"),
+    setting("configs.Data.reward_timeout=0.0", "Data.reward_timeout is 0.0"),
     setting("configs.Experiment.seed=-1", "Experiment.seed is -1"),
     setting("configs.Objective.kl_coefficient=-0.1", "Objective.kl_coefficient is -0.1"),
-    setting("objectives.minirl.truncation=-1", "minirl", "truncation is -1"),
+    setting("objectives.minirl.truncation=-1.0", "minirl", "truncation is -1.0"),
     setting("model.tiny.num_kv_heads=0", "ModelConfig.num_kv_heads is 0"),
     Broken("an axis of 0", (MESH, "--gin.configs.MeshShape.fsdp=0"), ("MeshShape.fsdp is 0",)),
     # --- Choices and combinations
@@ -146,8 +148,13 @@ def dry_run(tmp_path, monkeypatch, capsys):
     flags.FLAGS.unparse_flags()
 
 
-@pytest.mark.refusal
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.kind)
+ROWS = (
+    *(pytest.param(row, id=row.kind, marks=pytest.mark.refusal) for row in WRONG_TYPES),
+    *(pytest.param(row, id=row.kind) for row in BROKEN),
+)
+
+
+@pytest.mark.parametrize("broken", ROWS)
 def test_mistakes(broken, dry_run, tmp_path):
     for name, content in broken.files.items():
         (tmp_path / name).write_text(content)
@@ -193,7 +200,6 @@ def test_other_programs(dry_run):
     assert status == 2 and "Experiment.cold_start is missing" in errors
 
 
-@pytest.mark.refusal
 def test_double_precision(dry_run):
     jax.config.update("jax_enable_x64", True)
     try:
@@ -203,7 +209,6 @@ def test_double_precision(dry_run):
     assert status == 2 and "JAX_ENABLE_X64 is on" in errors and errors.count("\n") == 1
 
 
-@pytest.mark.refusal
 def test_a_device_that_is_not_there(dry_run, monkeypatch):
     """For JAX_PLATFORMS=cuda without a GPU jax raises an assertion without a message."""
 
