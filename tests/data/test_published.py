@@ -75,8 +75,18 @@ def test_tokens_of_both_files(tmp_path):
         special_tokens(file)
 
 
-def test_a_chat_template_takes_its_tokens_from_both_files(tmp_path):
-    published.write(tmp_path, published.FORMS["map over config"])  # BOS null, then <s>
+def test_usual_names_are_tried_unless_there_is_a_configuration(tmp_path):
+    published.write(tmp_path, published.Form("bytes", None, {"unk_token": "<pad>"}))
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert tokenizer.encode("</s><pad>") == [tokenizer.eos_id, tokenizer.pad_id]
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 8}')
+    with pytest.raises(ValueError, match="the EOS token is unknown"):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["map over config", "map"])  # BOS is null there, or not named
+def test_a_chat_template_takes_its_tokens_from_both_files(name, tmp_path):
+    published.write(tmp_path, published.FORMS[name])
     source = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
     (tmp_path / "chat_template.jinja").write_text(source)
     template = data.load_chat_template(tmp_path)
