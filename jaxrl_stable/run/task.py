@@ -131,10 +131,10 @@ def _checksum(path: pathlib.Path) -> int:
     files = [directory / name for name in (*names, "tokenizer.json", "tokenizer.model")]
     if not path.is_dir():
         files = [path, *files[:2]]
-    json, ends = directory / "tokenizer.json", ("eos_token", "pad_token")
-    both, one = special_tokens(json), special_tokens(json, overridden=False)
+    model, fields = directory / "tokenizer.json", ("eos_token", "pad_token")
+    both, one = special_tokens(model), special_tokens(model, overridden=False)
     # Earlier versions ignored this file, so it counts only if it changes something.
-    if json in files and any(both.get(field) != one.get(field) for field in ends):
+    if model in files and any(both.get(field) != one.get(field) for field in fields):
         files.append(directory / "special_tokens_map.json")
     return zlib.crc32(b"".join(file.read_bytes() for file in files if file.exists()))
 
