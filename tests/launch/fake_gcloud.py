@@ -2,7 +2,7 @@
 
 Machines are folders `machines/NODE/WORKER`; ssh runs the command in them, with HOME there. The
 request for them is the file `request`: the states it will show, one per line; the last one stays.
-A file `event` says what happens at the next look: "preempt request", "preempt NODE" (the
+A file `event` says what happens at the next call: "preempt request", "preempt NODE" (the
 request does not show it at once), "reboot NODE" or "silence all" (no ssh to what there is). All
 calls are noted in `calls`.
 

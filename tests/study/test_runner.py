@@ -152,7 +152,7 @@ def test_other_cold_starts_are_refused(small, finished, tmp_path):
 
 
 def test_the_study_decides_on_figures(finished, tmp_path):
-    """The record may be older than the figure, or than the cell's removal."""
+    """study.json decides: records may be older than a figure, or than the removal of a cell."""
     (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes())
     about = json.loads((finished / "study.json").read_text())
     about["cells"] = {"N=2, R3": ["two", "later"]}

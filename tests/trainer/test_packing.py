@@ -102,7 +102,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def run(model, rows):
-    """`run(objective, packed, weights)` returns scores, and gradients and metrics of all updates."""
+    """`run(objective, packed, weights)` returns scores, gradients and metrics of all updates."""
 
     @cache
     def scored(replay, parts, packed):
