@@ -260,7 +260,7 @@ def table(
     vocab_size: int = 6,
     length: int = 3,
 ) -> list[Row]:
-    """Returns each estimator's quality, with centered rewards, at all pairs of the two distances.
+    """Returns each estimator's quality, with centred rewards, at all pairs of the two distances.
 
     Args:
       mismatch, staleness: standard deviations of the noises of `random_problem`.
