@@ -232,4 +232,5 @@ def _words(expected: Any) -> str:
         return "a dictionary"
     if origin is Callable:
         return "a function, bound as @name"
-    return f"a {origin.__name__}, bound as @…{origin.__name__}()"
+    name = origin.__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}, bound as @…{name}()"

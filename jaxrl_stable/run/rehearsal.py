@@ -24,8 +24,8 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     """Checks an experiment as far as this is possible without running a program of it.
 
     Data, tokenizer, template, reference answers and reward are loaded and tried. Of the weights to
-    start from, names, shapes and types are compared, but no values are read. Everything that a run
-    would write goes to a temporary directory, which is removed.
+    start from, names, shapes and types are compared, but the values are not read. Everything that a
+    run would write goes to a temporary directory, which is removed.
 
     Args:
       experiment: the experiment.

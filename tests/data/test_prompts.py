@@ -111,6 +111,22 @@ def test_each_prompt_once_an_epoch_in_a_new_order(source, tokenizer):
     assert (other["index"] != order[:8]).any()
 
 
+def test_batches_of_one(tokenizer):
+    """grain cannot count an endless data set in batches of one."""
+    source = problems(*map(str, range(5)))
+    options = dict(batch_size=1, width=4, seed=0)
+    iterator = data.prompt_iterator(source, tokenizer, **options)
+    batches = [next(iterator) for _ in range(7)]
+    position, expected = iterator.get_state(), next(iterator)
+    assert sorted(int(batch["index"][0]) for batch in batches[:5]) == list(range(5))
+    for batch in batches:
+        assert batch["tokens"].shape == (1, 4) and batch["index"].shape == (1,)
+        assert batch["problems"] == [source[int(batch["index"][0])]]
+    resumed = data.prompt_iterator(source, tokenizer, **options)
+    resumed.set_state(position)
+    assert next(resumed)["index"] == expected["index"]
+
+
 def test_a_process_reads_the_prompts_it_holds_of_the_same_batches(source, tokenizer):
     held = np.array([0, 1, 1, 0, 0, 0, 0, 1], bool)
     read = []
