@@ -55,6 +55,7 @@ GIN_ERRORS = (
     tokenize.TokenError,  # a bracket or quote that is never closed
 )
 CALLED = re.compile(r"In call to configurable '([^']+)'")
+FLAG = "--gin."  # before a binding on the command line
 MACRO = "gin.macro"  # the selector of `NAME = value`; the name is its scope
 
 
@@ -85,18 +86,20 @@ def load(files: Sequence[str], bindings: Sequence[str], build: Callable[[], T]) 
         if not os.path.exists(path):
             raise FileNotFoundError(f"gin file {path} does not exist; check --gin_file")
     gin.clear_config()
+    parsing = ""
     try:
         gin.parse_config([*PREAMBLE, *DEFAULTS])
         tables = [_bindings()]
-        for path in files:
-            gin.parse_config_file(path)
+        for parsing in files:
+            gin.parse_config_file(parsing)
             tables.append(_bindings())
+        parsing = " ".join(f"{FLAG}{binding}" for binding in bindings)
         gin.parse_config([*PREAMBLE, *bindings])
         tables.append(_bindings())
         gin.finalize()
         built = build()
     except GIN_ERRORS as error:
-        raise ValueError(_explained(error, bindings)) from error
+        raise ValueError(_explained(error, bindings, parsing)) from error
     _refuse_unread(tables)
     return built
 
@@ -165,20 +168,21 @@ def one_line(error: Exception) -> str:
     return re.sub(r" In call to configurable .*$", "", " ".join(str(error).split()))
 
 
-def _explained(error: Exception, bindings: Sequence[str]) -> str:
+def _explained(error: Exception, bindings: Sequence[str], parsing: str) -> str:
     """Returns the message of an error of gin's, in words that say what to write.
 
     Args:
       error: raised while gin parsed or built.
       bindings: those of the command line, one per line after `PREAMBLE`.
+      parsing: what gin was parsing.
     """
     if isinstance(error, tokenize.TokenError):
-        return "a bracket or quote is never closed in a gin file or binding; close it"
+        return f"a bracket or quote is never closed in {parsing}; close it"
     text = one_line(error)
     unbound = re.match(r"No bindings specified for '(\S+)/gin\.macro'", text)
     if unbound:
         name = unbound[1]
-        return f"the macro {name} is used but not bound; bind it, as in --gin.{name}=VALUE"
+        return f"the macro {name} is used but not bound; bind it, as in {FLAG}{name}=VALUE"
     text = re.sub(
         r"malformed node or string.*?Failed to parse token '([^']*)'",
         r"the value that starts with \1 is neither a number nor a text in quotes; put texts in "
@@ -189,11 +193,11 @@ def _explained(error: Exception, bindings: Sequence[str]) -> str:
     index = int(place[1]) - 1 - len(PREAMBLE) if place else -1
     if place and 0 <= index < len(bindings):
         name, _, value = (part.strip() for part in bindings[index].partition("="))
-        text = text[: place.start()] + f"(--gin.{bindings[index]})"
+        text = text[: place.start()] + f"({FLAG}{bindings[index]})"
         if "put texts in quotes" in text:
             text = (
                 f"{name} is bound to {value}, which is neither a number nor a text in quotes; the "
-                f"shell removes the outer quotes, so write --gin.{name}=\"'{value}'\""
+                f"shell removes the outer quotes, so write {FLAG}{name}=\"'{value}'\""
             )
     if isinstance(error, TypeError) and (called := CALLED.search(str(error))):
         text = f"{called[1]}: {text}; check the values that are bound to it"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags, logging
 
-from jaxrl_stable import _moved, distributed
+from jaxrl_stable import _moved, distributed, gin_files
 from jaxrl_stable.checks import local_path
 from jaxrl_stable.distributed import watch
 from jaxrl_stable.gin_files import build_experiment, load, one_line, resolved_config
@@ -24,7 +24,7 @@ from jaxrl_stable.run.describe import describe
 from jaxrl_stable.run.rehearsal import rehearse
 from jaxrl_stable.text import any_terminal
 
-GIN_PREFIX = "--gin."
+GIN_PREFIX = gin_files.FLAG
 
 
 class Kind(NamedTuple):

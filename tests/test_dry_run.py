@@ -104,7 +104,7 @@ BROKEN = (
         "configs.Data.reward=numeric", "configs.Data.reward is bound to numeric", "\"'numeric'\""
     ),
     setting("configs.Data.train='mine.jsonl", "--gin.configs.Data.train='mine.jsonl"),
-    setting("configs.Data.train=['a'", "a bracket or quote is never closed"),
+    setting("configs.Data.train=['a'", "a bracket or quote is never closed in --gin."),
     # --- Data, tokenizer and reward
     setting("configs.Data.train='absent.jsonl'", "absent.jsonl", "check the path"),
     data("no JSON", "{not json", "line 2", "not JSON"),
@@ -170,7 +170,7 @@ def test_mistakes(broken, dry_run, tmp_path):
 def test_a_good_configuration_leaves_no_trace(dry_run, tmp_path):
     status, printed, errors = dry_run()
     assert status == 0, errors
-    assert "configs.Objective.replay = 'R3'" in printed and "key/value cache" in printed
+    assert "configs.Objective.mini_batches = 2" in printed and "key/value cache" in printed
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model import init_model
@@ -24,12 +23,6 @@ def made(config):
     return optimizer, jax.jit(partial(apply_gradients, optimizer=optimizer))
 
 
-def exact(state):
-    """The float32 weight of a state, also where a narrower type is stored."""
-    kept = state.opt_state.master or state.model
-    return np.asarray(kept["weight"][...], np.float32)
-
-
 def step(model, gradients, config, steps=1):
     optimizer, apply = made(config)
     state, norms = init_state(model, optimizer), []
@@ -45,23 +38,21 @@ def ones(model):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_rate_that_is_reported_is_the_rate_that_moved_the_weights(dtype):
-    """Warm-up over 2 updates, cosine over 2; skipped updates do not advance the schedule."""
-    config = Optimizer(learning_rate=0.1, warmup_steps=2, decay_steps=2, clip_norm=1e9, eps=1e-30)
-    model = {"weight": nnx.Param(jnp.ones(3, dtype), inputs=None)}
-    optimizer, rates, moves = make_optimizer(config), [], []
-    state = init_state(model, optimizer)
+def test_the_rate_that_is_reported_is_the_rate_that_moved_the_weights(model, ones):
+    """Warm-up over 2 updates, cosine over 2; a skipped update does not advance the schedule."""
+    config = Optimizer(learning_rate=0.1, warmup_steps=2, decay_steps=2, clip_norm=1e9)
+    optimizer, apply = made(config)
+    state, rates, moves = init_state(model, optimizer), [], []
     assert learning_rate(state, config) == 0
-    for gradient in (1.0, jnp.nan, 1.0, 1.0, 1.0):
-        gradients = jax.tree.map(lambda w: jnp.full(w.shape, gradient), model)  # noqa: B023
-        before = exact(state)
-        state, _ = apply_gradients(state, gradients, optimizer)
+    bad = jax.tree.map(lambda g: g * jnp.nan, ones)
+    for gradients in (ones, bad, ones, ones, ones):
+        before = np.asarray(state.model.norm.weight[...])[0]
+        state, _ = apply(state, gradients)
         rates.append(float(learning_rate(state, config)))
-        moves.append(float((before - exact(state))[0]))
+        moves.append(before - np.asarray(state.model.norm.weight[...])[0])
     half = 0.1 * (0.1 + 0.9 * 0.5)  # half of the cosine from 1 to 0.1
     np.testing.assert_allclose(rates, [0.05, 0.05, 0.1, half, 0.01], rtol=1e-5)
-    np.testing.assert_allclose(moves, [0.05, 0.0, 0.1, half, 0.01], rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(moves, [0.05, 0.0, 0.1, half, 0.01], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.fast
