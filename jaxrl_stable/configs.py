@@ -265,9 +265,11 @@ class Experiment:
       seed: seed of initialisation, data order and sampling.
       model: sizes of the policy.
       data: problems, tokenizer and reward.
-      cold_start: supervised training before reinforcement, if any.
-      init_from: weights to start from instead of a cold start: the working directory of an earlier
-        run, or a Hugging Face checkpoint (then `model` is usually `@hf.read_config()`).
+      cold_start: supervised training before reinforcement, if any; it starts from the weights of
+        `init_from` if both are set.
+      init_from: weights to start from instead of random ones: the working directory of an earlier
+        run, or a Hugging Face checkpoint (then `model` is usually `@hf.read_config()`). They are
+        read once: the run keeps what it needs of them.
       reinforcement: rollouts and updates.
       evaluation: held-out accuracy.
       mesh: shape of the device mesh.

@@ -31,6 +31,7 @@ from jaxrl_stable.run.describe import implementations
 from jaxrl_stable.run.dynamic_sampling import Round, collect
 from jaxrl_stable.run.evaluation import evaluate, evaluation_key, make_sampler
 from jaxrl_stable.run.gates import check_failed_rewards, check_finite, check_first_mini_batch
+from jaxrl_stable.run.identity import settings_of_run
 from jaxrl_stable.run.judge import (
     Judged,
     advantage_inputs,
@@ -39,10 +40,12 @@ from jaxrl_stable.run.judge import (
     judge,
     reward_metrics,
 )
+from jaxrl_stable.run.lock import locked
 from jaxrl_stable.run.profile import Profiler, ProfileSteps, parse_profile_steps
 from jaxrl_stable.run.programs import make_programs
+from jaxrl_stable.run.reference import kept_reference
 from jaxrl_stable.run.samples import sample_rows
-from jaxrl_stable.run.start import first_policy, restore_or_start
+from jaxrl_stable.run.start import restore_or_start
 from jaxrl_stable.run.task import load_task
 from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.run.writer import Clock, open_writer
@@ -70,7 +73,8 @@ def train(
       The last state.
 
     Raises:
-      ValueError, FileNotFoundError: if the experiment or its data is invalid.
+      ValueError, FileNotFoundError: if the experiment or its data is invalid, if `workdir` holds
+        another run, or if another run is writing to it.
       RuntimeError: if the first mini-batch after a start disagrees with `score`, or if too many
         gradients in a row are not finite.
       Stopped: if the run was asked to stop; the state is saved.
@@ -83,6 +87,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         # --- Data, checkpoints, and agreement between processes -----------------------------------
+        stack.enter_context(locked(workdir))
         stack.enter_context(jax.set_mesh(mesh))
         task = stack.enter_context(load_task(experiment, workdir))
         checkpoints = stack.enter_context(
@@ -91,6 +96,7 @@ def train(
                 experiment.model.architecture(),
                 rl.keep_checkpoints,
                 data=f"{task.identity}, {rl.prompts} prompts a step, seed {experiment.seed}",
+                settings=settings_of_run(experiment, task.heldout),
             )
         )
         known = f"{resolved_config()} {task.identity} {checkpoints.steps}"
@@ -109,8 +115,8 @@ def train(
         # --- State and programs -------------------------------------------------------------------
         state, key, start = restore_or_start(experiment, task, mesh, workdir, checkpoints, prompts)
         reference = None
-        if rl.objective.kl_coefficient:
-            reference = first_policy(experiment, task, mesh, workdir)
+        if rl.objective.kl_coefficient and start < rl.steps:
+            reference = kept_reference(experiment, mesh, workdir)
         if distributed.is_main():
             (workdir / "config.gin").write_text(resolved_config())
         sampling = task.sampling(rl.max_tokens, rl.temperature, rl.top_k, rl.top_p)
