@@ -231,6 +231,7 @@ def test_evaluate(finished, environment):
 def test_start_from_another_run(finished, tmp_path, environment):
     flags = (
         f"--gin.configs.Experiment.init_from='{finished}'",
+        "--gin.configs.Experiment.cold_start=None",
         "--gin.configs.Reinforcement.steps=1",
         "--gin.configs.Objective.mini_batches=1",
         "--gin.configs.Objective.replay='none'",
