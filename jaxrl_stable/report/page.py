@@ -91,6 +91,10 @@ def score_cards(run: Run) -> list[tuple[str, str, str]]:
     if all(is_number(end) for interval in intervals for end in interval):
         note = f"95 %: {' → '.join(f'{low:.3f}–{high:.3f}' for low, high in intervals)}"
     cards = [(title, " → ".join(f"{value:.3f}" for value in values), note)]
+    rewards = [row.get("eval/reward") for row in ends]
+    if all(map(is_number, rewards)) and rewards != values:  # graded, so not the accuracy again
+        shown = " → ".join(f"{value:.3f}" for value in rewards)
+        cards.insert(0, ("Held-out reward", shown, "mean"))
     gain = estimate(run.summary.get("gain"))
     if gain:
         interval = (

@@ -31,14 +31,16 @@ def settings_of_run(experiment: Experiment, heldout: Source) -> Settings:
       heldout: held-out problems; those that are evaluated count by their content.
     """
     evaluation, rl = experiment.evaluation, experiment.reinforcement
-    settings = {
-        "Data.reward": experiment.data.reward,
+    data = experiment.data
+    settings: Settings = {
         "Data.heldout": _content(heldout, evaluation.problems),
+        "Data.reward": data.reward,
+        "Data.reward_special_tokens": data.reward_special_tokens,
     }
     # `batch_size` decides which random numbers a response gets; `every` only when it is drawn.
     settings |= _fields("Evaluation", evaluation, without=("every",))
     # Responses are as long as in training, unless the evaluation has a limit of its own.
-    settings["Evaluation.max_tokens"] = getattr(evaluation, "max_tokens", None) or rl.max_tokens
+    settings["Evaluation.max_tokens"] = evaluation.max_tokens or rl.max_tokens
     return settings | settings_of_start(experiment)
 
 

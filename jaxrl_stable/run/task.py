@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import zlib
+from functools import partial
 
 from jaxrl_stable import distributed
 from jaxrl_stable.configs import Experiment
@@ -18,7 +19,7 @@ from jaxrl_stable.data import (
     load_tokenizer,
     train_sentencepiece,
 )
-from jaxrl_stable.rewards import Reward, check_references, load_reward
+from jaxrl_stable.rewards import Reward, check_references, load_reward, try_reward
 from jaxrl_stable.run.origin import find_tokenizer, has_started, keep_files
 from jaxrl_stable.sampler.rollout import Sampling
 
@@ -36,6 +37,7 @@ class Task:
       reward: scores responses.
       identity: identifies problems, tokenizer and chat template; compared when a run resumes.
       template: turns a problem into a prompt.
+      special_tokens: whether the reward sees special tokens; never the stop token.
     """
 
     train: Source
@@ -44,6 +46,7 @@ class Task:
     reward: Reward
     identity: str = ""
     template: Template = "{prompt}"
+    special_tokens: bool = False
 
     def __enter__(self) -> Task:
         return self
@@ -54,8 +57,11 @@ class Task:
     def decode(self, tokens, response_mask) -> list[str]:
         """Returns the text of each response, without its stop token."""
         stop = set(self.tokenizer.eos_ids)
+        decode = self.tokenizer.decode
+        if self.special_tokens:
+            decode = partial(decode, special_tokens=True)
         return [
-            self.tokenizer.decode([int(t) for t in row[mask] if int(t) not in stop])
+            decode([int(t) for t in row[mask] if int(t) not in stop])
             for row, mask in zip(tokens, response_mask, strict=True)
         ]
 
@@ -76,8 +82,8 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
 
     Raises:
       ValueError, FileNotFoundError: if a source or the chat template is missing, a prompt is
-        invalid or too long, a reference answer cannot be read, or the tokenizer has more entries
-        than the model; the error says where.
+        invalid or too long, a reference answer cannot be read, the reward fails on a problem, or
+        the tokenizer has more entries than the model; the error says where.
     """
     data, evaluation = experiment.data, experiment.evaluation
     for field in ("train", "heldout"):
@@ -93,17 +99,14 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
             "lower it, or give a larger held-out set"
         )
     workdir = pathlib.Path(workdir)
-    started, path = has_started(workdir), find_tokenizer(experiment, workdir)
+    path = find_tokenizer(experiment, workdir)
     template: Template = data.template
     if data.chat:
         template = load_chat_template(
             path, words=data.template, system=data.system, variables=data.chat_variables
         )
-    if distributed.is_main():
-        if path == workdir / "tokenizer.model" and not path.exists():
-            _train_tokenizer(experiment, (train, heldout), path)
-        if not started:
-            keep_files(experiment, path, workdir)
+    if path == workdir / "tokenizer.model" and distributed.is_main() and not path.exists():
+        _train_tokenizer(experiment, (train, heldout), path)
     distributed.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > experiment.model.vocab_size:
@@ -116,7 +119,14 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
         check_references(source, data.reward)
     identity = f"{train!r}, tokenizer {_checksum(path):08x}, template {template!r}"
     reward = load_reward(data.reward, timeout_s=data.reward_timeout, workers=data.reward_workers)
-    return Task(train, heldout, tokenizer, reward, identity, template)
+    try:
+        try_reward(reward, train[0])
+    except BaseException:
+        reward.close()
+        raise
+    if distributed.is_main() and not has_started(workdir):
+        keep_files(experiment, path, workdir)
+    return Task(train, heldout, tokenizer, reward, identity, template, data.reward_special_tokens)
 
 
 def _checksum(path: pathlib.Path) -> int:
