@@ -3,10 +3,12 @@
 import json
 import pathlib
 import shutil
+import sys
 
 import pytest
+from absl import flags
 
-from jaxrl_stable import hf
+from jaxrl_stable import hf, program
 from jaxrl_stable.checkpoint import Checkpointer
 from jaxrl_stable.configs import Data, Experiment
 from jaxrl_stable.hf.config import resuming
@@ -172,3 +174,30 @@ def test_a_resumed_run_knows_its_architecture(tmp_path, phase):
         assert hf.read_config(FROZEN).architecture() != config.architecture()  # it exists
     with pytest.raises(FileNotFoundError):
         read()
+
+
+GIN = """
+from __gin__ import dynamic_registration
+from jaxrl_stable import configs
+from jaxrl_stable import hf
+
+configs.Experiment.model = @hf.read_config()
+hf.read_config.directory = "{}"
+"""
+
+
+def test_programs_find_the_architecture_in_the_working_directory(tmp_path, monkeypatch, capsys):
+    config = tiny(vocab_size=16, hidden_size=16, num_layers=1, head_dim=8)
+    with Checkpointer(tmp_path / "run" / "checkpoints", config.architecture()) as checkpoints:
+        checkpoints.save(0, {"model": init_model(config, 0)})
+    gin = tmp_path / "experiment.gin"
+    gin.write_text(GIN.format(tmp_path / "gone"))
+    arguments = [f"--gin_file={gin}", f"--workdir={tmp_path / 'run'}", "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    try:
+        with pytest.raises(SystemExit) as end:
+            program.run(lambda *_: pytest.fail("a dry run runs nothing"))
+    finally:
+        flags.FLAGS.unparse_flags()
+    assert not end.value.code
+    assert "1 (1 with 8 experts" in capsys.readouterr().out
