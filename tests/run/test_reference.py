@@ -98,6 +98,7 @@ def test_loaded_then_trained_supervised_then_by_reinforcement(interrupted):
 
 def test_a_run_goes_on_without_its_origin(origin, copy, tmp_path, gone):
     """With the same reference: its KL is what it is in a run that was never interrupted."""
+    shutil.rmtree(copy / "cold_start")
     train.train(experiment(origin, steps=2), copy)
     gone.with_name("moved").rename(gone)
     train.train(experiment(origin, steps=2), tmp_path / "whole")
