@@ -285,8 +285,9 @@ def off_policy_sequence_mask(
 ) -> Float[Array, "B T"]:
     """Returns 0 where Â < 0 and mean_t(log μ_old − log π_θ) > δ, else 1.
 
-    Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556. It drops bad responses that the policy has
-    already unlearned. We do not know the paper's δ; TRL's example uses .5, ARLArena's code .223.
+    Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556. It drops bad responses that the policy
+    has already unlearned. We do not know the paper's δ; TRL's example uses .5, ARLArena's code
+    .223.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.

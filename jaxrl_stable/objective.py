@@ -125,12 +125,18 @@ class Objective:
 
     @property
     def needs_score(self) -> bool:
-        """True if π_old needs its own pass, as it does unless one update follows without replay."""
+        """True if π_old needs its own pass.
+
+        Only a single update without replay, with `policies` "all", can do without it.
+        """
         return self.needs_old_policy or self.replay != "none" or self.policies != "all"
 
     @property
     def needs_old_policy(self) -> bool:
-        """True if skipping that pass would make updates wrong; with a single one, π_θ is π_old."""
+        """True if updates would be wrong without that pass.
+
+        With a single update, π_θ can replace π_old.
+        """
         recomputed = self.policies == "recomputed"
         return self.mini_batches > 1 or self.replay == "R2" or recomputed
 

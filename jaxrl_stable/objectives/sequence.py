@@ -118,7 +118,7 @@ def gmpo(
 
         d = log π_θ/π_old,   d̃ = min(d, ε_high) if Â > 0, max(d, −ε_low) if Â < 0
 
-    Source: https://arxiv.org/abs/2507.20673. Unlike elsewhere, ε bounds the log-ratio here. The form
+    Source: https://arxiv.org/abs/2507.20673. Unlike elsewhere, ε bounds the log-ratio. The form
     agrees with verl's `geo_mean` and with TRL. Reduce it with `seq-mean-token-mean`.
 
     Args:
