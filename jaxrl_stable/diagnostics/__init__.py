@@ -1,8 +1,8 @@
-"""Metrics: each with its formula and its names elsewhere, as parts that combine exactly.
+"""Metrics as parts that combine exactly, each with its formula and its names in other systems.
 
-One file per family, and one for what they share:
+There is one file per family of metrics, and one for the parts that they share:
 
-    parts.py      Mean, Max, Min, Sum, Spread, Correlation; how they combine and become figures
+    parts.py      Mean, Max, Min, Sum, Spread, Correlation; how they combine and become numbers
     mismatch.py   sampler against trainer (`mismatch/…`), current policy against the rollout's
                   (`staleness/…`)
     weights.py    importance weights (`weight/…`), the clip (`clip/…`), corrections (`correction/…`)
