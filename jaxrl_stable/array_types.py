@@ -1,8 +1,8 @@
 """Array types for the signatures of modules that need only jax and numpy.
 
-Static type checkers see jaxtyping's types. So does the running program if it imported jaxtyping
-before, whose import hook then checks every shape. Importing a loss never imports jaxtyping;
-without it, `Float[Array, "B T"]` is an annotated `Array`.
+Static type checkers see jaxtyping's types. These are also used at run time if the process has
+already imported jaxtyping, whose import hook then checks every shape. Importing a loss never
+imports jaxtyping; without it, `Float[Array, "B T"]` is an annotated `Array`.
 """
 
 import sys

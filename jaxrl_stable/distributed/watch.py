@@ -41,7 +41,7 @@ _leaving = threading.Lock()
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Ends all processes of a program together, whatever the reason that one of them ends.
+    """Ends all processes of a program together, regardless of why one of them ends.
 
     With several processes, an error does not propagate out of this context. It ends the process at
     once, because an orderly exit would wait for the others.

@@ -1,4 +1,4 @@
-"""BAPO: PPO whose clip bounds adapt until positive tokens reach a target share of the loss."""
+"""BAPO: PPO whose clip bounds adapt until tokens with Â > 0 have a target share of the loss."""
 
 from __future__ import annotations
 

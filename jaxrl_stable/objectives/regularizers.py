@@ -44,7 +44,8 @@ def kl_penalty(
       The estimate per token, 0 outside the mask. Reduce it like the loss.
 
     Raises:
-      ValueError: if the estimator is unknown, or is weighted but "k2" or "k3+" (biased then).
+      ValueError: if the estimator is unknown, or is "k2" or "k3+" (biased if weighted) and
+        `logp_old` is given.
     """
     check_same_shape(
         "kl_penalty", "B T", logp=logp, logp_reference=logp_reference, logp_old=logp_old, mask=mask

@@ -79,7 +79,7 @@ def vespo(
     Source: https://arxiv.org/abs/2602.10693. W is the product, not a mean: the paper reports that
     training collapses if W is normalised by length. φ(1) = 1, and φ decays towards 0 for small and
     for large W: log φ = λ + k log W − λ W. The defaults of (k, λ) are from the authors' code, whose
-    docstring lists other values: (2, 1.5) and (4, 2.5).
+    docstring lists other values (2, 1.5, 4, 2.5).
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`.

@@ -108,7 +108,7 @@ def sharded_init(mesh: Mesh, init: Callable[[], Any]) -> Any:
 
 
 def for_sampling(model: Any) -> Any:
-    """Renames the logical axes of the weights for sampling, so that decode steps gather nothing.
+    """Renames the logical axes of weights for sampling, so that no decode step gathers them.
 
     A decode step has few tokens and reads every weight, so gathering them would cost more than the
     step itself. Experts are sharded over both `fsdp` and `expert`; other weights are replicated,

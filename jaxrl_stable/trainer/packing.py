@@ -11,7 +11,7 @@ micro-batches that are empty on all devices are skipped. The plan depends only o
 `score` and `update` pack the same rows in the same way.
 
     packing/fill            share of the processed columns that hold a token
-    packing/columns_share   processed columns as a share of those of unpacked rows
+    packing/columns_share   processed columns as a share of the columns without packing
 """
 
 from __future__ import annotations
