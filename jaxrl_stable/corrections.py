@@ -165,7 +165,7 @@ def icepop(
 
     Source: IcePop, https://ringtech.notion.site/icepop, which we know only from the documentation
     of frameworks. Their bounds differ: .5 to 5 (verl), .5 to 2 (SkyRL), up to 3 (TRL's
-    `token_mask`). The bounds are on trainer over sampler.
+    `token_mask`). The bounds apply to the ratio of trainer to sampler.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.

@@ -7,7 +7,7 @@
 | `int8_w8a8`, `fp8_w8a8` | as for `int8`, `fp8` | same grid, with one dynamic scale per token |
 
 Quantisation is symmetric with one scale per output channel: `w ≈ round(w / s) · s`, where s maps
-the largest |w|, over the axes that a product sums over, to the largest value of the grid. Norms,
+the largest |w| over the axes that a product sums to the largest value of the grid. Norms,
 embeddings, router and output head are unchanged, as in inference engines. `model/products.py`
 describes activations and products. No gradient flows through the quantised copy.
 """
