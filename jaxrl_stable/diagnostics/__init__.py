@@ -9,6 +9,10 @@ There is one file per family of metrics, and one for the parts that they share:
     validity.py   how well the token-level objective approximates the sequence-level one
                   (`validity/…`)
     routing.py    agreement of routers (`routing/…`), load and confidence (`experts/…`)
+
+Metrics that only the host knows are computed in `run/judge.py` (`reward/…`, `response/…`),
+`run/evaluation.py` (`eval/…`) and `train.py` (`sampling/…`). `report/meanings.py` explains all of
+them in words.
 """
 
 from jaxrl_stable.diagnostics.mismatch import (

@@ -1,4 +1,10 @@
-"""The result type and traits of objectives, and the steps they share."""
+"""The result type and traits of objectives, and the steps they share.
+
+An objective is a function `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`,
+all arrays `[B, T]` except `advantages`, `[B]` or `[B, T]`. A new one needs no registration: bind it
+as `configs.Objective.loss = @my_module.my_loss`. Its traits, if any, are declared with the decorators
+below; `minirl.py` is the shortest example.
+"""
 
 from __future__ import annotations
 

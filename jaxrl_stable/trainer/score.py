@@ -1,4 +1,8 @@
-"""Score: one no-gradient pass of the training program that fixes π_old for a rollout batch."""
+"""Score: one no-gradient pass of the training program that fixes π_old for a rollout batch.
+
+It also fixes what the updates replay: the sampler's experts (R3) or its own (R2). Whether a run
+scores at all is `Objective.needs_score`.
+"""
 
 from __future__ import annotations
 
