@@ -2,8 +2,8 @@
 
 An objective is a function `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`,
 all arrays `[B, T]` except `advantages`, `[B]` or `[B, T]`. A new one needs no registration: bind it
-as `configs.Objective.loss = @my_module.my_loss`. Its traits, if any, are declared with the decorators
-below; `minirl.py` is the shortest example.
+as `configs.Objective.loss = @my_module.my_loss`. The decorators below declare its traits, if it
+has any. `minirl.py` is an example.
 """
 
 from __future__ import annotations
