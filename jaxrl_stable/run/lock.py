@@ -24,8 +24,9 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
     The kernel releases the lock when the process ends, however it ends, so a stale file never
     blocks a restart. The file stays and names the last owner.
 
-    Network file systems decide whether hosts see each other's locks (NFS does; a mounted bucket
-    locks per host). On a file system without locks, the run prints that and continues.
+    Network file systems decide whether hosts see each other's locks: NFS does, but version 3 never
+    releases the lock of a machine that has vanished; a mounted bucket locks per host. On a file
+    system without locks, the run prints that and continues.
 
     Raises:
       ValueError: if another run holds the lock; the error names its host, process, user and start.
@@ -45,7 +46,7 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
             owner = " ".join(file.read().split()) or "another run"
             raise ValueError(
                 f"{workdir} is in use by {owner}; wait until that run ends, stop it, or give "
-                "another --workdir"
+                f"another --workdir (if its machine is gone, delete {path})"
             ) from None
         except OSError as error:
             print(
