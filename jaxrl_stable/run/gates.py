@@ -1,10 +1,14 @@
-"""Checks that stop a run early: wrong π_old, non-finite gradients, failing rewards."""
+"""Checks that stop a run early: wrong π_old, non-finite gradients, failing or unfit rewards."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 
+from jaxrl_stable.advantages import check_rewards
 from jaxrl_stable.diagnostics import Metrics
+from jaxrl_stable.run.judge import Judged
 from jaxrl_stable.trainer.optimizer import TrainState
 
 
@@ -52,3 +56,15 @@ def check_failed_rewards(share: float, limit: float, step: int) -> None:
             f"step {step}: the reward failed on {share:.0%} of the responses, above {limit:.0%}; "
             "see their status in samples.jsonl, raise Data.reward_timeout, or fix the reward"
         )
+
+
+def check_conditions(estimator: Callable, judged: Judged, step: int) -> None:
+    """Checks that the scores of a rollout are in the range that the advantages are right for.
+
+    Raises:
+      RuntimeError: if one is outside (`advantages.check_rewards`).
+    """
+    try:
+        check_rewards(estimator, judged.rewards, judged.valid)
+    except ValueError as error:
+        raise RuntimeError(f"step {step}: {error}") from error
