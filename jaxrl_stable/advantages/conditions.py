@@ -82,8 +82,13 @@ or change the reward
 
 
 def conditions_of(estimator: Callable) -> Conditions:
-    """Returns the conditions of an estimator; without a declaration there are none."""
-    return getattr(_inside(estimator), "conditions", Conditions())
+    """Returns the conditions of an estimator, or of the function inside a `functools.partial`.
+
+    Without a declaration there are none.
+    """
+    while isinstance(estimator, functools.partial) and not hasattr(estimator, "conditions"):
+        estimator = estimator.func
+    return getattr(estimator, "conditions", Conditions())
 
 
 def check_rewards(
@@ -183,11 +188,7 @@ def check_group_size(estimator: Callable[..., Array], size: int, field: str) -> 
         )
 
 
-def _inside(function: Callable) -> Callable:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
 def _name(estimator: Callable) -> str:
-    return getattr(_inside(estimator), "__name__", repr(estimator))
+    while isinstance(estimator, functools.partial):
+        estimator = estimator.func
+    return getattr(estimator, "__name__", repr(estimator))

@@ -230,7 +230,7 @@ METRICS = (
     ),
     Metric("reference/kl", "KL to the reference policy, before its coefficient.", "grows slowly"),
     Metric("gradient/norm", "Global norm before clipping.", "finite, without spikes"),
-    Metric("gradient/zero_share", "Updates of a step whose gradient was exactly 0.", "0", 0, 0),
+    Metric("gradient/zero_share", "Updates of a step whose gradient was exactly 0.", "near 0"),
     Metric("gradient/skipped", "Updates skipped so far because they were not finite.", "0", 0, 0),
     Metric(
         "routing/agreement",
