@@ -44,7 +44,6 @@ GROUPS = np.repeat([0, 1], 4)
 
 
 @pytest.mark.fast
-@pytest.mark.refusal
 def test_maxrl_is_refused_where_its_mean_is_no_probability():
     """Rewards of ±1: [1, −1, −1, −1] would punish the right answer. Missing ones are not read."""
     rewards = np.array([1, 0, -1, -1], np.float32)
@@ -68,7 +67,6 @@ def test_maxrl_without_a_host_gives_no_wrong_sign():
 
 
 @pytest.mark.fast
-@pytest.mark.refusal
 def test_an_estimator_of_ones_own_declares_its_conditions():
     @with_conditions(lowest=0.0, highest=1.0, instead="my.other")
     def logit(rewards, group_ids, valid=None, lengths=None):
@@ -117,12 +115,16 @@ def test_gpg_counts_right_answers_and_not_punished_wrong_ones():
     got = estimators.gpg(np.where(valid, SCORES, np.nan), GROUPS, valid, penalty=PENALTY)
     np.testing.assert_allclose(got[:4], deviation[:4], rtol=1e-6)
     np.testing.assert_allclose(got[4:], [0, 1 / 3, 1 / 3, -2 / 3], rtol=1e-6)
+
+
+@pytest.mark.fast
+@pytest.mark.refusal
+def test_a_penalty_of_another_shape():
     with pytest.raises(ValueError, match=r"gpg: arrays must have one shape .* penalty \[3\]"):
         estimators.gpg(SCORES, GROUPS, penalty=PENALTY[:3])
 
 
 @pytest.mark.fast
-@pytest.mark.refusal
 def test_maxrl_refuses_a_length_penalty():
     message = (
         r"X.buffer adds a length penalty, but maxrl reads the reward as a score .* set it to 0"
@@ -134,7 +136,6 @@ def test_maxrl_refuses_a_length_penalty():
 
 
 @pytest.mark.fast
-@pytest.mark.refusal
 def test_groups_of_one_teach_nothing_if_the_group_is_the_baseline():
     whole = partial(estimators.reinforce_plus_plus, baseline=False)
     for name, options in OPTIONS:
