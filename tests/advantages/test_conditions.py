@@ -60,9 +60,9 @@ def test_maxrl_is_refused_where_its_mean_is_no_probability():
 def test_maxrl_without_a_host_gives_no_wrong_sign():
     """Pure functions cannot raise: a group with a negative reward is NaN, the others are exact."""
     rewards = np.array([1, -1, 0, 0, 1, 0, 0, -1], np.float32)
-    valid = np.array([True] * 7 + [False])
+    valid = np.array([True] * 3 + [False] + [True] * 3 + [False])
     got = jax.jit(estimators.maxrl)(rewards, GROUPS, valid)
-    assert np.isnan(got[:4]).all()
+    assert np.isnan(got[:3]).all() and got[3] == 0
     np.testing.assert_allclose(got[4:], [2, -1, -1, 0], rtol=1e-5)
 
 
@@ -177,6 +177,14 @@ def test_rounding_of_the_rewards_is_no_signal(name, options, reward):
     rewards[0] += 1e-3 * reward
     got = np.asarray(estimator(rewards, GROUPS))
     assert got[0] > 0 and got[0] == got.max(), got
+
+
+@pytest.mark.fast
+def test_a_group_that_differs_by_rounding_has_no_spread():
+    """One of two groups is informative, for the factor of clip_filter as for the gradient."""
+    rewards = np.array([0.1, np.nextafter(np.float32(0.1), 1), 0.1, 0.1, 1, 0, 0, 0], np.float32)
+    got = estimators.clip_filter(rewards, GROUPS)
+    np.testing.assert_allclose(got, [0, 0, 0, 0, 1.5, -0.5, -0.5, -0.5])
 
 
 def random_batch(seed, penalties):

@@ -159,8 +159,8 @@ def test_missing_rewards_and_length_penalties_teach_nothing():
     for advantages in (estimators.centered, estimators.gpg):
         settings = dict(overlong_buffer=0.5, advantages=advantages)
         assert informative_groups(judged, **settings) == [False, False]
-    judged = judged._replace(rewards=np.array([0, 0, 1, 0.5], np.float32))  # equal when punished
-    assert informative_groups(judged, **settings) == [False, True]
+        right = judged._replace(rewards=np.array([0, 0, 0, 1], np.float32))  # equal when punished
+        assert informative_groups(right, **settings) == [False, True]
 
 
 @pytest.mark.fast
