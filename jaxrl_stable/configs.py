@@ -20,6 +20,7 @@ from jaxrl_stable.objective import Objective
 from jaxrl_stable.sharding import BATCH, ROWS, MeshShape
 
 MOMENT_DTYPES = ("float32", "bfloat16")
+RANKING = ("reward", "avg_at_k", "pass_at_k")
 FORMATS = ("none", "int8", "int4", "fp8", "int8_w8a8", "fp8_w8a8")  # see `quantize`
 
 
@@ -40,6 +41,8 @@ class Data:
       chat_variables: further variables of the chat template, such as `{"enable_thinking": False}`.
       prompt_width: P, longest prompt in tokens.
       reward: "numeric", "exact", "math", or "package.module:function".
+      reward_special_tokens: whether the reward sees the special tokens of a response, such as the
+        marks of a tool call. The stop token is removed in either case.
       reward_timeout: time limit per response, in seconds, for a reward in a worker process.
       reward_workers: number of worker processes.
     """
@@ -54,6 +57,7 @@ class Data:
     chat_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt_width: int = 64
     reward: str = "numeric"
+    reward_special_tokens: bool = False
     reward_timeout: float = 5.0
     reward_workers: int = 1
 
@@ -163,7 +167,7 @@ class Reinforcement:
         default 1e-5 in float32 and 0.1 in half precision.
       max_skipped: consecutive non-finite gradients after which the run stops.
       max_failed_rewards: share of a rollout's responses whose reward may time out or fail before
-        the run stops.
+        the run stops. An evaluation with a larger share has no score.
       checkpoint_every: steps between checkpoints; every evaluated state is saved too.
       keep_checkpoints: number of newest checkpoints to keep, in addition to the best one.
       show_every: steps between samples that are shown and stored.
@@ -248,14 +252,17 @@ class Reinforcement:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Held-out accuracy: avg@k and pass@k.
+    """Held-out reward and accuracy: avg@k and pass@k.
 
     Attributes:
       every: training steps between evaluations; the first and the last state are always evaluated.
       problems: number of held-out problems, from the start of the source.
       samples: k, responses per problem.
-      temperature, top_p: sampling settings of the evaluation.
+      temperature, top_k, top_p: sampling settings of the evaluation.
+      max_tokens: longest response, EOS included; `Reinforcement.max_tokens` by default.
       batch_size: responses sampled at a time.
+      best: metric that ranks checkpoints: "reward", the mean held-out reward; "avg_at_k"; or
+        "pass_at_k".
     """
 
     every: int = 20
@@ -264,9 +271,15 @@ class Evaluation:
     temperature: float = 1.0
     top_p: float = 1.0
     batch_size: int = 400
+    top_k: int = 0
+    max_tokens: int | None = None
+    best: str = "reward"
 
     def __post_init__(self):
         positive(self, "every", "problems", "samples", "batch_size")
+        if self.max_tokens is not None:
+            positive(self, "max_tokens")
+        one_of(self, "best", RANKING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,6 +335,9 @@ class Experiment:
             needs["Reinforcement.rollout_rows"] = (rl.rollout_rows, rows)
         columns = self.data.prompt_width + rl.max_tokens
         needs["Data.prompt_width + Reinforcement.max_tokens"] = (columns, context)
+        if self.evaluation.max_tokens is not None:
+            columns = self.data.prompt_width + self.evaluation.max_tokens
+            needs["Data.prompt_width + Evaluation.max_tokens"] = (columns, context)
         if self.cold_start is not None:
             needs["Supervised.batch_size"] = (self.cold_start.batch_size, rows)
             needs["Supervised.length"] = (self.cold_start.length, context)

@@ -1,4 +1,4 @@
-"""Held-out accuracy of a checkpoint: avg@k and pass@k, with intervals.
+"""Held-out reward and accuracy of a checkpoint: avg@k and pass@k, with intervals.
 
 python -m jaxrl_stable.evaluate --gin_file=… --workdir=runs/quickstart [--checkpoint=best]
 """
@@ -18,7 +18,6 @@ from jaxrl_stable.model.transformer import init_model
 from jaxrl_stable.run.evaluation import evaluate, evaluation_key, make_sampler
 from jaxrl_stable.run.task import load_task
 from jaxrl_stable.sharding import abstract_state, make_mesh
-from jaxrl_stable.statistics import avg_at_k, pass_at_k
 
 CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "latest", ["latest", "best"], "which checkpoint of --workdir to evaluate"
@@ -42,16 +41,23 @@ def main(experiment: Experiment, workdir: str) -> None:
     if not distributed.is_main():
         return
     k = result.scores.shape[1]
-    figures = {f"avg@{k}": avg_at_k(result.correct)}
-    for n in sorted({1, k // 4, k // 2, k} - {0}):
-        figures[f"pass@{n}"] = pass_at_k(result.correct, n)
+    figures = result.estimates(sorted({1, k // 4, k // 2, k} - {0}))
     for name, estimate in figures.items():
         print(
             f"{name}: {estimate.value:.3f}  "
             f"(95% interval {estimate.low:.3f} to {estimate.high:.3f})"
         )
+    if result.failed_share:
+        print(f"failed: {result.failed_share:.1%} of the samples, left out of these figures")
     record = result.metrics() | {name: estimate.value for name, estimate in figures.items()}
     pathlib.Path(workdir, "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    limit = experiment.reinforcement.max_failed_rewards
+    if result.failed_share > limit:
+        reasons = "; ".join(task.reward.failures())
+        raise RuntimeError(
+            f"the reward failed on {result.failed_share:.0%} of the samples, above {limit:.0%} "
+            f"(Reinforcement.max_failed_rewards): {reasons}. Fix the reward and evaluate again"
+        )
 
 
 __getattr__ = _moved.moved_names("jaxrl_stable.evaluate")  # names that have moved

@@ -32,10 +32,10 @@ def avg_at_k(
 ) -> Estimate:
     """Returns the mean over problems of the mean score over the k samples of each (avg@k).
 
-    avg@k = (1/P) Σ_p (1/k) Σ_j correct[p, j]. Fractional scores are allowed.
+    avg@k = (1/P) Σ_p (1/k) Σ_j correct[p, j]. Fractional scores are allowed. A NaN is a sample
+    whose score is not known: it is left out, and so is a problem that has no other.
     """
-    scores = _scores(correct)
-    return bootstrap_mean(scores.mean(axis=1), seed=seed)
+    return bootstrap_mean(_means(_scores(correct))[1], seed=seed)
 
 
 def pass_at_k(
@@ -48,23 +48,30 @@ def pass_at_k(
 
     Unbiased estimator of Chen et al. 2021 (https://arxiv.org/abs/2107.03374, eq. 1), with c correct
     of n: pass@k = mean_p [1 − C(n−c, k) / C(n, k)] = mean_p [1 − Π_{i=n−c+1}^{n} (1 − k/i)].
-    The product form avoids the binomials, which overflow from n ≈ 60 on.
+    The product form avoids the binomials, which overflow from n ≈ 60 on. A NaN is a sample whose
+    score is not known: n counts the other samples of a problem, and a problem with fewer than k of
+    them is left out.
 
     Raises:
-      ValueError: if k is not in 1..n, or an entry is neither 0 nor 1.
+      ValueError: if no problem has k known samples, k is less than 1, or an entry is neither 0 nor
+        1 nor NaN.
     """
     scores = _scores(correct)
-    n = scores.shape[1]
-    if not 1 <= k <= n:
-        raise ValueError(f"pass_at_k: k={k} with {n} samples per problem; choose 1 <= k <= {n}")
-    if not np.isin(scores, (0.0, 1.0)).all():
+    known = ~np.isnan(scores)
+    n = known.sum(axis=1)
+    if not 1 <= k <= n.max():
+        raise ValueError(
+            f"pass_at_k: k={k} with {n.max()} samples per problem; choose 1 <= k <= {n.max()}"
+        )
+    if not np.isin(scores[known], (0.0, 1.0)).all():
         raise ValueError("pass_at_k: entries must be 0 or 1; threshold fractional scores first")
-    i = np.arange(1, n + 1)
-    # Factor i is in the product if i > n − c. With fewer than k wrong samples this includes i = k,
-    # whose factor is 0: every choice of k then has a correct sample, and pass@k is exactly 1.
-    wrong = n - scores.sum(axis=1)
-    factors = np.where(i > wrong[:, None], 1.0 - k / i, 1.0)
-    return bootstrap_mean(1.0 - factors.prod(axis=1), seed=seed)
+    i = np.arange(1, scores.shape[1] + 1)
+    # Factor i is in the product if n − c < i ≤ n. With fewer than k wrong samples this includes
+    # i = k, whose factor is 0: each choice of k then has a correct sample, and pass@k is exactly 1.
+    wrong = n - np.nansum(scores, axis=1)
+    among = (i > wrong[:, None]) & (i <= n[:, None])
+    factors = np.where(among, 1.0 - k / i, 1.0)
+    return bootstrap_mean((1.0 - factors.prod(axis=1))[n >= k], seed=seed)
 
 
 def gain(
@@ -76,17 +83,25 @@ def gain(
     """Returns avg@k after minus avg@k before on the same problems in the same order (paired).
 
     Pairing removes the spread of difficulty between problems, which both separate scores' intervals
-    contain; so this interval is the one to read for "did it improve?".
+    contain; so this interval is the one to read for "did it improve?". A problem without any known
+    score on one side is left out.
 
     Raises:
-      ValueError: if the numbers of problems differ.
+      ValueError: if the numbers of problems differ, or no problem is known on both sides.
     """
     first, second = _scores(before), _scores(after)
     if len(first) != len(second):
         raise ValueError(
             f"gain: {len(first)} problems before, {len(second)} after; evaluate the same ones"
         )
-    return bootstrap_mean(second.mean(axis=1) - first.mean(axis=1), seed=seed)
+    (known_before, before), (known_after, after) = _means(first), _means(second)
+    difference = np.full(len(first), np.nan)
+    difference[known_after] = after
+    difference[known_before] -= before
+    both = known_before & known_after
+    if not both.any():
+        raise ValueError("gain: no problem has a known score both before and after")
+    return bootstrap_mean(difference[both], seed=seed)
 
 
 def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> Estimate:
@@ -176,6 +191,17 @@ def _scores(correct: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "problems k
         raise ValueError(
             f"statistics: scores have shape {scores.shape}; pass [problems, samples], not empty"
         )
-    if not np.isfinite(scores).all():
-        raise ValueError("statistics: a score is not finite; count failed samples as 0")
+    if np.isinf(scores).any() or np.isnan(scores).all():
+        raise ValueError(
+            "statistics: scores must not be infinite or all NaN; NaN marks an unknown score"
+        )
     return scores
+
+
+def _means(
+    scores: Float[np.ndarray, "problems k"],
+) -> tuple[Bool[np.ndarray, "problems"], Float[np.ndarray, "known"]]:
+    """Returns which problems have a known score, and the mean of each of these."""
+    known = ~np.isnan(scores)
+    some = known.any(axis=1)
+    return some, np.nansum(scores[some], axis=1) / known[some].sum(axis=1)

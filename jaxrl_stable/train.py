@@ -134,12 +134,19 @@ def train(
         )
         profiler = stack.enter_context(Profiler(workdir, profile_steps))
 
-        def run_evaluation(step: int) -> float:
+        def run_evaluation(step: int) -> float | None:
+            """Records an evaluation; returns the score that ranks checkpoints, if it has one."""
             key = evaluation_key(experiment.seed)
-            metrics = evaluate(state.model, task, experiment, mesh, sampler, key).metrics()
+            result = evaluate(state.model, task, experiment, mesh, sampler, key)
             gradient_steps = {"gradient_steps": float(step * rl.objective.mini_batches)}
-            writer.write(step, metrics | gradient_steps)
-            return metrics["eval/avg_at_k"]
+            writer.write(step, result.metrics() | gradient_steps)
+            score = result.score(experiment.evaluation.best, rl.max_failed_rewards)
+            if score is None:
+                writer.say(
+                    f"step {step}: this evaluation has no score, because the reward failed on "
+                    f"{result.failed_share:.0%} of its samples"
+                )
+            return score
 
         def draw(step: int, clock: Clock, number: int) -> Round:
             """Samples and judges one rollout batch; `number` counts the rounds of a step."""
@@ -209,7 +216,9 @@ def train(
             if scored is not None and step == start + 1:
                 check_first_mini_batch(updates[0], rl.gate(experiment.model.dtype), step)
             check_finite(state, rl.max_skipped)
-            values = clock.values() | host_metrics(rl, rounds, informative(judged))
+            values = clock.values() | host_metrics(
+                rl, rounds, informative(judged), task.reward.right_at
+            )
             measured = programs.summarize(updates, scored.metrics if scored else {})
             values |= diagnostics.as_floats(measured)
             values["gradient/skipped"] = float(jax.device_get(state.skipped))
@@ -217,26 +226,35 @@ def train(
             values["throughput/tokens_per_s"] = values["response/tokens"] / values["time/step"]
             writer.write(step, values)
             writer.progress(step, values)
-            if step % rl.show_every == 0 or step == 1:
-                shown = [task.train[int(i)] for i in index[:4]]
-                rows = sample_rows(shown, judged, advantages, train_batch, scored, task)
+            failing = values["reward/failed_share"] > rl.max_failed_rewards
+            if step % rl.show_every == 0 or step == 1 or failing:
+                # Failed responses first; otherwise the first ones of the batch.
+                chosen = np.argsort(judged.valid, stable=True)[:4] if failing else np.arange(4)
+                chosen = chosen[: len(index)]
+                shown = [task.train[int(i)] for i in index[chosen]]
+                rows = sample_rows(shown, chosen, judged, advantages, train_batch, scored, task)
                 writer.samples(step, rows)
                 writer.show_sample(rows[0]["prompt"], rows[0]["response"], rows[0]["score"])
-            check_failed_rewards(values["reward/failed_share"], rl.max_failed_rewards, step)
+            check_failed_rewards(
+                values["reward/failed_share"], rl.max_failed_rewards, step, task.reward.failures()
+            )
 
             # --- Evaluation, checkpoint, and requests to stop -------------------------------------
-            last, accuracy, stopping = step == rl.steps, None, stop.agreed()
-            if step % experiment.evaluation.every == 0 or last:
-                accuracy = run_evaluation(step)
-            if step % rl.checkpoint_every == 0 or accuracy is not None or stopping:
-                checkpoints.save(step, to_parts(state) | {"key": key}, prompts, accuracy)
+            last, stopping = step == rl.steps, stop.agreed()
+            evaluating = step % experiment.evaluation.every == 0 or last
+            score = run_evaluation(step) if evaluating else None
+            if step % rl.checkpoint_every == 0 or evaluating or stopping:
+                checkpoints.save(step, to_parts(state) | {"key": key}, prompts, score)
             if stopping:
                 raise Stopped(step, str(workdir))
     return state
 
 
 def host_metrics(
-    rl: Reinforcement, rounds: Sequence[Judged], informative: Bool[np.ndarray, "groups"]
+    rl: Reinforcement,
+    rounds: Sequence[Judged],
+    informative: Bool[np.ndarray, "groups"],
+    right_at: int | float,
 ) -> dict[str, float]:
     """Returns the host-side metrics of a step.
 
@@ -245,8 +263,9 @@ def host_metrics(
       rounds: every rollout batch that was drawn. Rewards are those of the first, because later
         rounds are selected.
       informative: the informative groups of the batch that is trained on.
+      right_at: score from which a response is right.
     """
-    return reward_metrics(rounds[0], rl.group_size) | {
+    return reward_metrics(rounds[0], rl.group_size, right_at) | {
         "reward/failed_share": failed_share(rounds),
         "response/tokens": float(sum(each.lengths.sum() for each in rounds)),
         "sampling/rounds": float(len(rounds)),

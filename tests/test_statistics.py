@@ -81,7 +81,10 @@ def test_gain_is_paired():
         (lambda: statistics.pass_at_k(np.full((2, 3), 0.5), 1), "0 or 1"),
         (lambda: statistics.avg_at_k(np.ones(3)), r"shape \(3,\)"),
         (lambda: statistics.avg_at_k(np.zeros((0, 3))), "not empty"),
-        (lambda: statistics.avg_at_k(np.array([[np.nan]])), "not finite"),
+        (lambda: statistics.avg_at_k(np.array([[np.nan]])), "all NaN"),
+        (lambda: statistics.avg_at_k(np.array([[1.0, np.inf]])), "infinite"),
+        (lambda: statistics.gain([[1.0], [np.nan]], [[np.nan], [1.0]]), "both before and after"),
+        (lambda: statistics.pass_at_k(np.array([[1.0, np.nan]]), 2), "k=2 with 1 samples"),
         (lambda: statistics.gain(np.ones((2, 1)), np.ones((3, 1))), "2 problems before, 3 after"),
     ],
 )
@@ -98,3 +101,15 @@ def test_interval_over_seeds_is_students():
     np.testing.assert_allclose(found, (1.5, 1.5 - 12.7062 / 2, 1.5 + 12.7062 / 2), rtol=1e-5)
     with pytest.raises(ValueError, match="1 seeds; an interval needs at least 2"):
         statistics.mean_over_seeds([1.0])
+
+
+@pytest.mark.fast
+def test_unknown_scores_are_left_out():
+    nan = np.nan
+    scores = np.array([[1.0, nan, 0.0], [nan, 1.0, 1.0], [0.0, 0.0, 0.0], [nan, nan, nan]])
+    assert statistics.avg_at_k(scores).value == pytest.approx((0.5 + 1 + 0) / 3)
+    assert statistics.pass_at_k(scores, 2).value == pytest.approx((1 + 1 + 0) / 3)
+    known = [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    assert statistics.pass_at_k(scores, 2).value == statistics.pass_at_k(np.array(known), 2).value
+    assert statistics.pass_at_k(scores, 3).value == 0  # only the third problem has three
+    assert statistics.gain(scores, 1 - scores).value == pytest.approx((0 - 1 + 1) / 3)

@@ -29,7 +29,7 @@ def command(workdir, *flags, program="train"):
 
 @pytest.fixture(scope="session")
 def environment():
-    """The environment of the session, with a compilation cache of its own.
+    """Returns the environment of the session, with a compilation cache of its own.
 
     A cache that another process is writing can make a run print a warning.
     """
@@ -67,7 +67,7 @@ def interrupt(workdir, environment, ready, sig):
 
 
 def arrays(workdir):
-    """Every array of the newest checkpoint, by name."""
+    """Returns every array of the newest checkpoint, by name."""
     from orbax.checkpoint import v1 as ocp
 
     with ocp.training.Checkpointer(pathlib.Path(workdir, "checkpoints").resolve()) as orbax:
@@ -228,6 +228,37 @@ def test_evaluate(finished, environment):
     assert metrics["eval/length"] > 1  # sampled by the same weights with the same key
     assert {k: v for k, v in metrics.items() if k.startswith("eval/")}.items() <= best.items()
     assert metrics["pass@1"] == pytest.approx(metrics["eval/avg_at_k"])  # unbiased at any k
+
+
+DEAD_JUDGE = "--gin.configs.Data.reward='tests.rewards.user_rewards:judge_that_dies'"
+
+
+def test_evaluation_by_a_dead_judge_has_no_score_and_fails(finished, environment):
+    before = (finished / "evaluation.json").read_bytes()
+    result = run(finished, environment, DEAD_JUDGE, program="evaluate")
+    assert result.returncode == 2
+    assert "failed on 100% of the samples" in result.stderr
+    assert "ConnectionError: the judge is down (4 of 4 failures)" in result.stderr  # last batch
+    assert "avg@2" not in result.stdout and "reward" not in result.stdout
+    metrics = json.loads((finished / "evaluation.json").read_text())
+    assert metrics["eval/failed_share"] == 1 and "eval/avg_at_k" not in metrics
+    (finished / "evaluation.json").write_bytes(before)
+
+
+def test_run_with_a_dead_judge_names_its_exception_and_keeps_the_samples(
+    finished, tmp_path, environment
+):
+    origin = f"--gin.configs.Experiment.init_from='{finished}'"
+    result = run(tmp_path, environment, DEAD_JUDGE, origin)
+    assert result.returncode == 2
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: step 1: the reward failed on 100% of the responses, above 10%")
+    assert "ConnectionError: the judge is down (16 of 16 failures)" in error
+    assert "step 0: this evaluation has no score" in result.stdout
+    rows = read_jsonl(tmp_path / "samples.jsonl")
+    assert [row["status"] for row in rows] == ["error"] * 4
+    logged = [line for line in result.stderr.splitlines() if "judge is down" in line]
+    assert len(logged) == 4  # two batches of the evaluation, the rollout, and the error
 
 
 def test_start_from_another_run(finished, tmp_path, environment):

@@ -50,7 +50,11 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str: ...
+    def decode(
+        self, ids: Sequence[int] | Int[np.ndarray, "T"], special_tokens: bool = False
+    ) -> str:
+        """Returns the text of ids; without special tokens, unless they are asked for."""
+        ...
 
     def control_token(self, text: str) -> str | None: ...
 
@@ -82,7 +86,10 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
+    def decode(
+        self, ids: Sequence[int] | Int[np.ndarray, "T"], special_tokens: bool = False
+    ) -> str:
+        # BOS, EOS and pad are never shown; pieces that a user defined are ordinary text here.
         return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
 
     def control_token(self, text: str) -> str | None:
@@ -171,9 +178,11 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
+    def decode(
+        self, ids: Sequence[int] | Int[np.ndarray, "T"], special_tokens: bool = False
+    ) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._model.decode(known, skip_special_tokens=True)
+        return self._model.decode(known, skip_special_tokens=not special_tokens)
 
     def control_token(self, text: str) -> str | None:
         # Compares ids, not text: a normaliser may map other characters to a token's.

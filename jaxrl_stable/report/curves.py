@@ -53,7 +53,12 @@ PAPER_PANELS = (
         {"mismatch/kl_k3_token_mean": "k3", "mismatch/kl_k1_token_mean": "|k1|"},
         log=True,
     ),
-    Panel("reward", "Training reward", "mean reward", {"reward/mean": "reward"}),
+    Panel(
+        "reward",
+        "Reward",
+        "mean reward",
+        {"reward/mean": "training", "eval/reward": "held-out"},
+    ),
     Panel("entropy", "Entropy", "nats per token", {"entropy": "entropy"}),
 )
 MORE_PANELS = (
@@ -68,6 +73,12 @@ MORE_PANELS = (
         "Truncated responses",
         "share",
         {"response/truncated_share": "training", "eval/truncated_share": "held-out"},
+    ),
+    Panel(
+        "invalid",
+        "Responses without a readable answer",
+        "share",
+        {"reward/invalid_share": "training", "eval/invalid_share": "held-out"},
     ),
     Panel(
         "zero_variance",
@@ -191,7 +202,7 @@ def draw(run: Run, panel: Panel, path: pathlib.Path) -> str:
 
 
 def _plot_line(axes: matplotlib.axes.Axes, x: Points, y: Points, label: str, color: str) -> None:
-    """Plots few points as they are, many as a faint line with their running mean."""
+    """Plots a few points as they are, and many points as a faint line with their running mean."""
     if len(x) <= 40:
         axes.plot(x, y, color=color, label=label, marker="o", markersize=3)
     elif label == "|k1|":  # a running mean of absolute values would not estimate the KL

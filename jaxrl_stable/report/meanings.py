@@ -27,6 +27,7 @@ class Metric:
 
 
 METRICS = (
+    Metric("eval/reward", "Held-out reward: mean over k samples per problem.", "rises"),
     Metric("eval/avg_at_k", "Held-out accuracy: mean over k samples per problem.", "rises"),
     Metric(
         "eval/pass_at_k",
@@ -37,6 +38,11 @@ METRICS = (
     Metric("eval/problems", "Number of held-out problems."),
     Metric("eval/length", "Held-out response length in tokens.", "no jumps, below the limit"),
     Metric("eval/truncated_share", "Held-out responses cut at the limit.", "near 0", 0, 0.1),
+    Metric(
+        "eval/invalid_share",
+        "Held-out samples without an answer that the reward can read.",
+        "falls to near 0",
+    ),
     Metric(
         "eval/failed_share", "Held-out samples whose checker timed out or failed.", "0", 0, 0.01
     ),
@@ -143,7 +149,14 @@ METRICS = (
     Metric("validity/staleness_value_error", "Value error if only π_θ/π_old were not 1."),
     Metric("validity/staleness_gradient_error", "Gradient error if only π_θ/π_old were not 1."),
     Metric("reward/mean", "Mean score of the training samples.", "rises; noisy"),
-    Metric("reward/accuracy", "Share of training samples with score 1 or more.", "rises; noisy"),
+    Metric(
+        "reward/accuracy", "Share of training samples that the reward calls right.", "rises; noisy"
+    ),
+    Metric(
+        "reward/invalid_share",
+        "Samples without an answer that the reward can read.",
+        "falls to near 0; if not, look at the format in the samples",
+    ),
     Metric("reward/failed_share", "Samples whose checker timed out or failed.", "0", 0, 0.01),
     Metric(
         "reward/zero_variance_share",

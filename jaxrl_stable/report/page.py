@@ -91,6 +91,10 @@ def score_cards(run: Run) -> list[tuple[str, str, str]]:
     if all(is_number(end) for interval in intervals for end in interval):
         note = f"95 %: {' → '.join(f'{low:.3f}–{high:.3f}' for low, high in intervals)}"
     cards = [(title, " → ".join(f"{value:.3f}" for value in values), note)]
+    rewards = [row.get("eval/reward") for row in ends]
+    if all(map(is_number, rewards)) and rewards != values:  # graded, so not the accuracy again
+        shown = " → ".join(f"{value:.3f}" for value in rewards)
+        cards.insert(0, ("Held-out reward", shown, "mean"))
     gain = estimate(run.summary.get("gain"))
     if gain:
         interval = (
@@ -116,7 +120,7 @@ def wall_time(run: Run) -> int | float:
     """Returns the duration of a run in seconds.
 
     The summary has the seconds of the last process, including cold start and compilation. In a
-    resumed run, the time from the first row to the last is longer. The result is the maximum.
+    resumed run, the time from the first row to the last is longer. The maximum is returned.
     """
     stamps = [row["time"] for row in run.rows if is_number(row.get("time"))]
     times = [stamps[-1] - stamps[0]] if stamps else []

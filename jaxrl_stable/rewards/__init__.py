@@ -3,7 +3,7 @@
 from jaxrl_stable.rewards.exact import exact_reward
 from jaxrl_stable.rewards.numeric import numeric_reward, parse_number
 from jaxrl_stable.rewards.overlong import overlong_penalty
-from jaxrl_stable.rewards.reward import Reward, check_references, load_reward
+from jaxrl_stable.rewards.reward import Reward, check_references, load_reward, try_reward
 from jaxrl_stable.rewards.verdict import Status, Verdict
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "numeric_reward",
     "overlong_penalty",
     "parse_number",
+    "try_reward",
 ]

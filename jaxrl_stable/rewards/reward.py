@@ -38,10 +38,20 @@ class Reward:
       name: the name given to `load_reward`.
       scorer: judges a batch.
       close: stops the scorer's processes.
+      right_at: score from which a response counts as right, for accuracies.
+      failures: returns why the scorer failed in the last call in which it did, one line per kind.
     """
 
-    def __init__(self, name: str, scorer: Scorer, close: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        name: str,
+        scorer: Scorer,
+        close: Callable[[], None] = lambda: None,
+        right_at: int | float = 1.0,
+        failures: Callable[[], list[str]] = list,
+    ):
         self.name, self._scorer, self.close = name, scorer, close
+        self.right_at, self.failures = right_at, failures
 
     def __call__(
         self, problems: Sequence[Mapping[str, Any]], responses: Sequence[str]
@@ -73,12 +83,14 @@ def load_reward(name: str, *, timeout_s: int | float = 5.0, workers: int = 1) ->
       name: `"numeric"` or `"exact"`, which run in this process and evaluate nothing; `"math"`
         (math-verify); or `"package.module:function"`, a user's function `(problem: dict,
         response: str) -> float | Verdict`. The last two run in worker processes, which are killed
-        if they exceed the time limit.
+        if they exceed the time limit. A function may have an attribute `right_at`, the score from
+        which a response counts as right in accuracies; it is 1 by default.
       timeout_s: wall-clock limit per response in a worker process, in seconds.
       workers: number of worker processes.
 
     Raises:
-      ValueError: if the name is unknown, or the function cannot be imported.
+      ValueError: if the name is unknown, or the function cannot be imported or is not callable
+        with `(problem, response)`.
     """
     if name == "numeric":
         return Reward(name, _in_process(numeric_reward))
@@ -90,7 +102,25 @@ def load_reward(name: str, *, timeout_s: int | float = 5.0, workers: int = 1) ->
         )
     function = _LATEX_FUNCTION if name == "math" else name
     pool = WorkerPool(function, timeout_s=timeout_s, workers=workers)
-    return Reward(name, pool, pool.close)
+    return Reward(name, pool, pool.close, pool.right_at, lambda: pool.failures)
+
+
+def try_reward(reward: Reward, problem: Mapping[str, Any]) -> None:
+    """Calls a reward as a run will: with a problem's own reference answer, and with no response.
+
+    A run thus fails at its start if the reward cannot judge, and not after hours of training.
+
+    Raises:
+      ValueError: if the reward fails on either; the message has the exception.
+    """
+    tries = {"its reference answer": problem["answer"], "an empty response": ""}
+    for what, response in tries.items():
+        if reward([problem], [response])[0].failed:
+            raise ValueError(
+                f"reward {reward.name!r} fails on {what}, for the problem "
+                f"{problem['prompt'][:60]!r}: {'; '.join(reward.failures())}. Fix the reward, or "
+                "raise Data.reward_timeout if it was killed"
+            )
 
 
 def check_references(source: References, reward_name: str) -> None:

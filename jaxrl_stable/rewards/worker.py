@@ -43,9 +43,13 @@ class Worker:
     Args:
       function: `"module:function"`, called as `function(problem: dict, response: str)` in the
         process, which has the parent's `sys.path` and no accelerator. It returns a finite number
-        or a `Verdict`.
+        (any scalar that `float` accepts, except text) or a `Verdict`.
       timeout_s: wall-clock limit per response, in seconds.
       memory_bytes: limit of the process's address space.
+
+    Attributes:
+      right_at: score from which a response is right: the function's own attribute `right_at`, else
+        1.
 
     Raises:
       ValueError: if the function cannot be imported or called.
@@ -56,26 +60,27 @@ class Worker:
         self._process: subprocess.Popen | None = None
         self._start()
 
-    def score(self, problem: Mapping[str, Any], response: str) -> Verdict:
-        """Judges one response within the limit; after a failure it first starts a new process."""
+    def score(self, problem: Mapping[str, Any], response: str) -> tuple[Verdict, str]:
+        """Judges one response within the limit; after a failure it first starts a new process.
+
+        Returns:
+          The verdict, and why the checker failed ("" if it did not).
+        """
         try:
             if self._process is None:
                 self._start()
             request = {"problem": dict(problem), "response": response}
             reply = self._exchange(request, self._timeout_s)
             if "error" not in reply:
-                return Verdict(float(reply["score"]), reply["status"])
-            logging.warning("reward %s: %s", self._function, reply["error"])
-            return Verdict(0.0, "error")
+                return Verdict(float(reply["score"]), reply["status"]), ""
+            return Verdict(0.0, "error"), reply["error"]
         except TimeoutError:
-            logging.warning("reward %s: killed after %g s", self._function, self._timeout_s)
             self.close()
-            return Verdict(0.0, "timeout")
+            return Verdict(0.0, "timeout"), f"killed after {self._timeout_s:g} s"
         # Not only failures of the function: code that it ran may have written to the pipe.
         except (WorkerDied, ValueError, TypeError, KeyError) as error:
-            logging.warning("reward %s: %s", self._function, error)
             self.close()
-            return Verdict(0.0, "error")
+            return Verdict(0.0, "error"), str(error)
 
     def close(self) -> None:
         """Kills the process and its whole group."""
@@ -115,6 +120,7 @@ class Worker:
             raise ValueError(
                 f"reward {self._function!r}: {reply['error']}; check the name and the PYTHONPATH"
             )
+        self.right_at = float(reply["right_at"])
 
     def _exchange(self, request: dict | None, timeout_s: int | float) -> dict:
         """Sends a request, if any, and returns the reply.
@@ -152,7 +158,12 @@ class Worker:
 
 
 class WorkerPool:
-    """Judges a batch of responses on several workers. See `Worker` for arguments and errors."""
+    """Judges a batch of responses on several workers. See `Worker` for arguments and errors.
+
+    Attributes:
+      right_at: see `Worker`.
+      failures: why the checker failed in the last call in which it did, most frequent first.
+    """
 
     def __init__(
         self,
@@ -171,6 +182,9 @@ class WorkerPool:
         start = functools.partial(Worker, function, timeout_s, memory_bytes)
         starts = [self._threads.submit(start) for _ in range(workers)]
         self._workers = [started.result() for started in starts]
+        self.right_at = self._workers[0].right_at
+        self.failures: list[str] = []
+        self._function = function
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -178,9 +192,15 @@ class WorkerPool:
     def __call__(
         self, problems: Sequence[Mapping[str, Any]], responses: Sequence[str]
     ) -> list[Verdict]:
-        return list(self._threads.map(self._score, problems, responses))
+        scored = list(self._threads.map(self._score, problems, responses))
+        reasons = [reason for verdict, reason in scored if verdict.failed]
+        if reasons:
+            self.failures = _kinds(reasons)
+            for failure in self.failures:
+                logging.warning("reward %s: %s", self._function, failure)
+        return [verdict for verdict, _ in scored]
 
-    def _score(self, problem: Mapping[str, Any], response: str) -> Verdict:
+    def _score(self, problem: Mapping[str, Any], response: str) -> tuple[Verdict, str]:
         worker = self._idle.get()
         try:
             return worker.score(problem, response)
@@ -192,6 +212,18 @@ class WorkerPool:
         self._threads.shutdown()
         for worker in self._workers:
             worker.close()
+
+
+def _kinds(reasons: Sequence[str]) -> list[str]:
+    """Returns one line per kind of failure, most frequent first: its count and its first reason.
+
+    Reasons are of one kind if they begin with the same words up to a colon, such as `KeyError:`.
+    """
+    kinds: dict[str, list[str]] = {}
+    for reason in reasons:
+        kinds.setdefault(reason.partition(":")[0], []).append(reason or "failed without a reason")
+    ordered = sorted(kinds.values(), key=len, reverse=True)
+    return [f"{each[0]} ({len(each)} of {len(reasons)} failures)" for each in ordered]
 
 
 def _kill_group(process: subprocess.Popen) -> None:

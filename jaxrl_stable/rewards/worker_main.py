@@ -2,13 +2,13 @@
 
 Reads requests `{"problem": ..., "response": ...}` and replies to each with `{"score": ...,
 "status": ...}` or `{"error": ...}`, one JSON object per line. The very first line reports whether
-the import succeeded: `{}` or an error.
+the import succeeded: `{"right_at": ...}` or an error.
 """
 
 import importlib
+import inspect
 import json
 import math
-import numbers
 import os
 import resource
 import signal
@@ -20,6 +20,8 @@ from jaxrl_stable.rewards.verdict import Status, Verdict
 
 _MAX_FILE_BYTES = 1 << 30
 _MAX_ERROR_CHARACTERS = 500
+# Rewards become float32 arrays; a larger number would become infinite there.
+_MAX_SCORE = 3.4028234663852886e38
 
 
 def main() -> None:
@@ -37,10 +39,11 @@ def main() -> None:
     _limit(resource.RLIMIT_CORE, 0)
     try:
         function = _import(name)
+        right_at = as_score(getattr(function, "right_at", 1.0))
     except BaseException as error:  # including SystemExit in the user's module
         _write(replies, {"error": _describe(error)})
         return
-    _write(replies, {})
+    _write(replies, {"right_at": right_at})
     for line in requests:
         _allow_time(2 * timeout_s + 10)
         reply = _judge(function, json.loads(line))
@@ -55,6 +58,18 @@ def _import(name: str) -> Callable[[dict, str], Any]:
         function = getattr(function, part)
     if not callable(function):
         raise TypeError(f"{name} is not a function")
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name} is async; a reward is called as a plain function")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions in C have none
+        return function
+    try:
+        signature.bind({}, "")
+    except TypeError as error:
+        raise TypeError(
+            f"{name}{signature} cannot be called with (problem, response): {error}"
+        ) from None
     return function
 
 
@@ -62,13 +77,27 @@ def _judge(function: Callable[[dict, str], Any], request: dict) -> dict:
     try:
         result = function(request["problem"], request["response"])
         score, status = result if isinstance(result, Verdict) else (result, "ok")
-        if not isinstance(score, numbers.Real) or not math.isfinite(score):
-            raise TypeError(f"returned {score!r}, which is not a finite number")
         if status not in get_args(Status):
             raise ValueError(f"returned the unknown status {status!r}")
-        return {"score": float(score), "status": status}
+        return {"score": as_score(score), "status": status}
     except BaseException as error:  # including SystemExit and MemoryError
         return {"error": _describe(error)}
+
+
+def as_score(value: Any) -> float:
+    """Returns a scalar as a float: a Python or numpy number, a bool, a `Decimal`, a 0-d array.
+
+    Raises:
+      TypeError: if the value is not a scalar, or is not finite in float32.
+    """
+    scalar = not isinstance(value, str | bytes | bytearray) and getattr(value, "shape", ()) == ()
+    try:
+        score = float(value) if scalar else math.nan
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if not abs(score) <= _MAX_SCORE:
+        raise TypeError(f"returned {value!r}, which is not a finite number")
+    return score
 
 
 def _describe(error: BaseException) -> str:

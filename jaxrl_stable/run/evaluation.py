@@ -1,9 +1,9 @@
-"""Held-out accuracy: avg@k and pass@k of a policy, with intervals."""
+"""Held-out reward and accuracy of a policy: mean reward, avg@k and pass@k, with intervals."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxrl_stable.configs import Evaluation, Experiment
 from jaxrl_stable.data import encode_prompts
 from jaxrl_stable.model.transformer import Transformer
-from jaxrl_stable.run.judge import judge
+from jaxrl_stable.run.judge import STATUSES, judge
 from jaxrl_stable.run.task import Task
 from jaxrl_stable.sampler.quantize import sampling_copy
 from jaxrl_stable.sampler.rollout import rollout
 from jaxrl_stable.sharding import row_parts, shard_rows
-from jaxrl_stable.statistics import avg_at_k, pass_at_k
+from jaxrl_stable.statistics import Estimate, avg_at_k, pass_at_k
 from jaxrl_stable.trajectory import Trajectory
 
 Sampler = Callable[..., Trajectory]
@@ -33,37 +33,78 @@ class Result:
       scores: reward of each sample; NaN if the checker failed.
       lengths: tokens of each response, EOS included.
       finished: whether the response ended with a stop token.
+      invalid: whether the response has no answer that the reward can read.
+      right_at: score from which a response is correct, see `rewards.Reward`.
     """
 
     scores: Float[np.ndarray, "problems k"]
     lengths: Int[np.ndarray, "problems k"]
     finished: Bool[np.ndarray, "problems k"]
+    invalid: Bool[np.ndarray, "problems k"]
+    right_at: int | float = 1.0
 
     @property
-    def correct(self) -> Bool[np.ndarray, "problems k"]:
-        return np.nan_to_num(self.scores, nan=0.0) >= 1.0
+    def correct(self) -> Float[np.ndarray, "problems k"]:
+        """1 for a correct response, 0 for a wrong one, NaN if the checker failed."""
+        return np.where(np.isnan(self.scores), np.nan, self.scores >= self.right_at)
+
+    @property
+    def failed_share(self) -> float:
+        """Share of the samples whose checker failed."""
+        return float(np.isnan(self.scores).mean())
+
+    def estimates(self, ks: Sequence[int]) -> dict[str, Estimate]:
+        """Returns the mean reward, avg@k, and pass@n for each n of `ks`, with intervals.
+
+        Samples whose checker failed are left out. A figure is absent if nothing is known of it: all
+        samples failed, or, for pass@n, no problem has n judged samples.
+        """
+        known, k = (~np.isnan(self.scores)).sum(1), self.scores.shape[1]
+        figures = {}
+        if known.any():
+            figures["reward"] = avg_at_k(self.scores)
+            figures[f"avg@{k}"] = avg_at_k(self.correct)
+        for n in ks:
+            if (known >= n).any():
+                figures[f"pass@{n}"] = pass_at_k(self.correct, n)
+        return figures
 
     def metrics(self) -> dict[str, float]:
-        """Returns the `eval/…` metrics; a sample is correct if its score is at least 1.
-
-        A sample whose checker failed counts as wrong and is counted in `eval/failed_share`.
-        """
-        correct = self.correct
-        k = correct.shape[1]
-        mean, any_of_k = avg_at_k(correct), pass_at_k(correct, k)
-        return {
-            "eval/avg_at_k": mean.value,
-            "eval/avg_at_k_low": mean.low,
-            "eval/avg_at_k_high": mean.high,
-            "eval/pass_at_k": any_of_k.value,
-            "eval/pass_at_k_low": any_of_k.low,
-            "eval/pass_at_k_high": any_of_k.high,
+        """Returns the `eval/…` metrics; see `estimates` for failed checkers."""
+        count, k = self.scores.shape
+        values = {}
+        names = {
+            "reward": "eval/reward",
+            f"avg@{k}": "eval/avg_at_k",
+            f"pass@{k}": "eval/pass_at_k",
+        }
+        for figure, estimate in self.estimates([k]).items():
+            name = names[figure]
+            values[name] = estimate.value
+            values[f"{name}_low"] = estimate.low
+            values[f"{name}_high"] = estimate.high
+        return values | {
             "eval/k": float(k),
-            "eval/problems": float(correct.shape[0]),
+            "eval/problems": float(count),
             "eval/length": float(self.lengths.mean()),
             "eval/truncated_share": float(1.0 - self.finished.mean()),
-            "eval/failed_share": float(np.isnan(self.scores).mean()),
+            "eval/invalid_share": float(self.invalid.mean()),
+            "eval/failed_share": self.failed_share,
         }
+
+    def score(self, ranking: str, max_failed: float) -> float | None:
+        """Returns the score that ranks checkpoints.
+
+        Args:
+          ranking: `Evaluation.best`.
+          max_failed: largest share of failed checkers.
+
+        Returns:
+          The value of the metric, or None if more checkers failed or nothing is known of it.
+        """
+        if self.failed_share > max_failed:
+            return None
+        return self.metrics().get(f"eval/{ranking}")
 
 
 _copy = jax.jit(partial(sampling_copy, format="none"))
@@ -75,8 +116,15 @@ def evaluation_key(seed: int) -> Key[Array, ""]:
 
 
 def make_sampler(task: Task, evaluation: Evaluation, max_tokens: int) -> Sampler:
-    """Returns the jitted rollout with the evaluation's sampling; it compiles once per run."""
-    sampling = task.sampling(max_tokens, evaluation.temperature, top_p=evaluation.top_p)
+    """Returns the jitted rollout with the evaluation's sampling; it compiles once per run.
+
+    Args:
+      task: stop tokens.
+      evaluation: sampling settings.
+      max_tokens: longest response if the evaluation has no limit of its own.
+    """
+    limit = evaluation.max_tokens or max_tokens
+    sampling = task.sampling(limit, evaluation.temperature, evaluation.top_k, evaluation.top_p)
     return jax.jit(partial(rollout, sampling=sampling))
 
 
@@ -122,4 +170,5 @@ def evaluate(
         return np.concatenate([getattr(batch, name) for batch in batches]).reshape(count, k)
 
     scores = np.where(joined("valid"), joined("rewards"), np.nan)
-    return Result(scores, joined("lengths"), joined("finished"))
+    invalid = joined("status") == STATUSES.index("invalid")
+    return Result(scores, joined("lengths"), joined("finished"), invalid, task.reward.right_at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -43,18 +43,28 @@ def check_finite(state: TrainState, limit: int) -> None:
         )
 
 
-def check_failed_rewards(share: float, limit: float, step: int) -> None:
+def check_failed_rewards(
+    share: float, limit: float, step: int, failures: Sequence[str] = ()
+) -> None:
     """Checks that the reward does not fail or time out too often.
 
     Failed responses are left out of the baseline, which a policy could learn to exploit.
+
+    Args:
+      share: share of failed verdicts in one rollout.
+      limit: `Reinforcement.max_failed_rewards`.
+      step: for the message.
+      failures: what failed in this process, see `rewards.Reward`.
 
     Raises:
       RuntimeError: if the share of failed verdicts in one rollout exceeds `limit`.
     """
     if share > limit:
+        reasons = "; ".join(failures) or "the log of another process has the reason"
         raise RuntimeError(
-            f"step {step}: the reward failed on {share:.0%} of the responses, above {limit:.0%}; "
-            "see their status in samples.jsonl, raise Data.reward_timeout, or fix the reward"
+            f"step {step}: the reward failed on {share:.0%} of the responses, above {limit:.0%}: "
+            f"{reasons}. Fix the reward, raise Data.reward_timeout if it was killed, and see the "
+            "last rows of samples.jsonl"
         )
 
 

@@ -83,20 +83,26 @@ def failed_share(rounds: Sequence[Judged]) -> float:
     return float(1.0 - np.concatenate([judged.valid for judged in rounds]).mean())
 
 
-def reward_metrics(judged: Judged, group_size: int) -> dict[str, float]:
+def reward_metrics(
+    judged: Judged, group_size: int, right_at: int | float = 1.0
+) -> dict[str, float]:
     """Returns the host-side metrics of a rollout batch.
 
-    - `reward/mean`: mean score of the responses whose checker did not fail
-    - `reward/accuracy`: share of them with score 1 or more
+    - `reward/mean`: mean score of the responses whose checker did not fail; absent if all failed
+    - `reward/accuracy`: share of them with a score of at least `right_at`; absent likewise
+    - `reward/invalid_share`: share of responses without an answer that the reward can read
     - `reward/failed_share`: share of responses whose checker timed out or failed
     - `reward/zero_variance_share`: share of groups whose scores are all equal
     - `response/length`: mean length in tokens, EOS included; `response/tokens`: their sum
     - `response/truncated_share`: share of responses without a stop token
     """
     known = judged.rewards[judged.valid]
-    return {
-        "reward/mean": float(known.mean()) if known.size else 0.0,
-        "reward/accuracy": float((known >= 1.0).mean()) if known.size else 0.0,
+    scores = {}
+    if known.size:
+        scores["reward/mean"] = float(known.mean())
+        scores["reward/accuracy"] = float((known >= right_at).mean())
+    return scores | {
+        "reward/invalid_share": float((judged.status == STATUSES.index("invalid")).mean()),
         "reward/failed_share": failed_share([judged]),
         "reward/zero_variance_share": float(1.0 - scores_differ(judged, group_size).mean()),
         "response/length": float(judged.lengths.mean()),

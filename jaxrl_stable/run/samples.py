@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from jaxrl_stable import distributed
 from jaxrl_stable.data import Problem
@@ -17,13 +18,23 @@ from jaxrl_stable.trainer.score import Scored
 
 def sample_rows(
     problems: Sequence[Problem],
+    chosen: Int[np.ndarray, "rows"],
     judged: Judged,
     advantages: Float[Array, "B"],
     batch: TrainBatch,
     scored: Scored | None,
     task: Task,
 ) -> list[dict[str, Any]]:
-    """Returns the first responses, one per given problem. All processes must call this.
+    """Returns chosen responses of a batch. All processes must call this.
+
+    Args:
+      problems: the problem of each chosen response.
+      chosen: rows of the batch.
+      judged: verdicts of the batch.
+      advantages: advantages of the batch.
+      batch: tokens of the batch.
+      scored: result of the `score` pass, if there was one.
+      task: turns tokens into text.
 
     Each row has, per token: its text; `log_weight`, log π_old − log μ_old in nats, the mismatch
     part of its importance weight; and `differs`, the number of MoE layers where the training router
@@ -34,15 +45,15 @@ def sample_rows(
     if scored is not None:
         arrays += [scored.logp_old, scored.differing_layers]
     tokens, mask, rollout, advantages, *of_score = distributed.replicated(
-        [x[: len(problems)] for x in arrays]
+        [x[chosen] for x in arrays]
     )
     rows = []
     for i, response in enumerate(task.decode(tokens, mask)):
         row = {
             **problems[i],
             "response": response,
-            "score": float(judged.rewards[i]),
-            "status": STATUSES[judged.status[i]],
+            "score": float(judged.rewards[chosen[i]]),
+            "status": STATUSES[judged.status[chosen[i]]],
             "advantage": float(advantages[i]),
             "tokens": [task.tokenizer.decode([int(t)]) for t in tokens[i][mask[i]]],
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import zlib
+from functools import partial
 
 from jaxrl_stable import distributed
 from jaxrl_stable.configs import Experiment
@@ -18,7 +19,7 @@ from jaxrl_stable.data import (
     load_tokenizer,
     train_sentencepiece,
 )
-from jaxrl_stable.rewards import Reward, check_references, load_reward
+from jaxrl_stable.rewards import Reward, check_references, load_reward, try_reward
 from jaxrl_stable.sampler.rollout import Sampling
 
 TOKENIZER_PROBLEMS = 20_000  # read per source to train a tokenizer
@@ -35,6 +36,7 @@ class Task:
       reward: scores responses.
       identity: identifies problems, tokenizer and chat template; compared when a run resumes.
       template: turns a problem into a prompt.
+      special_tokens: whether the reward sees special tokens; never the stop token.
     """
 
     train: Source
@@ -43,6 +45,7 @@ class Task:
     reward: Reward
     identity: str = ""
     template: Template = "{prompt}"
+    special_tokens: bool = False
 
     def __enter__(self) -> Task:
         return self
@@ -53,8 +56,11 @@ class Task:
     def decode(self, tokens, response_mask) -> list[str]:
         """Returns the text of each response, without its stop token."""
         stop = set(self.tokenizer.eos_ids)
+        decode = self.tokenizer.decode
+        if self.special_tokens:
+            decode = partial(decode, special_tokens=True)
         return [
-            self.tokenizer.decode([int(t) for t in row[mask] if int(t) not in stop])
+            decode([int(t) for t in row[mask] if int(t) not in stop])
             for row, mask in zip(tokens, response_mask, strict=True)
         ]
 
@@ -73,8 +79,8 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
 
     Raises:
       ValueError, FileNotFoundError: if a source or the chat template is missing, a prompt is
-        invalid or too long, a reference answer cannot be read, or the tokenizer has more entries
-        than the model; the error says where.
+        invalid or too long, a reference answer cannot be read, the reward fails on a problem, or
+        the tokenizer has more entries than the model; the error says where.
     """
     data, evaluation = experiment.data, experiment.evaluation
     for field in ("train", "heldout"):
@@ -109,7 +115,12 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
         check_references(source, data.reward)
     identity = f"{train!r}, tokenizer {_checksum(path):08x}, template {template!r}"
     reward = load_reward(data.reward, timeout_s=data.reward_timeout, workers=data.reward_workers)
-    return Task(train, heldout, tokenizer, reward, identity, template)
+    try:
+        try_reward(reward, train[0])
+    except BaseException:
+        reward.close()
+        raise
+    return Task(train, heldout, tokenizer, reward, identity, template, data.reward_special_tokens)
 
 
 def _checksum(path: pathlib.Path) -> int:

@@ -155,6 +155,11 @@ class MetricsWriter:
             figures = "  ".join(f"{label} {value}" for label, value in shown.items())
             print(f"step {step}{total}  {figures}", flush=True)
 
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        if self._console is not None:
+            self._console.print(rich.text.Text(visible(text)), soft_wrap=True)
+
     def show_sample(self, prompt: str, response: str, score: float) -> None:
         """Prints one sample above the bar, as plain text."""
         if self._console is None:
@@ -182,7 +187,7 @@ class NoWriter:
     def _nothing(self, *_) -> None:
         pass
 
-    write = samples = progress = show_sample = _nothing
+    write = samples = progress = say = show_sample = _nothing
 
 
 def open_writer(workdir: str | os.PathLike, **settings: Any) -> MetricsWriter | NoWriter:

@@ -48,7 +48,7 @@ def command(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def compile_once():
-    """Compiles the programs the first time; every test that uses `score` asks for the same."""
+    """Compiles the programs once; every test that uses `score` uses the same ones."""
     made, original = [], programs.compiled_programs
 
     def compiled_programs(*arguments):
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused(command, score, monkeypatch):
     monkeypatch.setitem(topology.CHIPS, "v5e", small)
     status, out, error = command(*score)
     assert status == 2
-    assert "\nscore " in out  # the figures still come
+    assert "\nscore " in out  # the figures are printed all the same
     (line,) = error.strip().splitlines()
     assert line.startswith("error: score needs ") and "which has 64.0 KiB" in line
     assert "the largest is the " in line and "; use a " in line

@@ -113,6 +113,7 @@ def test_hf_round_trip_and_usual_names(hf_directory):
         assert tokenizer.encode("<|im_end|>") == [3]
         ids = np.array([1, *tokenizer.encode("Ann"), 2, 3, 0, 5_000])
         assert tokenizer.decode(ids) == "Ann"
+        assert tokenizer.decode(ids[:4], special_tokens=True).startswith("<s>")
 
 
 def test_hf_special_tokens_from_the_files_beside_it(hf_directory):

@@ -1,4 +1,4 @@
-"""What processes have and agree on; run by two of them with two devices each."""
+"""Checks what processes share and agree on; run by two processes with two devices each."""
 
 import pathlib
 import shutil
@@ -39,7 +39,7 @@ class Words:
 
 
 def trajectory(mesh):
-    """Row b has a response of 1 + b % 3 tokens b."""
+    """Makes rows; row b has a response of 1 + b % 3 tokens, all equal to b."""
     rows, columns = np.arange(B)[:, None], np.arange(T)[None]
     mask = (columns >= P) & (columns < P + 1 + rows % 3)
     place = partial(shard_rows, mesh)
@@ -77,10 +77,17 @@ def main():
                 np.testing.assert_array_equal(judged.finished, np.arange(rows) > 3)
             batch = make_batch(sampled, shard_rows(mesh, np.arange(B) * 1.0))
             shown = sample_rows(
-                [{"id": i} for i in range(3)], judged, batch.advantages, batch, None, task
+                [{"id": i} for i in range(3)],
+                np.array([2, 0, 1]),
+                judged,
+                batch.advantages,
+                batch,
+                None,
+                task,
             )
-            assert [row["response"] for row in shown] == ["<0>", "<1><1>", "<2><2><2>"]
-            assert [row["advantage"] for row in shown] == [0.0, 1.0, 2.0]
+            assert [row["response"] for row in shown] == ["<2><2><2>", "<0>", "<1><1>"]
+            assert [row["advantage"] for row in shown] == [2.0, 0.0, 1.0]
+            assert [row["score"] for row in shown] == [1.0, 0.0, 0.5]
 
     np.testing.assert_array_equal(distributed.any_process([me == 0, me == 1, False]), [1, 1, 0])
 

@@ -37,6 +37,7 @@ def test_header_has_the_key_figures(written):
     _, text = written
     run = report.read_run(written[0].parent)
     first, last = (run.series("eval/avg_at_k")[1][i] for i in (0, -1))
+    assert f"<small>Held-out reward</small><b>{2 * first:.3f} → {2 * last:.3f}" in text
     assert f"<small>Held-out avg@8</small><b>{first:.3f} → {last:.3f}" in text
     assert "<b>+80.0</b><small>95 %: +75.0 to +85.0</small>" in text, "gain from summary.json"
     assert "<b>400</b><small>1,600 updates</small>" in text

@@ -3,7 +3,13 @@ import json
 import pytest
 
 from jaxrl_stable import data
-from jaxrl_stable.rewards import Verdict, check_references, load_reward
+from jaxrl_stable.rewards import (
+    Reward,
+    Verdict,
+    check_references,
+    load_reward,
+    try_reward,
+)
 
 
 @pytest.mark.fast
@@ -61,3 +67,53 @@ def test_check_references(tmp_path):
     assert "records affected: 2 of 4" in str(caught.value)
     with pytest.raises(ValueError, match=r"\[0\]: reward 'exact' cannot read"):
         check_references([{"prompt": "", "answer": "####"}], "exact")
+
+
+PROBLEM = {"prompt": "1+1?", "answer": "2", "tests": "assert"}
+
+
+def test_a_reward_is_tried_with_the_reference_answer_and_with_no_response():
+    seen = []
+
+    def scorer(problems, responses):
+        seen.extend(zip(problems, responses, strict=True))
+        return [Verdict(0.5, "ok")]
+
+    try_reward(Reward("test", scorer), PROBLEM)
+    assert seen == [(PROBLEM, "2"), (PROBLEM, "")]
+    try_reward(load_reward("numeric"), PROBLEM)  # an empty response is invalid: judged, not failed
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("reads_tests_of_other_name", "fails on its reference answer.*KeyError: 'unit_tests'"),
+        ("indexes_the_response", "fails on an empty response.*IndexError: string index"),
+    ],
+)
+def test_a_reward_that_cannot_judge_is_refused_with_its_exception(function, message):
+    with (
+        load_reward(f"tests.rewards.user_rewards:{function}") as reward,
+        pytest.raises(ValueError, match=message) as caught,
+    ):
+        try_reward(reward, PROBLEM)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("asynchronous", "is async; a reward is called as a plain function"),
+        ("batched", r"batched\(prompts, completions, answer\) cannot be called with \(problem, "),
+        ("keyword_only", "cannot be called with .*: too many positional arguments"),
+    ],
+)
+def test_functions_of_another_form_are_refused_when_they_are_loaded(function, message):
+    with pytest.raises(ValueError, match=message):
+        load_reward(f"tests.rewards.user_rewards:{function}")
+
+
+def test_a_reward_states_from_which_score_a_response_is_right():
+    with load_reward("tests.rewards.user_rewards:graded") as reward:
+        assert reward.right_at == 8.0
+    assert load_reward("numeric").right_at == 1.0

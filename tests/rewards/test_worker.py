@@ -180,3 +180,28 @@ def test_faulty_settings():
     for settings in ({"timeout_s": 0.0}, {"workers": 0}):
         with pytest.raises(ValueError, match="both must be positive"):
             load_reward(f"{REWARDS}:length", **settings)
+
+
+def test_scalars_of_libraries_are_numbers_if_float32_holds_them():
+    scores = {"np.bool": 1, "np.float32": 0.5, "0-d": 0.25, "Decimal": 0.75, "Fraction": 0.125}
+    refused = ("1-d", "1e39", "complex", "bytes", "Decimal NaN")
+    with load_reward(f"{REWARDS}:scalar") as reward:
+        assert reward([PROBLEM] * 5, list(scores)) == [Verdict(x, "ok") for x in scores.values()]
+        assert reward([PROBLEM], ["3.4e38"]) == [Verdict(3.4e38, "ok")]
+        assert reward([PROBLEM] * 5, refused) == [Verdict(0.0, "error")] * 5
+        assert "is not a finite number (5 of 5 failures)" in reward.failures()[0]
+
+
+def test_failures_are_reported_once_per_kind_with_a_count(caplog):
+    pool = WorkerPool(f"{REWARDS}:misbehave")
+    with caplog.at_level("WARNING", logger="absl"):
+        pool([PROBLEM] * 6, ["raise", "fine", "nan", "raise", "sys.exit", "raise"])
+    pool([PROBLEM], ["fine"])
+    pool.close()
+    assert [line.partition(":")[0] for line in pool.failures] == [
+        "RuntimeError",
+        "TypeError",
+        "SystemExit",
+    ]
+    assert pool.failures[0] == "RuntimeError: first line second line (3 of 5 failures)"
+    assert len(caplog.records) == 3

@@ -1,5 +1,7 @@
 """Good and bad reward functions as users write them; workers import them by name."""
 
+import decimal
+import fractions
 import mmap
 import os
 import resource
@@ -8,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import numpy as np
 
 from jaxrl_stable.rewards import Verdict
 
@@ -67,6 +71,60 @@ def misbehave(problem, response):
         case "accelerator":
             return float(os.environ["JAX_PLATFORMS"] == "cpu")
     return 1.0
+
+
+def scalar(problem, response):
+    """Returns the value that the response names, as libraries return it."""
+    return {
+        "np.bool": np.bool_(True),
+        "np.float32": np.float32(0.5),
+        "0-d": np.array(0.25),
+        "Decimal": decimal.Decimal("0.75"),
+        "Fraction": fractions.Fraction(1, 8),
+        "1-d": np.array([1.0]),
+        "1e39": 1e39,
+        "complex": 1j,
+        "bytes": b"1",
+        "Decimal NaN": decimal.Decimal("nan"),
+        "3.4e38": 3.4e38,
+    }[response]
+
+
+def reads_tests_of_other_name(problem, response):
+    return float(response == problem["unit_tests"])
+
+
+def indexes_the_response(problem, response):
+    return float(response[0] == problem["answer"][0])
+
+
+async def asynchronous(problem, response):
+    return 1.0
+
+
+def batched(prompts, completions, answer):
+    return [1.0] * len(prompts)
+
+
+def keyword_only(problem, *, response):
+    return 1.0
+
+
+CALLS = iter(range(1_000_000))
+
+
+def judge_that_dies(problem, response):
+    """Judges the two responses that a run tries at its start."""
+    if next(CALLS) >= 2:
+        raise ConnectionError("the judge is down")
+    return float(response == problem["answer"])
+
+
+def graded(problem, response):
+    return 9.0
+
+
+graded.right_at = 8
 
 
 def spawn(problem, response):

@@ -8,7 +8,7 @@ import pytest
 from jaxrl_stable import advantages as estimators
 from jaxrl_stable import configs
 from jaxrl_stable.rewards import Reward, Verdict
-from jaxrl_stable.run.evaluation import Result
+from jaxrl_stable.run.evaluation import Result, make_sampler
 from jaxrl_stable.run.judge import (
     STATUSES,
     Judged,
@@ -58,6 +58,21 @@ def test_responses_are_decoded_without_prompt_stop_token_and_padding(trajectory)
     np.testing.assert_array_equal(judged.finished, trajectory.finished[:rows])
 
 
+@pytest.mark.fast
+def test_special_tokens_are_shown_to_the_reward_only_if_asked_for(trajectory):
+    asked = []
+
+    class Special(Words):
+        def decode(self, ids, special_tokens=False):
+            asked.append(special_tokens)
+            return super().decode(ids)
+
+    for shown in (False, True):
+        task = Task([], [], Special(), None, special_tokens=shown)
+        task.decode(trajectory.tokens[:1], trajectory.response_mask[:1])
+    assert asked == [False, True]
+
+
 def judged_of(scores, statuses):
     n = len(scores)
     return Judged(
@@ -76,19 +91,77 @@ def test_reward_metrics_by_hand():
     assert got["reward/mean"] == pytest.approx(3 / 5)  # the timeout is left out
     assert got["reward/accuracy"] == pytest.approx(3 / 5)
     assert got["reward/failed_share"] == pytest.approx(1 / 6)
+    assert got["reward/invalid_share"] == pytest.approx(1 / 6)
     assert got["reward/zero_variance_share"] == pytest.approx(1 / 3)  # (1, –) has one score only
     assert got["response/length"] == pytest.approx(3.5)
     assert got["response/tokens"] == 21
     assert got["response/truncated_share"] == pytest.approx(1 / 6)
 
 
-def test_evaluation_counts_a_failed_checker_as_wrong_and_says_so():
-    scores = np.array([[1.0, 0.0], [np.nan, 1.0], [0.0, 0.0]])
-    metrics = Result(scores, np.ones((3, 2), int), np.ones((3, 2), bool)).metrics()
-    assert metrics["eval/avg_at_k"] == pytest.approx(2 / 6)
-    assert metrics["eval/pass_at_k"] == pytest.approx(2 / 3)
-    assert metrics["eval/failed_share"] == pytest.approx(1 / 6)
+@pytest.mark.fast
+def test_rewards_of_a_rollout_are_absent_if_none_is_known():
+    got = reward_metrics(judged_of([0.0, 0.0], ["timeout", "error"]), group_size=2)
+    assert not {"reward/mean", "reward/accuracy"} & got.keys()
+    assert got["reward/failed_share"] == 1
+
+
+@pytest.mark.fast
+def test_accuracy_counts_from_the_score_that_the_reward_calls_right():
+    judged = judged_of([7.0, 9.0, 10.0, 1.0], ["ok"] * 4)
+    assert reward_metrics(judged, 2, right_at=9)["reward/accuracy"] == 0.5
+    assert reward_metrics(judged, 2)["reward/accuracy"] == 1.0
+
+
+def evaluated(scores, **fields):
+    scores = np.array(scores)
+    shape = scores.shape
+    return Result(scores, np.ones(shape, int), np.ones(shape, bool), scores == 0, **fields)
+
+
+@pytest.mark.fast
+def test_evaluation_leaves_out_failed_checkers_and_says_so():
+    metrics = evaluated([[1.0, 0.0], [np.nan, 1.0], [0.0, 0.0], [np.nan, np.nan]]).metrics()
+    assert metrics["eval/avg_at_k"] == pytest.approx((0.5 + 1 + 0) / 3)
+    assert metrics["eval/pass_at_k"] == pytest.approx((1 + 0) / 2)  # two judged samples are needed
+    assert metrics["eval/failed_share"] == pytest.approx(3 / 8)
+    assert metrics["eval/invalid_share"] == pytest.approx(3 / 8)
     assert metrics["eval/avg_at_k_low"] <= metrics["eval/avg_at_k"] <= metrics["eval/avg_at_k_high"]
+
+
+@pytest.mark.fast
+def test_graded_rewards_have_a_mean_with_an_interval_and_their_own_threshold():
+    result = evaluated([[0.3, 0.9], [0.9, 0.9]], right_at=0.9)
+    metrics = result.metrics()
+    assert metrics["eval/reward"] == pytest.approx(0.75)
+    assert metrics["eval/reward_low"] == pytest.approx(0.6)
+    assert metrics["eval/avg_at_k"] == pytest.approx(0.75)
+    assert metrics["eval/pass_at_k"] == 1
+    assert evaluated([[0.3, 0.9], [0.9, 0.9]]).metrics()["eval/avg_at_k"] == 0
+
+
+@pytest.mark.fast
+def test_checkpoints_are_ranked_by_the_named_metric_of_a_judged_evaluation():
+    result = evaluated([[0.0, 2.0], [np.nan, 0.0]])
+    assert result.score("reward", max_failed=0.25) == pytest.approx(0.5)
+    assert result.score("avg_at_k", max_failed=0.25) == pytest.approx(0.25)
+    assert result.score("pass_at_k", max_failed=0.25) == 1
+    assert result.score("reward", max_failed=0.2) is None
+    nothing = evaluated([[np.nan, np.nan]])
+    assert nothing.score("reward", max_failed=1.0) is None
+    assert "eval/reward" not in nothing.metrics() and nothing.metrics()["eval/failed_share"] == 1
+
+
+@pytest.mark.fast
+def test_evaluation_samples_with_its_own_settings():
+    task = Task([], [], Words(), Reward("test", lambda problems, responses: []))
+    own = configs.Evaluation(max_tokens=7, top_k=3, top_p=0.5, temperature=0.25)
+    sampling = make_sampler(task, own, 5).__wrapped__.keywords["sampling"]
+    assert (sampling.max_tokens, sampling.top_k, sampling.top_p) == (7, 3, 0.5)
+    assert sampling.temperature == 0.25
+    usual = make_sampler(task, configs.Evaluation(), 5).__wrapped__.keywords["sampling"]
+    assert (usual.max_tokens, usual.top_k) == (5, 0)
+    with pytest.raises(ValueError, match=r"Evaluation\.best is 'loss'; use one of 'reward'"):
+        configs.Evaluation(best="loss")
 
 
 @pytest.mark.fast
