@@ -164,7 +164,7 @@ def compares_groups(estimator: Callable[..., Array]) -> bool:
     rewards = (low + (high - low) * np.array([0.0, 1.0, 0.25, 1.0])).astype(np.float32)
     ids, valid = np.arange(4, dtype=np.int32), np.ones(4, bool)
     with jax.ensure_compile_time_eval():
-        # In a new function: jax caches traces and does not see changes of gin settings.
+        # The new lambda avoids jax's cached traces, which ignore changed gin settings.
         tried = jax.jit(lambda *x: estimator(*x))(rewards, ids, valid, ids + 1)
     return not np.any(np.nan_to_num(np.asarray(tried)))
 

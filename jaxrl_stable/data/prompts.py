@@ -9,13 +9,13 @@ from jaxtyping import Bool, Int
 
 from jaxrl_stable.data.sources import Problem, Source
 from jaxrl_stable.data.templates import PLACE, ChatTemplate, Template, fill
-from jaxrl_stable.data.tokenizer import Tokenizer
+from jaxrl_stable.data.tokenizer import Tokenizer, prefix_ids
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: Template = PLACE) -> list[int]:
     """Returns the token ids of one prompt.
 
-    A plain template is filled in and preceded by BOS if the tokenizer has one. A chat template
+    A plain template is filled in and preceded by BOS if the tokenizer adds one. A chat template
     writes BOS itself if the model needs it.
 
     Raises:
@@ -36,8 +36,7 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: Template = PLAC
         return tokenizer.encode(template.render(problem))
     if turns:
         raise ValueError("the prompt is a list of messages; turn on Data.chat, or make it a string")
-    ids = tokenizer.encode(fill(template, problem["prompt"]))
-    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    return [*prefix_ids(tokenizer), *tokenizer.encode(fill(template, problem["prompt"]))]
 
 
 def encode_prompts(

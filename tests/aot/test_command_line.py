@@ -131,3 +131,11 @@ def test_help_lists_the_flags(capsys):
     out = capsys.readouterr().out
     assert exit.value.code == 0
     assert all(flag in out for flag in ("--topology", "--sweep", "--programs", "--gin.NAME=VALUE"))
+
+
+def test_an_unknown_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--topologies=v5e:2x2", "--chips=4"])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: ") and "--help lists the arguments" in said
