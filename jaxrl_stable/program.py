@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +22,9 @@ from jaxrl_stable import _moved, distributed, gin_files
 from jaxrl_stable.checks import local_path
 from jaxrl_stable.distributed import watch
 from jaxrl_stable.gin_files import build_experiment, load, one_line, resolved_config
+from jaxrl_stable.hf.config import resuming
 from jaxrl_stable.run.describe import describe
+from jaxrl_stable.run.origin import model_of_run
 from jaxrl_stable.run.rehearsal import rehearse
 from jaxrl_stable.text import any_terminal
 
@@ -100,7 +104,8 @@ def run(main: Callable[[Any, str], None], kind: Kind | None = None) -> None:
             if jax.config.jax_compilation_cache_dir is None and not options.dry_run:
                 cache = os.path.join(os.path.abspath(workdir), "xla_cache")
                 jax.config.update("jax_compilation_cache_dir", cache)  # for a resumed run
-            experiment = load(files, bindings, kind.build)
+            with resuming(partial(model_of_run, pathlib.Path(workdir))):
+                experiment = load(files, bindings, kind.build)
             if options.dry_run:
                 print(resolved_config(), kind.describe(experiment), sep="\n", flush=True)
                 if kind.check:

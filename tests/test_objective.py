@@ -37,7 +37,7 @@ def test_defaults_are_minirl():
         ({"aggregation": "mean"}, r"Objective\.aggregation is 'mean'"),
         ({"kl_estimator": "k4"}, r"Objective\.kl_estimator is 'k4'"),
         ({"mini_batches": 0}, r"Objective\.mini_batches is 0; use at least 1"),
-        ({"kl_weighted": True, "kl_estimator": "k2"}, "kl_weighted biases kl_estimator='k2'"),
+        ({"kl_weighted": True, "kl_estimator": "k2"}, "kl_weighted makes kl_estimator='k2' biased"),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
@@ -125,10 +125,16 @@ def broken(*arrays):
     return {}["key"]
 
 
+@estimators.with_conditions(penalty="separate")
+def no_penalty(rewards, group_ids, valid=None, lengths=None):
+    return rewards
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
+        (Objective(advantages=no_penalty), "no_penalty raised TypeError: .*'penalty'"),
         (Objective(loss=wrong_result), r"wrong_result returns .* instead of TokenLoss"),
         (Objective(corrections=[wrong_shape]), "wrong_shape returns"),
         (Objective(advantages=broken), "broken raised KeyError: 'key'"),

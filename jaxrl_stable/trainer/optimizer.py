@@ -1,5 +1,7 @@
 """Training state, optimiser, and an update step that skips non-finite gradients.
 
+A gradient of exactly 0 is not skipped by default: see `Optimizer.skip_zero_gradients`.
+
 The optimiser works in float32 regardless of the storage type of the parameters: an update at a
 learning rate of 1e-6 is smaller than the spacing of bfloat16 and would be lost.
 """
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model.transformer import Transformer
@@ -25,12 +27,12 @@ from jaxrl_stable.sharding import constrain_state
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Input and output of an update step.
+    """Training state: input and output of an update step.
 
     Attributes:
       model: the policy π_θ.
-      opt_state: moments, shaped and sharded like the parameters.
-      step: number of attempted gradient steps, skipped ones included.
+      opt_state: optimiser moments, shaped and sharded like the parameters.
+      step: number of gradient steps attempted, including skipped ones.
       skipped: number of steps skipped because of a non-finite gradient.
       skipped_in_a_row: length of the current streak of skipped steps.
     """
@@ -58,7 +60,7 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
     """Builds the optax chain of a config."""
     schedule = make_schedule(config)
     # optax counts from 0; the shift by one gives the first update a non-zero rate.
-    return in_float32(
+    optimizer = in_float32(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
             optax.adamw(
@@ -73,6 +75,29 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
         ),
         config.master_weights,
     )
+    return skip_zero_gradients(optimizer) if config.skip_zero_gradients else optimizer
+
+
+def skip_zero_gradients(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Wraps a transformation so that a gradient of exactly 0 changes neither weights nor state.
+
+    The state is that of `inner`, so checkpoints fit with and without the wrapper.
+    """
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, new_state = inner.update(gradients, state, params)
+        zero = all_zero(gradients)
+        updates = jax.tree.map(lambda x: jnp.where(zero, 0.0, x).astype(x.dtype), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(zero, old, new), new_state, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def all_zero(gradients: optax.Updates) -> Bool[Array, ""]:
+    """Returns True if every entry is 0. (A norm of 0 could be an underflow of the squares.)"""
+    return ~jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients)]).any()
 
 
 def learning_rate(state: TrainState, config: Optimizer) -> Float[Array, ""]:
@@ -104,8 +129,9 @@ def in_float32(
 
     Args:
       inner: the transformation.
-      master_weights: keep a float32 copy of parameters that are stored in a narrower type. Without
-        it the stored values are treated as exact, and updates below their spacing are lost.
+      master_weights: whether to keep a float32 copy of parameters that are stored in a narrower
+        type. Without it the stored values are taken as exact, and updates smaller than their
+        spacing are lost.
     """
 
     def init(params: optax.Params) -> Float32State:
@@ -136,7 +162,7 @@ def in_float32(
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
-    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers, each donatable
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # separate buffers, each donatable
     return TrainState(model, optimizer.init(model), *counters)
 
 
@@ -155,7 +181,7 @@ def from_parts(parts: dict[str, Any]) -> TrainState:
 def apply_gradients(
     state: TrainState, gradients: Transformer, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """Takes one optimiser step; keeps weights and moments if any gradient is not finite.
+    """Takes one optimiser step; leaves weights and moments as they are if a gradient is non-finite.
 
     Returns:
       The new state, and the global norm of the gradient before clipping.
@@ -183,7 +209,7 @@ def apply_gradients(
 
 
 def _matrices(model: Transformer) -> Transformer:
-    """Returns True for parameters with weight decay: the matrices of products."""
+    """Marks the parameters that get weight decay: the matrices of products."""
 
     def is_matrix(param: nnx.Variable) -> bool:
         return param.get_metadata()["inputs"] is not None
