@@ -144,6 +144,15 @@ class Checkpointer:
             for name, tree in templates.items()
         }
 
+    def check(self) -> None:
+        """Checks that the newest checkpoint, if any, has this architecture, data and settings.
+
+        Raises:
+          ValueError: as `restore`.
+        """
+        if self.steps:
+            self._check(self.steps[-1], {}, compare_data=True)
+
     def architecture(self, step: int) -> dict[str, Any]:
         """Returns the stored `ModelConfig.architecture()`."""
         return self._about(step)["architecture"]

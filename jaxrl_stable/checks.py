@@ -142,21 +142,21 @@ def expand_paths(config: Any, *fields: str) -> None:
 
 
 def sources(config: Any, *fields: str) -> None:
-    """Checks that fields are None, a path, a list of paths, or a source of problems.
+    """Checks that fields are None, a path, paths, problems, or a source of problems.
 
     Raises:
       ValueError: if one is anything else; names the field.
     """
     for field in fields:
-        value = getattr(config, field)
+        value, name = getattr(config, field), f"{type(config).__name__}.{field}"
         several = isinstance(value, list | tuple)
-        if several and value and all(isinstance(each, str) for each in value):
+        if several and value and any(all(isinstance(x, k) for x in value) for k in (str, Mapping)):
             continue
         source = hasattr(value, "__len__") and hasattr(value, "__getitem__")
         if value is not None and (several or isinstance(value, Mapping) or not source):
             raise ValueError(
-                f"{type(config).__name__}.{field} is {value!r}; use the path of a JSONL file or a "
-                "source such as @data.JsonlSource()"
+                f"{name} is {_shown(value)}; use the path of a JSONL file or a source such as "
+                "@data.JsonlSource()"
             )
 
 
@@ -214,9 +214,12 @@ def _refuse_type(name: str, value: Any, expected: Any) -> None:
         advice += ", without quotes"
     elif bool in kinds and value in ("True", "False"):
         advice = f"write {value}, without quotes"
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}…"
-    raise ValueError(f"{name} is {shown} ({type(value).__name__}); {advice}")
+    raise ValueError(f"{name} is {_shown(value)} ({type(value).__name__}); {advice}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _words(expected: Any) -> str:

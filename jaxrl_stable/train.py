@@ -37,7 +37,7 @@ from jaxrl_stable.run.gates import (
     check_finite,
     check_first_mini_batch,
 )
-from jaxrl_stable.run.identity import settings_of_run
+from jaxrl_stable.run.identity import data_of_run, settings_of_run
 from jaxrl_stable.run.judge import (
     Judged,
     advantage_inputs,
@@ -102,7 +102,7 @@ def train(
                 workdir / "checkpoints",
                 experiment.model.architecture(),
                 rl.keep_checkpoints,
-                data=f"{task.identity}, {rl.prompts} prompts a step, seed {experiment.seed}",
+                data=data_of_run(experiment, task),
                 settings=settings_of_run(experiment, task),
             )
         )
@@ -290,7 +290,7 @@ def profiled() -> ProfileSteps | None:
 def check(experiment: Experiment, workdir: str) -> None:
     """Checks, in a dry run, what `main` would refuse before its first step."""
     profiled()
-    rehearse(experiment, workdir)
+    rehearse(experiment, workdir, resumes=True)
 
 
 def main(experiment: Experiment, workdir: str) -> None:

@@ -193,12 +193,12 @@ def test_paths_of_a_config(monkeypatch):
         checks.expand_paths(Config(anything=("a", "s3://x")), "anything")
 
 
-@pytest.mark.parametrize("value", [3, True, {"a": 1}, [], [1], ["a", 1], max])
+@pytest.mark.parametrize("value", [3, True, {"a": 1}, [], [1], ["a", 1], ["a", {}], max])
 def test_what_is_no_source(value):
     with pytest.raises(ValueError, match=r"Config\.anything is .*; use the path of a JSONL file"):
         checks.sources(Config(anything=value), "anything")
 
 
 def test_sources():
-    for value in (None, "a.jsonl", ["a.jsonl", "b.jsonl"], range(3)):
+    for value in (None, "a.jsonl", ["a.jsonl", "b.jsonl"], [{"prompt": "1+1?"}], range(3)):
         checks.sources(Config(anything=value), "anything")

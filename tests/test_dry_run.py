@@ -11,12 +11,16 @@ import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 
 from jaxrl_stable import evaluate, program, sft, train
 from jaxrl_stable.checkpoint import Checkpointer
+from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.model import init_model, tiny
+from jaxrl_stable.run.identity import data_of_run, settings_of_run
+from jaxrl_stable.run.task import load_task
 
 GIN = str(pathlib.Path(__file__).with_name("experiment.gin"))
 GOOD = json.dumps({"prompt": "1+1?", "answer": "2"})
@@ -191,6 +195,30 @@ def test_weights_of_another_model(dry_run, tmp_path):
         checkpoints.save(1, {"model": init_model(model, 0)}, None, None)
     status, _, errors = dry_run("--gin.configs.Experiment.init_from='old'")
     assert status == 2 and "old holds another model: num_layers is 2 there and 1 here" in errors
+
+
+def test_a_run_that_would_not_resume(dry_run, tmp_path):
+    """A dry run in the working directory of a run compares it with its newest checkpoint."""
+    assert dry_run()[0] == 0
+    experiment = load_experiment([GIN])
+    (tmp_path / "run").mkdir()
+    with load_task(experiment, tmp_path / "run") as task:
+        data, settings = data_of_run(experiment, task), settings_of_run(experiment, task)
+    architecture = experiment.model.architecture()
+    with Checkpointer(
+        tmp_path / "run" / "checkpoints", architecture, data=data, settings=settings
+    ) as checkpoints:
+        checkpoints.save(1, {"key": jnp.zeros(1)}, None, None)
+    before = sorted(tmp_path.rglob("*"))
+    status, _, errors = dry_run()
+    assert status == 0, errors
+    status, _, errors = dry_run("--gin.configs.Experiment.seed=1")
+    assert status == 2 and "seed 0 but the data is now" in errors and errors.count("\n") == 1
+    status, _, errors = dry_run("--gin.configs.Evaluation.samples=3")
+    assert status == 2 and "Evaluation.samples is 2 there and 3 here" in errors
+    status, _, errors = dry_run("--gin.model.tiny.num_layers=2")
+    assert status == 2 and "num_layers is 1 there and 2 here" in errors
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_other_programs(dry_run):

@@ -23,6 +23,12 @@ Settings = dict[str, Any]  # field → value, as JSON
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the default `repr` of an object
 
 
+def data_of_run(experiment: Experiment, task: Task) -> str:
+    """Returns the description of the data that a position in the prompts refers to."""
+    prompts = experiment.reinforcement.prompts
+    return f"{task.identity}, {prompts} prompts a step, seed {experiment.seed}"
+
+
 def settings_of_run(experiment: Experiment, task: Task) -> Settings:
     """Returns the settings of a run that do not change.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pathlib
 import shutil
@@ -12,15 +11,17 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_stable import hf
-from jaxrl_stable.checkpoint import stored_architecture
+from jaxrl_stable.checkpoint import Checkpointer, stored_architecture
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.model.config import ModelConfig
-from jaxrl_stable.run.task import load_task
+from jaxrl_stable.run.identity import data_of_run, settings_of_run
+from jaxrl_stable.run.origin import has_started
+from jaxrl_stable.run.task import Task, load_task
 from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.sharding import AXES, MeshShape, make_mesh
 
 
-def rehearse(experiment: Experiment, workdir: str) -> None:
+def rehearse(experiment: Experiment, workdir: str, resumes: bool = False) -> None:
     """Checks an experiment as far as this is possible without running a program of it.
 
     Data, tokenizer, template, reference answers and reward are loaded and tried. Of the weights to
@@ -30,23 +31,39 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     Args:
       experiment: the experiment.
       workdir: directory of the run, which need not exist.
+      resumes: whether the run would continue from the checkpoints in `workdir`.
 
     Raises:
       ValueError, FileNotFoundError: if the run would be refused.
     """
     experiment.check_mesh(planned_mesh(experiment.mesh))
     check_installed(experiment.wandb_project)
-    started = (pathlib.Path(workdir) / "checkpoints").exists()
-    if not started:
-        check_origin(experiment)
-    with contextlib.ExitStack() as stack:
-        directory = workdir
-        if not started:  # `load_task` would train a tokenizer there
-            directory = stack.enter_context(tempfile.TemporaryDirectory())
-            kept = pathlib.Path(workdir) / "tokenizer.model"
-            if kept.exists():
-                shutil.copy(kept, directory)
-        stack.enter_context(load_task(experiment, directory))
+    if has_started(pathlib.Path(workdir)):  # then `load_task` writes nothing
+        with load_task(experiment, workdir) as task:
+            if resumes:
+                check_checkpoint(experiment, task, workdir)
+        return
+    check_origin(experiment)
+    with tempfile.TemporaryDirectory() as scratch:
+        trained = pathlib.Path(workdir) / "tokenizer.model"
+        if trained.exists():
+            shutil.copy(trained, scratch)
+        with load_task(experiment, scratch):
+            pass
+
+
+def check_checkpoint(experiment: Experiment, task: Task, workdir: str) -> None:
+    """Checks that a run could continue from its newest checkpoint.
+
+    Raises:
+      ValueError: if the checkpoint is of another model, data set or setting.
+    """
+    architecture, data = experiment.model.architecture(), data_of_run(experiment, task)
+    settings, directory = settings_of_run(experiment, task), pathlib.Path(workdir, "checkpoints")
+    with Checkpointer(
+        directory, architecture, data=data, settings=settings, reading=True
+    ) as checkpoints:
+        checkpoints.check()
 
 
 def planned_mesh(shape: MeshShape) -> Mesh | AbstractMesh:

@@ -116,7 +116,11 @@ def test_demonstrations_that_are_gone_say_nothing(tmp_path):
 
 def test_an_object_without_a_name_is_the_same_in_every_process():
     class Mine:
-        pass
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return {"prompt": "1+1?", "answer": "2"}
 
     assert settings_of_start(changed(cold_start=Supervised(demonstrations=Mine())))[
         "Supervised.demonstrations"

@@ -196,7 +196,8 @@ def test_programs_find_the_architecture_in_the_working_directory(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
     try:
         with pytest.raises(SystemExit) as end:
-            program.run(lambda *_: pytest.fail("a dry run runs nothing"))
+            kind = program.EXPERIMENT._replace(check=None)  # the experiment has no data
+            program.run(lambda *_: pytest.fail("a dry run runs nothing"), kind)
     finally:
         flags.FLAGS.unparse_flags()
     assert not end.value.code
