@@ -136,7 +136,7 @@ def expand_paths(config: Any, *fields: str) -> None:
         value, name = getattr(config, field), f"{type(config).__name__}.{field}"
         if isinstance(value, str):
             object.__setattr__(config, field, local_path(name, value))
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple) and any(isinstance(each, str) for each in value):
             expanded = [local_path(name, each) if isinstance(each, str) else each for each in value]
             object.__setattr__(config, field, type(value)(expanded))
 

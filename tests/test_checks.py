@@ -189,6 +189,10 @@ def test_paths_of_a_config(monkeypatch):
     checks.expand_paths(config, "name", "anything", "words", "limit")
     assert (config.name, config.anything) == ("/home/me/a", ["/home/me/b", "c"])
     assert config.words == {"a": 1} and config.limit is None
+    problems = [{"prompt": "1+1?"}]
+    config = Config(anything=problems)
+    checks.expand_paths(config, "anything")
+    assert config.anything is problems
     with pytest.raises(ValueError, match=r"Config\.anything is 's3://x'"):
         checks.expand_paths(Config(anything=("a", "s3://x")), "anything")
 

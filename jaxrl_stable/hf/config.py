@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxrl_stable.checks import local_path
 from jaxrl_stable.files import read_json
 from jaxrl_stable.hf.architectures import ARCHITECTURES, Architecture, Json, no_experts
 from jaxrl_stable.model.config import EXECUTION_FIELDS, ModelConfig, Yarn
@@ -54,6 +55,7 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
             f"read_config got {wrong[0]}, which the checkpoint determines; give only "
             f"{', '.join(EXECUTION_FIELDS)}"
         )
+    directory = local_path("read_config.directory", directory)
     file = pathlib.Path(directory) / "config.json"
     if not file.exists() and (model := _model_of_run.get()(**execution)) is not None:
         return model
