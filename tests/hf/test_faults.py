@@ -56,7 +56,7 @@ def test_tensors_that_do_not_fit(edit, said, tmp_path):
 def test_the_home_directory_and_buckets(monkeypatch):
     monkeypatch.setenv("HOME", str(raw.FROZEN))
     assert hf.read_config("~/qwen3.v5") == hf.read_config(raw.FROZEN / "qwen3.v5")
-    with pytest.raises(ValueError, match="read_config.directory is 'gs://bucket/x', but only"):
+    with pytest.raises(ValueError, match=r"read_config\.directory is 'gs://bucket/x', but only"):
         hf.read_config("gs://bucket/x")
 
 
