@@ -171,8 +171,9 @@ def test_mistakes(broken, dry_run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == broken.files.keys()
 
 
-def test_a_good_configuration_leaves_no_trace(dry_run, tmp_path):
-    status, printed, errors = dry_run()
+def test_a_good_configuration_leaves_no_trace(dry_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda name, value: pytest.fail(f"sets {name}"))
+    status, printed, errors = dry_run()  # without a cache of programs in the working directory
     assert status == 0, errors
     assert "configs.Objective.mini_batches = 2" in printed and "key/value cache" in printed
     assert not list(tmp_path.iterdir())
@@ -184,8 +185,19 @@ def test_the_home_directory_is_expanded(dry_run, tmp_path):
     status, printed, errors = dry_run("--workdir=~/run", "--gin.configs.Data.train='~/mine.jsonl'")
     assert status == 0, errors
     assert "~/mine.jsonl" in printed
+    (tmp_path / "own.gin").write_text("from __gin__ import dynamic_registration\n")
+    status, _, errors = dry_run("--gin_file=~/own.gin")
+    assert status == 0, errors
     _, _, errors = dry_run("--gin.configs.Data.tokenizer='~/absent.model'")
     assert f"{tmp_path}/absent.model" in errors
+
+
+def test_the_tokenizer_that_a_run_has_trained(dry_run, tmp_path):
+    """A run that ended before its first checkpoint has one already, and goes on with it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.model").write_bytes(b"damaged")
+    status, _, errors = dry_run()
+    assert status == 2 and "tokenizer.model" in errors and errors.count("\n") == 1
 
 
 def test_weights_of_another_model(dry_run, tmp_path):

@@ -156,6 +156,14 @@ def test_run_leaves_everything_behind(finished):
     assert trained[0]["mismatch/kl_k3_token_mean"] > 0  # the int8 sampler is not the trainer
 
 
+def test_the_learning_rates_are_recorded(finished):
+    """The cold start is 8 steps into a warm-up of 50; reinforcement has a constant rate."""
+    cold_start = read_jsonl(finished / "cold_start" / "metrics.jsonl")[-1]
+    assert cold_start["optimizer/learning_rate"] == pytest.approx(1e-3 * 8 / 50)
+    trained = [row for row in read_jsonl(finished / "metrics.jsonl") if "gradient/norm" in row]
+    assert [row["optimizer/learning_rate"] for row in trained] == pytest.approx([1e-3] * 6)
+
+
 def test_sampled_tokens_are_explained(finished):
     rows = read_jsonl(finished / "samples.jsonl")
     assert rows

@@ -74,6 +74,14 @@ def test_faults_name_file_line_and_field(tmp_path, line, message):
 
 
 @pytest.mark.fast
+def test_the_home_directory_and_buckets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    assert len(data.JsonlSource("~/mine.jsonl")) == 1
+    with pytest.raises(ValueError, match=r"JsonlSource\.path is 'gs://bucket/x', but only paths"):
+        data.JsonlSource("gs://bucket/x")
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such data set; check the path"):
         data.JsonlSource(tmp_path / "none.jsonl")
