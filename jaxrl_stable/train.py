@@ -96,7 +96,7 @@ def train(
                 experiment.model.architecture(),
                 rl.keep_checkpoints,
                 data=f"{task.identity}, {rl.prompts} prompts a step, seed {experiment.seed}",
-                settings=settings_of_run(experiment, task),
+                settings=settings_of_run(experiment, task.heldout, task.reward),
             )
         )
         known = f"{resolved_config()} {task.identity} {checkpoints.steps}"

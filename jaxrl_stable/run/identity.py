@@ -17,26 +17,28 @@ from typing import Any
 
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.data import Source
-from jaxrl_stable.run.task import Task, open_source
+from jaxrl_stable.rewards import Reward
+from jaxrl_stable.run.task import open_source
 
 Settings = dict[str, Any]  # field → value, as JSON
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the default `repr` of an object
 
 
-def settings_of_run(experiment: Experiment, task: Task) -> Settings:
+def settings_of_run(experiment: Experiment, heldout: Source, reward: Reward) -> Settings:
     """Returns the settings of a run that do not change.
 
     Args:
       experiment: the experiment.
-      task: reward and held-out problems; those that are evaluated count by their content.
+      heldout: held-out problems; those that are evaluated count by their content.
+      reward: the reward.
     """
     evaluation, rl = experiment.evaluation, experiment.reinforcement
     data = experiment.data
     settings: Settings = {
-        "Data.heldout": _content(task.heldout, evaluation.problems),
+        "Data.heldout": _content(heldout, evaluation.problems),
         "Data.reward": data.reward,
         "Data.reward_special_tokens": data.reward_special_tokens,
-        "right_at of the reward": task.reward.right_at,
+        "right_at of the reward": reward.right_at,
     }
     # `batch_size` decides which random numbers a response gets; `every` only when it is drawn.
     settings |= _fields("Evaluation", evaluation, without=("every",))

@@ -28,8 +28,9 @@ from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.sharding import abstract_state, sharded_init
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-# Read from the directory of a tokenizer that is not part of a model directory.
-COMPANIONS = (*TOKENIZERS, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+# Kept from the directory of a tokenizer if that is not a model directory.
+SPECIAL_TOKENS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+COMPANIONS = (*TOKENIZERS, *SPECIAL_TOKENS, "chat_template.jinja")
 
 
 def load_origin(experiment: Experiment, mesh: Mesh) -> Transformer:
@@ -172,9 +173,9 @@ def _same(given: pathlib.Path, kept: pathlib.Path) -> bool:
     files = [_file(given), _file(kept)]
     if not all(file.is_file() for file in files):
         return False
-    beside = ("tokenizer_config.json", "generation_config.json")
     ours, theirs = (
-        [file.read_bytes(), *(read_json(file.with_name(name)) for name in beside)] for file in files
+        [file.read_bytes(), *(read_json(file.with_name(name)) for name in SPECIAL_TOKENS)]
+        for file in files
     )
     return ours == theirs
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import types
 
 import pytest
 
 from jaxrl_stable.configs import Data, Evaluation, Experiment, Optimizer, Reinforcement, Supervised
 from jaxrl_stable.data import JsonlSource
+from jaxrl_stable.rewards import Reward
 from jaxrl_stable.run.identity import settings_of_run, settings_of_start
 
 pytestmark = pytest.mark.fast
@@ -18,8 +18,7 @@ EXPERIMENT = Experiment(evaluation=EVALUATION)
 
 
 def settings(experiment=EXPERIMENT, heldout=PROBLEMS, right_at=1.0):
-    reward = types.SimpleNamespace(right_at=right_at)
-    return settings_of_run(experiment, types.SimpleNamespace(heldout=heldout, reward=reward))
+    return settings_of_run(experiment, heldout, Reward("numeric", list, right_at=right_at))
 
 
 def changed(**fields):
