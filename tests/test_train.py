@@ -137,6 +137,8 @@ def test_run_leaves_everything_behind(finished):
         "validity/staleness_value_error",
         "gradient/norm",
         "gradient/skipped",
+        "gradient/zero_share",
+        "sampling/informative_share",
         "routing/agreement",
         "routing/agreement_layer_00",
         "routing/differing_tokens_share",
