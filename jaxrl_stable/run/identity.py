@@ -32,8 +32,7 @@ def settings_of_run(experiment: Experiment, heldout: Source, reward: Reward) -> 
       heldout: held-out problems; those that are evaluated count by their content.
       reward: the reward.
     """
-    evaluation, rl = experiment.evaluation, experiment.reinforcement
-    data = experiment.data
+    data, evaluation, rl = experiment.data, experiment.evaluation, experiment.reinforcement
     settings: Settings = {
         "Data.heldout": _content(heldout, evaluation.problems),
         "Data.reward": data.reward,
@@ -55,7 +54,7 @@ def settings_of_start(experiment: Experiment) -> Settings:
     if cold_start is not None:
         source = cold_start.demonstrations
         if not isinstance(source, str):
-            settings["Supervised.demonstrations"] = source and _plain(source)
+            settings["Supervised.demonstrations"] = _plain(source)
         elif os.path.exists(source):  # needed to start a run, not to resume it
             settings["Supervised.demonstrations"] = _plain(open_source(source))
         settings |= _fields(
