@@ -67,8 +67,9 @@ def test_special_tokens_are_shown_to_the_reward_only_if_asked_for(trajectory):
             asked.append(special_tokens)
             return super().decode(ids)
 
+    unused = Reward("test", lambda problems, responses: [])
     for shown in (False, True):
-        task = Task([], [], Special(), None, special_tokens=shown)
+        task = Task([], [], Special(), unused, special_tokens=shown)
         task.decode(trajectory.tokens[:1], trajectory.response_mask[:1])
     assert asked == [False, True]
 
