@@ -16,7 +16,7 @@ def main(experiment: Experiment, workdir: str) -> None:
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     check_installed(experiment.wandb_project)
-    with load_task(experiment, workdir) as task:
+    with load_task(experiment, workdir, cold_start=True) as task:
         run_cold_start(experiment, task, mesh, workdir)
 
 

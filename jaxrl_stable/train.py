@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from jaxrl_stable import _moved, diagnostics, distributed, program
-from jaxrl_stable.checkpoint import Checkpointer
+from jaxrl_stable.checkpoint import Checkpointer, has_checkpoints
 from jaxrl_stable.configs import Experiment, Reinforcement
 from jaxrl_stable.data import prompt_iterator
 from jaxrl_stable.diagnostics import Metrics
@@ -84,7 +84,8 @@ def train(
     with contextlib.ExitStack() as stack:
         # --- Data, checkpoints, and agreement between processes -----------------------------------
         stack.enter_context(jax.set_mesh(mesh))
-        task = stack.enter_context(load_task(experiment, workdir))
+        cold_start = not experiment.init_from and not has_checkpoints(workdir / "checkpoints")
+        task = stack.enter_context(load_task(experiment, workdir, cold_start))
         checkpoints = stack.enter_context(
             Checkpointer(
                 workdir / "checkpoints",

@@ -4,13 +4,14 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
 import tokenizers
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxrl_stable.files import existing, read_json, write_atomic
 
@@ -18,6 +19,8 @@ from jaxrl_stable.files import existing, read_json, write_atomic
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 # A vocabulary smaller than this has no room for the 256 pieces of byte fallback.
 _MIN_BYTE_FALLBACK = 1024
+
+REPLACEMENT = "\ufffd"  # an id without a token
 
 _USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]")
@@ -30,9 +33,18 @@ _CONTROL_FORM = re.compile("<[|｜].*[|｜]>")  # DeepSeek's bars are full-width
 class Tokenizer(Protocol):
     """Converts text to token ids and back.
 
-    `encode` does not add special tokens. `decode` drops special tokens, and ids beyond `vocab_size`
-    (a model may round up the rows of its embedding). `control_token` returns the first token of
-    `text` that only a template may write, such as the end of a turn, or None.
+    `encode` does not add special tokens. `decode` drops special tokens. `control_token` returns the
+    first token of `text` that only a template may write, such as the end of a turn, or None.
+
+    A model often has more rows in its embedding than the tokenizer has tokens, and can sample their
+    ids. `decode` writes each as U+FFFD, so that a reward never sees a clean text around them, and
+    `unknown_tokens` counts them. They are not masked in the sampler: their mass is part of the
+    policy that the trainer, other engines and transformers compute, so a mask would have to be part
+    of the model.
+
+    Two optional methods process many texts faster: `encode_batch(texts)` and
+    `control_tokens(texts)`, which return one result per text. An optional attribute `gaps` has the
+    ids below `vocab_size` that have no token.
 
     Attributes:
       vocab_size: number of ids, gaps included.
@@ -86,11 +98,14 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts))
+
     def decode(
         self, ids: Sequence[int] | Int[np.ndarray, "T"], special_tokens: bool = False
     ) -> str:
         # BOS, EOS and pad are never shown; pieces that a user defined are ordinary text here.
-        return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
+        return _decode_known(self, ids, self._model.decode)
 
     def control_token(self, text: str) -> str | None:
         return None
@@ -123,7 +138,9 @@ class HFTokenizer:
         self._model.no_padding()
 
         # Ids may have gaps, so the number of tokens is not an upper bound.
-        self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        known = set(self._model.get_vocab(with_added_tokens=True).values())
+        self.vocab_size: int = max(known) + 1
+        self.gaps: frozenset[int] = frozenset(set(range(self.vocab_size)) - known)
         self._added = self._model.get_added_tokens_decoder()
         self._control: dict[int, str] = {
             i: token.content
@@ -178,15 +195,49 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # Without the offsets of tokens, which nothing here reads.
+        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
     def decode(
         self, ids: Sequence[int] | Int[np.ndarray, "T"], special_tokens: bool = False
     ) -> str:
-        known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._model.decode(known, skip_special_tokens=not special_tokens)
+        decode = partial(self._model.decode, skip_special_tokens=not special_tokens)
+        return _decode_known(self, ids, decode)
 
     def control_token(self, text: str) -> str | None:
+        return self.control_tokens([text])[0]
+
+    def control_tokens(self, texts: Sequence[str]) -> list[str | None]:
         # Compares ids, not text: a normaliser may map other characters to a token's.
-        return next((self._control[i] for i in self.encode(text) if i in self._control), None)
+        control = self._control
+        return [
+            next((control[i] for i in ids if i in control), None)
+            for ids in self.encode_batch(texts)
+        ]
+
+
+def unknown_tokens(tokenizer: Tokenizer, tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+    """Returns a mask of the ids that a tokenizer has no token for."""
+    gaps = sorted(getattr(tokenizer, "gaps", ()))
+    return (tokens < 0) | (tokens >= tokenizer.vocab_size) | np.isin(tokens, gaps)
+
+
+def _decode_known(
+    tokenizer: Tokenizer,
+    ids: Sequence[int] | Int[np.ndarray, "T"],
+    decode: Callable[[list[int]], str],
+) -> str:
+    """Decodes the ids between unknown ones, and writes U+FFFD for those."""
+    gaps = getattr(tokenizer, "gaps", ())
+    runs: list[list[int]] = [[]]
+    for i in map(int, ids):
+        if 0 <= i < tokenizer.vocab_size and i not in gaps:
+            runs[-1].append(i)
+        else:
+            runs.append([])
+    return REPLACEMENT.join(map(decode, runs))
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -11,9 +11,10 @@ import math
 import warnings
 from typing import Any
 
-# Fields that determine how a model is computed, not what it computes. Configs that differ only in
-# these can share a checkpoint.
+# Fields that determine how a model is computed and used, not what it computes. Configs that differ
+# only in these can share a checkpoint.
 EXECUTION_FIELDS = (
+    "max_positions",
     "dtype",
     "param_dtype",
     "scan_layers",
@@ -108,6 +109,9 @@ class ModelConfig:
       rope_scaling: YaRN stretching of the rotary embedding, or None.
       rms_norm_eps: epsilon of every norm.
       tie_embeddings: whether the output head is the transposed embedding.
+      max_positions: context that the model was trained for, in positions; a run with longer
+        sequences is refused. 0 if not known, which allows any length. It does not change what the
+        model computes.
       dtype: type of activations and of weights in products. Router, norms, attention weights and
         log-probabilities are always float32.
       param_dtype: storage type of parameters; the optimiser works in float32.
@@ -151,6 +155,7 @@ class ModelConfig:
     rope_scaling: Yarn | None = None
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    max_positions: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
@@ -185,6 +190,10 @@ class ModelConfig:
         for field in positive:
             if getattr(self, field) < 1:
                 raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")
+        if self.max_positions < 0:
+            raise ValueError(
+                f"ModelConfig.max_positions is {self.max_positions}; use 0 if it is not known"
+            )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"ModelConfig rotates {self.rotary_dim} of head_dim {self.head_dim}; use an even "
@@ -314,6 +323,7 @@ def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
         num_experts=128,
         num_experts_per_token=8,
         moe_intermediate_size=768,
+        max_positions=40_960,
         dtype="bfloat16",
         remat="block",
     )
@@ -333,6 +343,7 @@ def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
         num_experts=128,
         num_experts_per_token=8,
         moe_intermediate_size=1_536,
+        max_positions=40_960,
         dtype="bfloat16",
         remat="block",
     )
