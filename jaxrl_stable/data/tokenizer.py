@@ -218,7 +218,7 @@ class HFTokenizer:
         ]
 
 
-def unknown_tokens(tokenizer: Tokenizer, tokens: Int[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"]:
+def unknown_tokens(tokenizer: Tokenizer, tokens: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
     """Returns a mask of the ids that a tokenizer has no token for."""
     gaps = sorted(getattr(tokenizer, "gaps", ()))
     return (tokens < 0) | (tokens >= tokenizer.vocab_size) | np.isin(tokens, gaps)
@@ -230,14 +230,10 @@ def _decode_known(
     decode: Callable[[list[int]], str],
 ) -> str:
     """Decodes the ids between unknown ones, and writes U+FFFD for those."""
-    gaps = getattr(tokenizer, "gaps", ())
-    runs: list[list[int]] = [[]]
-    for i in map(int, ids):
-        if 0 <= i < tokenizer.vocab_size and i not in gaps:
-            runs[-1].append(i)
-        else:
-            runs.append([])
-    return REPLACEMENT.join(map(decode, runs))
+    ids = np.asarray(ids, np.int64)
+    unknown = np.flatnonzero(unknown_tokens(tokenizer, ids))
+    first, *others = np.split(ids, unknown)  # each of the others begins with an unknown id
+    return REPLACEMENT.join([decode(first.tolist()), *(decode(x[1:].tolist()) for x in others)])
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
