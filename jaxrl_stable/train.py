@@ -84,7 +84,7 @@ def train(
     with contextlib.ExitStack() as stack:
         # --- Data, checkpoints, and agreement between processes -----------------------------------
         stack.enter_context(jax.set_mesh(mesh))
-        cold_start = not experiment.init_from and not has_checkpoints(workdir / "checkpoints")
+        cold_start = not has_checkpoints(workdir / "checkpoints")  # else it is over
         task = stack.enter_context(load_task(experiment, workdir, cold_start))
         checkpoints = stack.enter_context(
             Checkpointer(
