@@ -172,6 +172,8 @@ def test_all_prompts_are_checked_in_chunks(source, tokenizer, monkeypatch):
     monkeypatch.setattr(prompts, "CHECKED_TOGETHER", 7)
     longest = max(len(data.prompt_ids(problem, tokenizer)) for problem in source)
     assert data.check_prompts(source, tokenizer, longest) == longest
+    with pytest.raises(ValueError, match=r"\[0\]: .*affected: 60 of 60; longest"):
+        data.check_prompts(source, tokenizer, 1)
     problems = [source[i] for i in range(20)]
     problems[9] = {"prompt": "9 \ud83d", "answer": "1"}
     problems[17] = {"prompt": "9", "answer": "\udc00"}
