@@ -1,12 +1,13 @@
 """Stable reinforcement learning of Mixture-of-Experts language models in JAX.
 
-The public names, flat. They load on first use, so that the losses need only jax and numpy, and a
-reward worker starts without jax.
+The most important names of all modules are available here. They load on first use, so the losses
+need only jax and numpy, and a reward worker starts without jax.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
 
 from jaxrl_stable import _moved
@@ -58,7 +59,7 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-# All modules except the programs, which define flags. pdoc documents only what `__all__` lists.
+# All modules except the programs, which define flags.
 _SUBMODULES = (
     *("advantages", "aot", "array_tasks", "array_types", "checkpoint", "checks", "configs"),
     *("corrections", "data", "diagnostics", "distributed", "files", "gin_files", "hf"),
@@ -67,7 +68,9 @@ _SUBMODULES = (
     *("trainer", "trajectory"),
 )
 
-__all__ = [*sorted(_HOME), *_SUBMODULES]
+__all__ = sorted(_HOME)
+if "pdoc" in sys.modules:  # it documents only the submodules that `__all__` lists
+    __all__ += _SUBMODULES
 
 _moved.install()
 
@@ -76,9 +79,9 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # the next access does not come here, and pdoc finds it
+    globals()[name] = value  # so the next access does not come here, and pdoc finds the value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,9 +1,25 @@
-"""Text for people: byte counts, durations, aligned tables, and text that is safe to print."""
+"""Text for people: byte counts, durations, tables, safe text, and errors of a command line."""
 
 from __future__ import annotations
 
+import argparse
 import unicodedata
 from collections.abc import Sequence
+from typing import NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that reports a wrong command line in one line, without the usage.
+
+    Attributes:
+      label: first word of the line.
+    """
+
+    label = "error"
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2."""
+        self.exit(2, f"{self.label}: {message} ({self.prog} --help lists the arguments)\n")
 
 
 def byte_size(count: float) -> str:

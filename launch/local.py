@@ -5,8 +5,9 @@
 
 Every process runs the same command; environment variables tell it its rank. Output lines start with
 the number of the process. Exits with the status of the first failed process, or 0. After a
-failure the others may end on their own; after `--patience` seconds they are killed. SIGINT and
-SIGTERM go to all. `--dry_run` prints one command per process, each ready for its own shell.
+failure the other processes may end on their own; after `--patience` seconds they are killed. SIGINT
+and SIGTERM are passed on to all. `--dry_run` prints one command per process, each ready for its own
+shell.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ resume() {
         ;;
       SUSPENDED | preempted) delete || true ;;
       idle)
-        # The rest of a broken run waits for its lost peers and ignores SIGTERM.
+        # What is left of a broken run waits for its lost peers and ignores SIGTERM.
         if each_slice end 20 && install_archive && start "$@"; then
           state=started
         elif [ "$failures" -ge "$retries" ]; then
@@ -102,7 +102,7 @@ resume() {
         fi
         ;;
       failed*)
-        # A lost peer first fails the others; the state of its slice follows a little later.
+        # A lost peer first makes the others fail; the state of its slice changes a little later.
         if [ "$before" = "$state" ] && [ "$failures" -ge "$retries" ]; then
           give_up "COMMAND $state, $((failures + 1)) times; see logs"
         elif [ "$before" = "$state" ] && start "$@"; then

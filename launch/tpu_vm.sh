@@ -127,7 +127,7 @@ tpu_vm() { # ACTION NODE ARGUMENTS...
   call gcloud compute tpus tpu-vm "$@" "${where[@]}" ${route[@]+"${route[@]}"}
 }
 
-remote() { # NODE WORKER COMMAND; notices a lost machine in minutes, not in half an hour
+remote() { # NODE WORKER COMMAND; notices a lost machine within minutes, not half an hour
   tpu_vm ssh "$1" --worker="$2" --command="$3" \
     --ssh-flag=-oConnectTimeout=15 --ssh-flag=-oServerAliveInterval=30
 }
@@ -238,7 +238,7 @@ create() {
   done
 }
 
-# Packs the tracked files as they are, changed or not. `resume` installs what was installed before.
+# Packs the tracked files as they are, changed or not. `resume` later installs the same archive.
 pack() {
   local tree untracked
   if $dry_run; then
@@ -261,7 +261,7 @@ install_archive() {
   each_slice on_workers install "$python" "$extras"
 }
 
-start() { # on none if one of them is busy: half a run would wait for the other half
+start() { # on all workers, or on none if one is busy: half a run would wait for the other half
   local logs=-
   if [ -n "$storage" ]; then logs=$mount/logs/$name; fi
   each_slice on_workers idle || return

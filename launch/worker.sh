@@ -7,7 +7,7 @@
 #   worker.sh idle                          fails if a run is in progress
 #   worker.sh start LOGS COMMAND...         detached; LOGS: directory for copies of the log, or -
 #   worker.sh state                         one line: HOST none | running | exit N | lost
-#   worker.sh stop SECONDS                  SIGTERM; SECONDS later SIGKILL to what still runs
+#   worker.sh stop SECONDS                  SIGTERM; after SECONDS, SIGKILL to what still runs
 #   worker.sh log LINES                     the end of the log, followed while the run lasts
 set -euo pipefail
 
@@ -97,7 +97,7 @@ start() {
   fail "the run did not start"
 }
 
-# Runs the command to its end, as a child, so that SIGTERM reaches only the command.
+# Runs the command as a child and waits for its end, so that SIGTERM reaches only the command.
 supervise() {
   local logs=$1 log=$home/log status=0
   shift

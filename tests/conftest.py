@@ -1,4 +1,4 @@
-"""Shared small models and batches; anything that compiles is made once a session."""
+"""Shared small models and batches; anything that compiles is made once per session."""
 
 import dataclasses
 import gc
@@ -10,8 +10,8 @@ from functools import partial
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compilation is most of the suite. Without LLVM's optimizations and the MLIR pipeline of the fusion
-# emitters it takes a sixth of the time; the HLO passes are the same. jaxlib exits at a flag that it
-# does not know, as 0.12.0.1 does at the second one.
+# emitters it takes a sixth of the time; the HLO passes are the same. jaxlib exits at an unknown
+# flag, as 0.12.0.1 does at the second one.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -46,7 +46,7 @@ OBJECTIVE = configs.Objective()
 MANY_MAPS = 30_000
 ROWS, WIDTH, MAX_TOKENS, EOS = 16, 7, 9, 2
 
-# Tracing makes many objects that live on: collecting less often saves a fifth of its time.
+# Tracing makes many long-lived objects: collecting less often saves a fifth of its time.
 gc.set_threshold(100_000, 50, 100)
 
 
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Frees compiled programs before they are too many.
+    """Frees compiled programs before there are too many.
 
     Every program holds memory maps, and Linux gives a process 65,530 of them: beyond that XLA
     aborts, in whichever test happens to compile next.
@@ -124,13 +124,13 @@ def sample(prompts):
 
 @pytest.fixture(scope="session")
 def trajectory(model, sample):
-    """Sampled by the policy itself."""
+    """A rollout sampled by the policy itself."""
     return sample(model, jax.random.key(1))
 
 
 @pytest.fixture(scope="session")
 def quantized_trajectory(model, sample):
-    """Sampled by the int8 copy: a real gap between sampler and trainer."""
+    """A rollout sampled by the int8 copy: a real gap between sampler and trainer."""
     return sample(quantize(model, "int8"), jax.random.key(1))
 
 

@@ -1,4 +1,4 @@
-"""Mistakes made on purpose: what a test must be able to tell from the right thing."""
+"""Deliberate mistakes, which tests must be able to detect."""
 
 import dataclasses
 

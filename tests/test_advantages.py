@@ -26,13 +26,13 @@ def test_rows_of_a_group_need_not_stand_together():
 
 
 def test_missing_rewards_are_no_wrong_answers():
-    """A failed checker leaves the baseline of its group to the others, and gets no gradient."""
+    """A failed response is left out of the baseline of its group, and gets no gradient."""
     valid = np.ones(16, bool)
     valid[[1, 2]] = False
     rewards = REWARDS.copy()
     rewards[1] = np.nan
     advantages = np.asarray(centered(rewards, GROUPS, valid))
-    np.testing.assert_allclose(advantages[:4], 0.0)  # the two that are left are both right
+    np.testing.assert_allclose(advantages[:4], 0.0)  # the two remaining ones are both right
     np.testing.assert_allclose(advantages[4:], EXPECTED[4:])
 
 
@@ -73,7 +73,7 @@ def test_golden_values_of_other_systems(name, options, expected):
     np.testing.assert_allclose(actual[4:12], 0.0, atol=1e-6)
 
 
-# The same estimators response by response. `groups` has the rewards of the valid responses.
+# The same estimators, response by response. `groups` has the rewards of the valid responses.
 
 
 def others_of(group, r):
@@ -186,7 +186,7 @@ def test_nothing_to_compare_is_zero(name, rewards):
 @pytest.mark.parametrize("reward", [0.1, 0.3, 0.9, 100.1])
 @pytest.mark.parametrize("size", [3, 6, 7, 12])
 def test_equal_rewards_have_no_spread(reward, size):
-    """Float32 misses their mean by an ulp, which a division by a spread of "0" must not blow up."""
+    """Float32 misses their mean by an ulp; division by a spread of "0" must not amplify that."""
     rewards = np.array([reward] * size + [0.0, 1.0] * ((16 - size) // 2) + [0.5] * (size % 2))
     groups = np.where(np.arange(16) < size, 0, 1)
     for name in ("standardized", "leave_one_out"):

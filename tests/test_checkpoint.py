@@ -55,7 +55,7 @@ def test_round_trip_of_state_key_and_data_position(tmp_path, config, state, temp
 
 
 def test_a_checkpoint_without_a_position_is_not_resumed(tmp_path, config, state, template):
-    """From the start of the data, prompts would be repeated without a word."""
+    """Starting the data over would silently repeat prompts."""
     with Checkpointer(tmp_path, config.architecture()) as checkpoints:
         checkpoints.save(1, to_parts(state))
         with pytest.raises(ValueError, match="holds no position in the data"):
@@ -78,7 +78,7 @@ def test_step_that_exists_is_left_alone(tmp_path, config, state):
 
 
 def test_half_written_checkpoint_is_passed_over(tmp_path, config, state, template):
-    """What SIGKILL leaves of a save is a directory under a temporary name."""
+    """After SIGKILL during a save, a directory with a temporary name is left."""
     with Checkpointer(tmp_path, config.architecture()) as checkpoints:
         checkpoints.save(1, to_parts(state), numbers())
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()

@@ -1,4 +1,4 @@
-"""Flags and help of the programs, and that nothing else defines a flag."""
+"""Flags and help of the programs; nothing else defines a flag."""
 
 import importlib
 import subprocess
@@ -59,7 +59,7 @@ def test_help_says_what_the_program_does_and_names_its_flags(name, flag, monkeyp
 
 @pytest.mark.fast
 def test_help_of_a_program_that_python_started():
-    """There its module is called `__main__`, and absl names its flags after the file."""
+    """Run as a script, its module is `__main__`, and absl names its flags after the file."""
     result = python("-m", "jaxrl_stable.train", "--help")
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert result.stdout.startswith(train.__doc__.strip())

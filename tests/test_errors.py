@@ -131,7 +131,7 @@ def test_missing_workdir(monkeypatch, capsys):
 
 @pytest.mark.fast
 def test_binding_without_effect(fails):
-    """A section that is configured but not wired in would be ignored in silence."""
+    """A section that is configured but not wired in would be silently ignored."""
     line = fails("--gin.configs.MeshShape.data=1")
     assert "configs.MeshShape.data is bound but nothing uses it" in line
     line = fails("--gin.reinforce/configs.Optimizer.b1=0.5")  # the scope is called rl
@@ -146,7 +146,7 @@ def test_sizes_of_zero(fails, field):
 
 
 def test_weights_without_their_tokenizer(fails, tmp_path):
-    """A tokenizer trained anew would give the embeddings of another run other meanings."""
+    """A newly trained tokenizer would give other meanings to the embeddings of another run."""
     line = fails(f"--gin.configs.Experiment.init_from='{tmp_path}/a/b'")
     assert "has no tokenizer; name the one of its weights" in line
 

@@ -1,4 +1,4 @@
-"""JSON files, and writes that are whole or not there."""
+"""JSON files, and writes that are complete or absent."""
 
 import os
 import stat

@@ -21,7 +21,7 @@ IMPORT = f"import {__name__} as own"  # for names on the command line
 
 
 class Source:
-    """A source of the user, which counts how often it is built."""
+    """A user's source, which counts how often it is built."""
 
     made: ClassVar[list[int]] = []
 
@@ -49,7 +49,7 @@ rl/configs.Optimizer.learning_rate = 1e-3
 configs.Experiment.cold_start = @configs.Supervised()
 configs.Supervised.steps = 3
 """
-OTHER = "configs.Experiment.seed = 1"  # what a later file says instead of anything to do with it
+OTHER = "configs.Experiment.seed = 1"  # what a later file binds instead
 
 pytestmark = pytest.mark.fast
 

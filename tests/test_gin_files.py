@@ -20,7 +20,7 @@ def objective(*bindings, files=(TINY,)):
 
 @pytest.mark.fast
 def test_options_without_naming_the_loss():
-    """MiniRL is bound by reference where nothing else is, so that its options can be."""
+    """MiniRL is bound by reference unless another loss is, so that its options can be bound."""
     assert objective().loss is minirl
     bound = objective("objectives.minirl.truncation=2.0").loss
     assert bound.func is minirl and bound.keywords == {"truncation": 2.0}

@@ -1,4 +1,4 @@
-"""Which way imports go: programs → run → sampler → trainer → model → sharding, and never back."""
+"""Imports go programs → run → sampler → trainer → model → sharding, and never back."""
 
 from __future__ import annotations
 

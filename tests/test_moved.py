@@ -1,4 +1,4 @@
-"""Old import paths: each works, gives the object of today, and says where that is."""
+"""Old import paths: each works, gives today's object, and says where it has moved."""
 
 import importlib
 import importlib.util
@@ -39,7 +39,7 @@ def _forget():
 
 
 def user(code):
-    """Runs code of a user; returns its names and the lines that Python's default filter shows."""
+    """Runs a user's code; returns its names and the warnings that Python shows by default."""
     names = {"__name__": "user"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default", FutureWarning)
@@ -62,11 +62,11 @@ def test_an_old_module_says_where_it_is_and_holds_the_same_objects(old):
 
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_an_old_name_says_where_it_is_and_is_the_same_object(module, name):
-    user(f"import jaxrl_stable.{module}")  # an old module has its own line, which is tested above
+    user(f"import jaxrl_stable.{module}")  # its own warning is tested above
     home, new_name = NAMES[module, name]
     names, lines = user(f"from jaxrl_stable.{module} import {name} as found")
     new = f"jaxrl_stable.{home}.{new_name}"
-    if name in vars(sys.modules[f"jaxrl_stable.{module}"]):  # it uses the name itself
+    if name in vars(sys.modules[f"jaxrl_stable.{module}"]):  # the module uses the name itself
         assert not lines
     else:
         assert lines == [f"jaxrl_stable.{module}.{name} has moved; write {new}"]
@@ -106,7 +106,7 @@ def test_other_names_do_not_exist():
 
 
 def test_no_old_path_has_been_taken_again():
-    """A real module would hide the entry, and its line would never be seen."""
+    """A real module would hide the entry, and its warning would never be shown."""
     user("import jaxrl_stable")
     hidden = [old for old in MODULES if importlib.util.find_spec(f"jaxrl_stable.{old}").origin]
     assert not hidden

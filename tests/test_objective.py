@@ -86,7 +86,7 @@ def test_functions_that_go_together_and_those_that_do_not(together, message):
 
 @pytest.mark.fast
 def test_traits_depend_on_the_options_that_are_bound():
-    """The innermost default counts, then the binding that is outermost; wrappers keep them."""
+    """The innermost default counts unless an outer binding replaces it; wrappers keep it."""
     plain = objectives.traits_of(objectives.minirl)
     assert plain.weighs_mismatch and not plain.needs_mismatch and not plain.whole_batch
     inner = partial(objectives.minirl, weight="none", clip=False)
@@ -161,7 +161,7 @@ def test_what_update_needs_is_what_the_protocol_lists():
 @pytest.mark.fast
 @pytest.mark.parametrize("policies", ["all", "recomputed", "bypass"])
 def test_policies_that_the_loss_sees(policies):
-    """And what the corrections see; the order of the arguments is what could be confused."""
+    """The corrections see them, too; a wrong order of arguments would show."""
     seen = []
 
     def spy(logp, old, rollout, advantages, mask):
@@ -221,7 +221,7 @@ def gradient(state):
 def test_whole_batch_objectives_do_not_see_micro_batches(
     model, perturbed, quantized_trajectory, advantages, passes
 ):
-    """Micro-batches of 4 rows give the step of all 16, unlike deciding within each of them."""
+    """Micro-batches of 4 rows give the step of all 16; deciding within each would not."""
     whole = WHOLE
     assert whole.whole_batch
     batch = passes.scored_batch(model, quantized_trajectory, advantages)
@@ -248,7 +248,7 @@ def test_whole_batch_objectives_do_not_see_micro_batches(
 
 
 def test_terms_beside_the_loss(model, perturbed, trajectory, advantages, passes):
-    """The step with both terms is that of the sum, differentiated by hand-written formulas."""
+    """The step with both terms is the step of their sum, by handwritten derivatives."""
     objective = Objective(
         loss=objectives.reinforce,
         kl_coefficient=0.3,
@@ -281,7 +281,7 @@ def test_terms_beside_the_loss(model, perturbed, trajectory, advantages, passes)
 @pytest.mark.fast
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_the_weight_of_the_kl_has_a_gradient_without_an_old_policy(estimator):
-    """One update and no pass of `score`: π_old is π_θ, which is a weight of 1, not no weight."""
+    """With one update and no pass of `score`, π_old is π_θ: its weight is 1, not missing."""
     rng = np.random.default_rng(0)
     logp, reference = (jnp.asarray(x, jnp.float32) for x in rng.normal(-2, 0.5, (2, 3, 4)))
     mask = jnp.arange(4) < jnp.array([4, 2, 3])[:, None]

@@ -1,7 +1,9 @@
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -20,11 +22,25 @@ def test_public_names_resolve_and_hide_no_module():
 
 
 @pytest.mark.fast
-def test_the_flat_names_and_all_modules_except_programs_are_public():
-    """pdoc leaves out what `__all__` does not list; a program's flags are for itself alone."""
+def test_a_star_import_binds_the_public_names_and_no_module():
+    names = {}
+    exec("from jaxrl_stable import *", names)
+    names.pop("__builtins__")
+    assert names.keys() == jaxrl_stable._HOME.keys()
+    assert not [name for name, value in names.items() if isinstance(value, types.ModuleType)]
+
+
+@pytest.mark.fast
+def test_pdoc_finds_the_public_names_and_all_modules_except_programs():
+    """pdoc omits what `__all__` does not list; importing a program would define its flags."""
+    script = (
+        "import json, sys; sys.modules['pdoc'] = sys; "
+        "import jaxrl_stable; print(json.dumps(jaxrl_stable.__all__))"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE)
     modules = {module.name for module in pkgutil.iter_modules(jaxrl_stable.__path__)}
     public = {name for name in modules if not name.startswith("_")} - {"train", "sft", "evaluate"}
-    assert sorted(jaxrl_stable.__all__) == sorted(public | jaxrl_stable._HOME.keys())
+    assert sorted(json.loads(printed.stdout)) == sorted(public | jaxrl_stable._HOME.keys())
 
 
 @pytest.mark.fast

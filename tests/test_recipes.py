@@ -1,4 +1,4 @@
-"""The recipes: each gin file is what its paper published, and trains."""
+"""Each recipe has the constants that its paper published, and trains."""
 
 import dataclasses
 import pathlib
@@ -97,8 +97,8 @@ def test_recipe_fits_the_update(recipe, trajectory, advantages):
 
 
 def test_recipes_train(tmp_path):
-    """Two whole steps with two recipes over each other: dynamic sampling and overlong punishment
-    of the one, the mask, the reference policy and the KL of the other.
+    """Makes two whole steps with two recipes combined: dynamic sampling and overlong punishment
+    from one; the mask, the reference policy and the KL from the other.
     """
     files = [str(RECIPES[0].with_name(f"{name}.gin")) for name in LAID_OVER_EACH_OTHER]
     bindings = ["configs.Reinforcement.steps=2", "configs.Objective.mini_batches=2"]

@@ -168,7 +168,7 @@ def test_wrong_token_major_values_are_refused_on_the_host(index, value, message)
     wrong[index] = value
     with pytest.raises(ValueError, match=message):
         from_token_major(wrong, 8)
-    jax.eval_shape(lambda a: from_token_major(a, 8), wrong)  # values are not there to look at
+    jax.eval_shape(lambda a: from_token_major(a, 8), wrong)  # values are not known while tracing
 
 
 @pytest.mark.refusal

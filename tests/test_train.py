@@ -29,7 +29,7 @@ def command(workdir, *flags, program="train"):
 
 @pytest.fixture(scope="session")
 def environment():
-    """The environment of the session, with a compilation cache of its own.
+    """Returns the environment of the session, with a compilation cache of its own.
 
     A cache that another process is writing can make a run print a warning.
     """
@@ -67,7 +67,7 @@ def interrupt(workdir, environment, ready, sig):
 
 
 def arrays(workdir):
-    """Every array of the newest checkpoint, by name."""
+    """Returns every array of the newest checkpoint, by name."""
     from orbax.checkpoint import v1 as ocp
 
     with ocp.training.Checkpointer(pathlib.Path(workdir, "checkpoints").resolve()) as orbax:

@@ -48,7 +48,7 @@ def test_helpers_are_imported_by_package(folder):
 
 @pytest.mark.fast
 def test_no_folder_is_empty():
-    """A folder with nothing but `__init__.py` would count as the tests of a package."""
+    """A folder with only `__init__.py` would count as the tests of a package."""
     for folder in packages(TESTS):
         assert any((TESTS / folder).rglob("test_*.py")), folder
 

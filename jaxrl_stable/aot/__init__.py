@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for TPU slices: does it fit, what does it send, how fast can it run."""
+"""Ahead-of-time compilation for TPU slices: whether it fits, what it sends, how fast it can run."""

@@ -26,12 +26,12 @@ from jaxrl_stable.configs import Experiment
 from jaxrl_stable.gin_files import load_experiment
 from jaxrl_stable.program import GIN_PREFIX, errors_in_one_line
 from jaxrl_stable.sharding import make_mesh
-from jaxrl_stable.text import byte_size, duration
+from jaxrl_stable.text import OneLineParser, byte_size, duration
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parses the options; `--gin.NAME=VALUE` binds as in every program."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m jaxrl_stable.aot",
         description="Compiles the programs of a run for a TPU slice, on a machine without TPUs.",
         epilog=f"{GIN_PREFIX}NAME=VALUE binds a value, as in jaxrl_stable.train.",

@@ -25,7 +25,7 @@ class Part:
     """Figures per chip of the part that runs once, or of one iteration of the decode loop.
 
     Attributes:
-      name: the program, or "decode": one token of every row sampled at a time.
+      name: the program, or "decode" for one decode step of the rows that are sampled together.
       flops: FLOPs that the program computes, in products and kernels.
       model_flops: FLOPs that the model needs.
       hbm_bytes: bytes read from and written to main memory.
@@ -55,7 +55,7 @@ class Figures:
       memory: memory on one chip.
       hbm: bytes of main memory that one chip has for programs.
       parts: the part that runs once and, if there is one, the loop over tokens.
-      tensors: the tensors that take most memory, largest first.
+      tensors: the tensors that take the most memory, largest first.
     """
 
     name: str

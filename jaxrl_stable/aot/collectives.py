@@ -1,18 +1,18 @@
 """The collectives of a compiled program, their groups, and the bytes that a chip sends.
 
-Bytes are counted as they leave one chip if the collective runs as a ring of n chips (the convention
+Bytes are those that leave one chip if the collective runs as a ring of n chips (the convention
 of NCCL's "bus bandwidth" and of the JAX scaling book):
 
     all-gather           (n − 1) · input                    = (n − 1)/n · output
     reduce-scatter       (n − 1)/n · input
     all-reduce           2 (n − 1)/n · input                (a reduce-scatter, then an all-gather)
     all-to-all           (n − 1)/n · input
-    ragged-all-to-all    (n − 1)/n · the smaller buffer     (its contents are known only at run
-    time) collective-permute   input
+    ragged-all-to-all    (n − 1)/n · the smaller buffer     (contents are known only at run time)
+    collective-permute   input
 
 libtpu writes some reduce-scatters as a fusion of an all-reduce with the slice that a chip keeps.
-They are counted as reduce-scatters. An all-reduce whose slice is outside the fusion sends the bytes
-of an all-reduce.
+They are counted as reduce-scatters. An all-reduce whose slice is taken outside the fusion counts as
+an all-reduce.
 
 A collective counts once per run of its instruction, with loops multiplied out. Chips of one slice
 communicate over ICI. Between slices the TPU compiler replaces a collective by a send through the
@@ -58,7 +58,7 @@ class Collective:
       loop: the enclosing loop of unknown length; "" outside such loops.
       op_name: where in the Python program it comes from.
       gathers: whether it is an all-reduce that gathers parts, each chip adding its own to zeros.
-        XLA for TPU writes an all-gather this way if it knows nothing faster for the links in
+        XLA for TPU writes an all-gather this way if it has nothing faster for the links in
         question.
     """
 
@@ -180,6 +180,6 @@ def _placed(module: Module, computation: Computation, value: Instruction) -> boo
     into = computation.operand(value, 0)
     while into.opcode in ("copy", "bitcast"):
         into = computation.operand(into, 0)
-    if into.opcode == "parameter":  # of a fusion whose operand is the zeros
+    if into.opcode == "parameter":  # the parameter of a fusion; its operand holds the zeros
         return True
     return into.opcode == "broadcast"

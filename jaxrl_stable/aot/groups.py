@@ -1,4 +1,4 @@
-"""Replica groups, the devices that a collective joins, in the three forms that XLA writes."""
+"""Parses replica groups (which devices a collective joins), in the three forms that XLA writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
 
     The forms are `{{0,1},{2,3}}`, `[2,2]<=[4]T(…)` (an iota, reshaped and transposed), and
     `mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}` (a mesh and the axes that a group runs
-    over). Without groups, all devices form one.
+    over). Without groups, all devices form one group.
 
     Args:
       attributes: attributes of the instruction, as text.

@@ -1,4 +1,4 @@
-"""A parser of the text of a compiled program, into computations and instructions.
+"""Parses the text of a compiled program into computations and instructions.
 
 XLA prints optimised modules in the same format for every backend; `jax.stages.Compiled.as_text` is
 the public access to it. Only what the other files need is read: shapes, operands, attributes and
@@ -92,7 +92,7 @@ class Instruction:
 
     @property
     def chain(self) -> tuple[str, str] | None:
-        """Identity of a collective that libtpu overlaps with other work, in a series of fusions."""
+        """Identity of a collective that libtpu splits over a series of fusions, to overlap it."""
         found = _CHAIN.search(self.attributes)
         return found.groups() if found else None
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from jaxrl_stable.aot.hlo import Computation, Instruction, Module
 
-# Comparisons as they read with the limit on the left of the counter.
+# The same comparisons with swapped operands: the limit on the left, the counter on the right.
 _MIRRORED = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 _INCLUSIVE = {"LT": 0, "GT": 0, "NE": 0, "LE": 1, "GE": -1}
 _COPIES = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")

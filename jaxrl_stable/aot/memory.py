@@ -1,4 +1,4 @@
-"""Memory of a program on one chip, and the tensors that take it."""
+"""Memory of a program on one chip, and the tensors that take it up."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Tensor:
     Attributes:
       name: path of an argument, or the operation that makes a temporary.
       kind: "argument", "resident" (see `Memory`) or "temporary".
-      shape: type and sizes; of a chip's part for temporaries, else of the whole array.
+      shape: type and sizes: of one chip's part for temporaries, otherwise of the whole array.
       spread: how it is spread over the mesh; "" for temporaries.
       bytes: bytes on one chip.
     """
@@ -101,7 +101,7 @@ def named_tensors(tree: dict[str, Any], kind: str) -> Iterator[Tensor]:
 def temporaries(module: Module) -> Iterator[Tensor]:
     """Yields the results of instructions in main memory, each shape of an operation once.
 
-    They do not all live at the same time; look at the largest ones first.
+    They are not all alive at the same time; look at the largest ones first.
     """
     seen = set()
     for step in steps(module):

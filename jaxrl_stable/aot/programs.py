@@ -1,7 +1,7 @@
 """The programs of a run, compiled for devices that this machine does not have.
 
-They are the programs of `run.programs.make_programs`, with the same donation, and each takes what
-the one before returns, so results here hold for real runs. Arguments are shapes with shardings;
+They are the programs of `run.programs.make_programs`, with the same donation. Each takes the
+outputs of the one before, so the results hold for real runs. Arguments are shapes with shardings;
 nothing is allocated.
 
 Every response is assumed to have full length. The programs have fixed shapes, so a shorter response
@@ -49,7 +49,7 @@ class Program:
       name: name in `run.programs.Programs`.
       function: the jitted function.
       arguments: arguments by name, in order: shapes with shardings.
-      resident: what else the run holds on its chips meanwhile, by name.
+      resident: what else the run holds on its chips while the program runs, by name.
       model_flops: FLOPs that the model needs on all chips together, outside loops of unknown
         length.
       loop_flops: like `model_flops`, for one iteration of such a loop (one token of all rows in a

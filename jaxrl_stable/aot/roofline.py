@@ -2,8 +2,8 @@
 
 Each resource needs its work divided by its speed. With perfect overlap a step takes as long as the
 slowest resource, which is the bound. Real steps take longer: overlap is never perfect, and small or
-ragged products do not reach the peak. So the utilisation given is an upper bound, except if HBM is
-the bound: its bytes are a rough upper estimate (see `work`).
+ragged products do not reach the peak. The utilisation is therefore an upper bound, except if HBM is
+the slowest resource: its bytes are a rough upper estimate (see `work`).
 """
 
 from __future__ import annotations

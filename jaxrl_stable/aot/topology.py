@@ -5,8 +5,8 @@ the torus. `v5e:16x16*2` is two such slices, joined by the data-centre network (
 
 Speeds and memory are from Google Cloud, docs.cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e.
 Bandwidths of links between chips (ICI, one way) and of the network between slices are from "How to
-Scale Your Model", jax-ml.github.io/scaling-book/tpus; they are a tenth below the nominal ones of
-those pages.
+Scale Your Model", jax-ml.github.io/scaling-book/tpus; they are a tenth below the nominal ones on
+Google Cloud's pages.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CHIPS = {
 }
 
 # libtpu asks the cloud's metadata server and the environment which machine it runs on, and
-# complains if neither answers. Compiling does not need to know.
+# complains if neither answers. Compilation does not need the answer.
 _NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -26,7 +26,7 @@ from jaxrl_stable.aot.hlo import Array, Computation, Instruction, Module
 from jaxrl_stable.aot.loops import Step, steps
 from jaxrl_stable.model.config import ModelConfig
 
-# These move nothing: views, names, and second halves of what was counted at its start.
+# These move nothing: views, names, and the ends of operations that are counted at their start.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain",
@@ -112,7 +112,7 @@ def _convolution_flops(computation: Computation, each: Instruction) -> float:
     """Returns the FLOPs as counted by XLA's `HloCostAnalysis::HandleConvolution`.
 
     A batched product is a convolution over the batch whose window, through dilation, covers one
-    element at a time. So only window positions that cover an element count.
+    element at a time. Therefore only window positions that cover an element count.
     """
     left, right = (computation.operand(each, i).arrays[0].dims for i in (0, 1))
     out = each.arrays[0].dims
@@ -192,7 +192,7 @@ def _moved_by_fusion(module: Module, each: Instruction, operands: list[Instructi
 
 
 def _read_of(module: Module, body: Computation, index: int) -> float:
-    """Returns the bytes read from a fusion's operand: not all of them if only slices are used."""
+    """Returns the bytes read from a fusion's operand, which are fewer if only slices are used."""
     (parameter,) = (
         each
         for each in body.instructions
@@ -232,7 +232,7 @@ def _touched(computation: Computation, each: Instruction) -> tuple[Array, ...]:
 
 
 def _is_view(module: Module, each: Instruction) -> bool:
-    """Returns whether it only changes layout or type, which moves nothing inside a fusion."""
+    """Returns whether it only changes layout or type, which moves no bytes inside a fusion."""
     if each.opcode == "fusion":
         body = module.body(each).instructions
         return all(x.opcode == "parameter" or _is_view(module, x) for x in body)
@@ -251,7 +251,7 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 def kernel_flops(config: ModelConfig) -> KernelFlops:
     """Returns a function for the FLOPs of grouped products and of attention in a model's programs.
 
-    A grouped product counts the rows that it gets if the routers spread tokens evenly: with K
+    A grouped product counts the rows that it would get if routers spread tokens evenly: with K
     choices among E experts, each of the e experts on a chip gets K/E of the tokens, and the chip's
     buffer has room for min(K, e) rows per token. Attention counts half of the (query, key) pairs,
     because splash skips blocks above the diagonal.

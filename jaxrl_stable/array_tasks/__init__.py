@@ -1,14 +1,14 @@
 """Tasks on the device: prompts, teacher solutions and rewards as pure functions of arrays.
 
-They make a whole reinforcement-learning run one program, which can be jitted and mapped over seeds.
-Everything works under `jax.jit` and `jax.vmap`; the task itself is a static argument.
+With them a whole reinforcement-learning run is one program, which can be jitted and mapped over
+seeds. Everything works under `jax.jit` and `jax.vmap`; the task itself is a static argument.
 
     task             prompt → response                       skill
     Reverse          d a c =        → c a d                  to copy by position
     Sort             d a c =        → a c d                  to compare
     ModularAddition  17 + 9 =       → 3                      a table (here modulo 23)
     ChainSum         7 + 8 + 4 =    → 5 9                    to work step by step (modulo 10)
-    Parity           1 0 1 1 =      → 1 0 1                  the same, with a state of one bit
+    Parity           1 0 1 1 =      → 1 0 1                  to work step by step (one bit)
     Countdown        3 5 7 -> 2 2   → 3 * 5 + 7              to search; many responses are right
 
 One file per family:

@@ -15,8 +15,8 @@ from jaxrl_stable.array_tasks.task import AnyArray, check_sizes, left_padded, wi
 class _Sum(SeriesTask):
     """Maps terms to the sums of the first two, three, … terms, or to the last sum only.
 
-    The additional reward kind `answer` is 1 if the symbol before EOS is the result, regardless of
-    the symbols before it, and 0 otherwise.
+    The additional reward kind `answer` is 1 if the symbol before EOS is the result, whatever comes
+    before it, and 0 otherwise.
     """
 
     REWARD_KINDS: ClassVar[tuple[str, ...]] = ("binary", "per_position", "answer")

@@ -26,8 +26,8 @@ from jaxrl_stable.array_tasks.task import (
 ARROW, PLUS, ZERO = 2, 3, 6  # ids; operators are 3 to 5, digits 6 to 15
 TARGETS = 99  # the largest target: two digits
 LEGAL_REWARD = 0.1
-# Values are clipped here so that none overflows. This changes no verdict: numbers are from 1 to 9,
-# so getting back to a target would take longer than any response.
+# Values are clipped here so that none overflows. No verdict changes: numbers are from 1 to 9, so a
+# response would have to be far longer to come back from here to a target.
 _LIMIT = 10**6
 
 

@@ -23,7 +23,8 @@ from jaxrl_stable.checks import one_of
 
 PAD, EOS = 0, 1
 HELDOUT_SHARE = 4  # one problem in four is held out
-MAX_DRAWS = 1000  # per problem; if a split has 1 problem in 32, all fail with (31/32)^1000 = 2e-14
+# Per problem. If a split has 1 problem in 32, all draws miss it with (31/32)^1000 = 2e-14.
+MAX_DRAWS = 1000
 
 AnyArray = Array | np.ndarray | np.generic  # on the device or the host
 Size = int | Int[AnyArray, ""]

@@ -27,10 +27,10 @@ from jaxrl_stable.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
-    train_sentencepiece,
     unknown_tokens,
 )
 from jaxrl_stable.data.turns import Ending, ending
+from jaxrl_stable.data.vocabulary import train_sentencepiece
 
 __all__ = [
     "ArithmeticSource",

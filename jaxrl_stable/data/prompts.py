@@ -11,7 +11,7 @@ from jaxrl_stable.checks import record_name
 from jaxrl_stable.data.records import Problem, check_characters
 from jaxrl_stable.data.sources import Source
 from jaxrl_stable.data.templates import PLACE, ChatTemplate, Template, fill
-from jaxrl_stable.data.tokenizer import Tokenizer
+from jaxrl_stable.data.tokenizer import Tokenizer, prefix_ids
 
 CHECKED_TOGETHER = 1000  # records, which bounds the memory of their encodings
 
@@ -19,7 +19,7 @@ CHECKED_TOGETHER = 1000  # records, which bounds the memory of their encodings
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: Template = PLACE) -> list[int]:
     """Returns the token ids of one prompt.
 
-    A plain template is filled in and preceded by BOS if the tokenizer has one. A chat template
+    A plain template is filled in and preceded by BOS if the tokenizer adds one. A chat template
     writes BOS itself if the model needs it.
 
     Raises:
@@ -41,8 +41,7 @@ def all_prompt_ids(
 
     All texts are encoded together, which is several times as fast with some tokenizers.
     """
-    chat = isinstance(template, ChatTemplate)
-    bos = [] if chat or tokenizer.bos_id is None else [tokenizer.bos_id]
+    prefix = [] if isinstance(template, ChatTemplate) else prefix_ids(tokenizer)
     texts, errors = [], {}
     tokens = _control_tokens(problems, tokenizer)
     for i, (problem, token) in enumerate(zip(problems, tokens, strict=True)):
@@ -51,7 +50,7 @@ def all_prompt_ids(
         except ValueError as error:
             errors[i] = error
     ids = iter(encode_all(texts, tokenizer))
-    return [errors[i] if i in errors else [*bos, *next(ids)] for i in range(len(problems))]
+    return [errors[i] if i in errors else [*prefix, *next(ids)] for i in range(len(problems))]
 
 
 def encode_all(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxrl_stable.data.records import Message, Problem
 from jaxrl_stable.data.sandbox import compile_template, render_template
+from jaxrl_stable.data.tokenizer import special_tokens
 from jaxrl_stable.files import read_json
 
 PLACE = "{prompt}"
@@ -148,7 +149,12 @@ def load_chat_template(
         compile_template(source)
     except ValueError as error:
         raise ValueError(f"{jinja if jinja.exists() else config_file}: {error}") from None
-    return ChatTemplate(source, _token_texts(config), words, system, variables or {})
+    tokens = {
+        field: text
+        for field, text in special_tokens(file).items()
+        if text is not None and (field in config or field in source)
+    }
+    return ChatTemplate(source, tokens, words, system, variables or {})
 
 
 def _default(found: Any, file: pathlib.Path) -> Any:
@@ -161,13 +167,3 @@ def _default(found: Any, file: pathlib.Path) -> Any:
             "'default'; rename the one to use"
         )
     return named["default"]
-
-
-def _token_texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns `bos_token` and the like, each a string or an object with a `content`."""
-    texts = {}
-    for field, value in config.items():
-        value = value.get("content") if isinstance(value, dict) else value
-        if field.endswith("_token") and isinstance(value, str):
-            texts[field] = value
-    return texts

@@ -33,18 +33,29 @@ class Words:
 
 
 _ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
 # Kimi: a run of Chinese characters is a word. In other words capitals come only at the start.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 
 WORDS = {
     "qwen": Words(rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}", nfc=True),
+    # Marks belong to words: the vowel signs of Hindi, Thai, Arabic, …
+    "qwen3.5": Words(
+        rf"{_ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
+        nfc=True,
+    ),
     "kimi": Words(
         rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENGLISH}?"
         rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENGLISH}?|\p{{N}}{{1,3}}|{_REST}"
     ),
 }
+
+# Published vocabularies by their number of tokens, without special ones: Qwen to Qwen3, and Qwen3.5
+# and 3.6. Their files look alike.
+_QWEN = {151_643: "qwen", 248_044: "qwen3.5"}
 
 
 def convert_tiktoken(
@@ -60,7 +71,8 @@ def convert_tiktoken(
 
     Args:
       path: vocabulary file; each line is a base64 token and its rank.
-      words: "qwen", "kimi", or the `Words` of another family.
+      words: "qwen", "qwen3.5", "kimi", or the `Words` of another family. "qwen" is also right for
+        the vocabulary of Qwen3.5 and 3.6, which is recognised by its size.
       special_tokens: text to id, with ids after the vocabulary; by default `added_tokens_decoder`
         of the `tokenizer_config.json` next to `path`.
       destination: file to write; by default `tokenizer.json` next to `path`.
@@ -70,16 +82,15 @@ def convert_tiktoken(
 
     Raises:
       FileNotFoundError: if the vocabulary does not exist.
-      ValueError: if a line or an id is invalid, or `words` is unknown. The message names the place.
+      ValueError: if a line or an id is invalid, `words` is unknown, or "qwen3.5" is given for an
+        earlier vocabulary. The message names the place.
     """
     path = existing(path, "tokenizer")
-    if isinstance(words, str):
-        if words not in WORDS:
-            raise ValueError(
-                f"words {words!r} are unknown; use {' or '.join(WORDS)}, or Words(...)"
-            )
-        words = WORDS[words]
+    if isinstance(words, str) and words not in WORDS:
+        raise ValueError(f"words {words!r} are unknown; use {', '.join(WORDS)} or Words(...)")
     ranks = read_ranks(path)
+    if isinstance(words, str):
+        words = WORDS[_recognised(words, len(ranks), path)]
     letters = _letters()
     spell = lambda token: "".join(letters[byte] for byte in token)  # noqa: E731
     pairs = (pair for token in sorted(ranks, key=ranks.get) for pair in merges(token, ranks))
@@ -106,6 +117,16 @@ def convert_tiktoken(
     destination = pathlib.Path(destination or path.with_name("tokenizer.json"))
     write_atomic(destination, model.to_str().encode())
     return destination
+
+
+def _recognised(words: str, size: int, path: pathlib.Path) -> str:
+    """Returns the family of a vocabulary, given the one that the caller names and its size."""
+    published = _QWEN.get(size, words)
+    if words == "qwen":
+        return published
+    if words == "qwen3.5" and published == "qwen":
+        raise ValueError(f"{path}: has the {size} tokens of Qwen3 and earlier; use words 'qwen'")
+    return words
 
 
 def read_ranks(path: pathlib.Path) -> dict[bytes, int]:

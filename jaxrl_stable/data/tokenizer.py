@@ -1,28 +1,24 @@
 """Tokenizers behind one small protocol: SentencePiece and Hugging Face `tokenizer.json`."""
 
-import io
+import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
 import tokenizers
+from absl import logging
 from jaxtyping import Bool, Int
 
-from jaxrl_stable.files import existing, read_json, write_atomic
-
-# Special ids of the tokenizers that `train_sentencepiece` writes.
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
-# A vocabulary smaller than this has no room for the 256 pieces of byte fallback.
-_MIN_BYTE_FALLBACK = 1024
+from jaxrl_stable import _moved
+from jaxrl_stable.files import existing, read_json
 
 REPLACEMENT = "\ufffd"  # an id without a token
 
-_USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>")
 _USUAL_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]")
 _USUAL_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
 _USUAL_UNK = ("<unk>", "[UNK]")  # replaces any unknown word, so it carries no control information
@@ -49,7 +45,7 @@ class Tokenizer(Protocol):
     Attributes:
       vocab_size: number of ids, gaps included.
       pad_id: id of padding.
-      bos_id: id at the start of prompts; None if prompts do not start with one.
+      bos_id: id at the start of prompts; None if prompts do not start with exactly one.
       eos_id: id that ends a response in training.
       eos_ids: all ids that end a response.
     """
@@ -114,15 +110,22 @@ class SentencePieceTokenizer:
 class HFTokenizer:
     """A Hugging Face `tokenizer.json`, or a model directory that contains one.
 
-    Special tokens come from the files next to it: BOS, EOS and pad from `tokenizer_config.json`,
-    further EOS ids from `generation_config.json`. Without these files, the usual names are tried.
-    BOS is never taken from `generation_config.json`: Qwen names one there that its prompts must not
-    start with. Without a pad token, padding uses EOS.
+    EOS and pad come from the files next to it (`special_tokens`), further EOS ids from
+    `generation_config.json`. Without these files, the usual names are tried. Without a pad token,
+    padding uses EOS.
+
+    As in transformers 5, the post-processor of `tokenizer.json` alone decides what prompts start
+    with. A token that is named `bos_token` need not start a prompt: Qwen, SmolLM2 and GPT-2 name
+    one. `add_bos_token` in `tokenizer_config.json` has no effect; a warning says if it contradicts.
+    What the post-processor adds at the end is ignored, since a prompt is to be continued.
 
     The text of a special token (`<|im_end|>`) encodes to that token, so that templates can contain
     it. In untrusted text it would forge a turn or end the sequence; `control_token` detects it. It
     also detects tokens of the form `<|…|>` that the file does not mark as special (DeepSeek's
     `<｜User｜>`). Any text may contain tags such as `<think>`.
+
+    Attributes:
+      prefix_ids: ids at the start of prompts. Usually none or BOS; GLM has two.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -150,31 +153,48 @@ class HFTokenizer:
         }
 
         config = read_json(file.with_name("tokenizer_config.json"))
+        named = special_tokens(file)
+        usual = not config  # a configuration that names no token has none
         generation = file.with_name("generation_config.json")
         more_eos = self._generation_ids(generation, "eos_token_id")
-        eos_id = self._special_id(config, "eos_token", _USUAL_EOS)
+        eos_id = self._special_id(named, "eos_token", _USUAL_EOS if usual else ())
         if eos_id is None:
             eos_id = more_eos[0] if more_eos else None
         if eos_id is None:
             raise ValueError(
                 f"{file}: the EOS token is unknown; set `eos_token` in tokenizer_config.json"
             )
-        bos_id = self._special_id(config, "bos_token", _USUAL_BOS)
-        pad_id = self._special_id(config, "pad_token", _USUAL_PAD)
+        pad_id = self._special_id(named, "pad_token", _USUAL_PAD if usual else ())
         if pad_id is None:
             pad_id = next(iter(self._generation_ids(generation, "pad_token_id")), eos_id)
-        self.bos_id: int | None = bos_id if config.get("add_bos_token", True) else None
         self.eos_id: int = eos_id
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([eos_id, *more_eos]))
         self.pad_id: int = pad_id
+        self.prefix_ids = self._prefix(config)
+        self.bos_id: int | None = self.prefix_ids[0] if len(self.prefix_ids) == 1 else None
+        flag = config.get("add_bos_token")
+        if isinstance(flag, bool) and flag != bool(self.prefix_ids):
+            logging.warning(
+                "%s: add_bos_token = %s in tokenizer_config.json has no effect; plain prompts "
+                "start with %s, as in transformers 5",
+                *(file, flag, [self._model.id_to_token(i) for i in self.prefix_ids] or "no token"),
+            )
 
-    def _special_id(self, config: dict, field: str, usual: Sequence[str]) -> int | None:
-        if field in config:
-            named = config[field]  # a string, null, or an object with its "content"
-            named = named.get("content") if isinstance(named, dict) else named
-            return None if named is None else self._model.token_to_id(named)
-        if config:
-            return None
+    def _prefix(self, config: dict) -> tuple[int, ...]:
+        """Returns the ids that the post-processor puts in front of a text."""
+        # This class of transformers replaces the post-processor by one that adds nothing.
+        if str(config.get("tokenizer_class")).removesuffix("Fast") == "GPTNeoXTokenizer":
+            return ()
+        encoding = self._model.encode(self._model.id_to_token(self.eos_id))  # one text token
+        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], added))
+
+    def _special_id(
+        self, named: Mapping[str, str | None], field: str, usual: Sequence[str]
+    ) -> int | None:
+        if field in named:
+            text = named[field]
+            return None if text is None else self._model.token_to_id(text)
         # Only among added tokens: Qwen has an ordinary token `</s>`, learned from HTML.
         added = {token.content: i for i, token in self._added.items()}
         return next((added[name] for name in usual if name in added), None)
@@ -236,6 +256,40 @@ def _decode_known(
     return REPLACEMENT.join([decode(first.tolist()), *(decode(x[1:].tolist()) for x in others)])
 
 
+def special_tokens(file: pathlib.Path, *, overridden: bool = True) -> dict[str, str | None]:
+    """Returns the special tokens that the files next to a `tokenizer.json` name.
+
+    `special_tokens_map.json` takes precedence over `tokenizer_config.json`. As in transformers 5,
+    it does not count if the latter has `added_tokens_decoder`, which made it redundant.
+
+    Args:
+      file: path of the `tokenizer.json`.
+      overridden: whether to read `special_tokens_map.json`.
+
+    Returns:
+      Texts of tokens by field, such as `eos_token`; None for a null.
+
+    Raises:
+      ValueError: if a file is not a JSON object.
+    """
+    named = read_json(file.with_name("tokenizer_config.json"))
+    if overridden and "added_tokens_decoder" not in named:
+        named |= read_json(file.with_name("special_tokens_map.json"))
+    texts = {}
+    for field, value in named.items():  # a string, null, or an object with its "content"
+        value = value.get("content") if isinstance(value, dict) else value
+        if field.endswith("_token") and isinstance(value, str | None):
+            texts[field] = value
+    return texts
+
+
+def prefix_ids(tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that plain prompts start with: BOS, or what an `HFTokenizer` says."""
+    if isinstance(tokenizer, HFTokenizer):
+        return list(tokenizer.prefix_ids)
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Opens a `.model` or `.json` file, or a directory with a `tokenizer` of either kind.
 
@@ -263,71 +317,4 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     )
 
 
-def train_sentencepiece(
-    texts: Iterable[str],
-    path: str | os.PathLike[str],
-    vocab_size: int,
-    *,
-    byte_fallback: bool | None = None,
-) -> SentencePieceTokenizer:
-    """Trains a byte-pair model on `texts`, writes it to `path` atomically, and opens it.
-
-    The file does not depend on the order of the texts. Text is taken literally (no Unicode
-    normalisation, no added or dropped spaces), so that `decode(encode(x)) == x`. This is checked on
-    every training text. Each digit is a separate token, and so is the line break. Ids: pad 0,
-    BOS 1, EOS 2, unknown 3.
-
-    Args:
-      texts: training texts; the vocabulary contains all their characters.
-      path: `.model` file to write.
-      vocab_size: exact number of pieces, including the four special ones.
-      byte_fallback: whether to spell unknown characters in bytes (which takes 256 pieces) instead
-        of losing them; by default only if `vocab_size` is at least 1,024.
-
-    Raises:
-      ValueError: if `texts` is empty, `vocab_size` is too small or too large for it, or a text does
-        not round-trip.
-    """
-    texts = sorted(texts)
-    if not any(texts):
-        raise ValueError("train_sentencepiece: no text to train on; give at least one")
-    if byte_fallback is None:
-        byte_fallback = vocab_size >= _MIN_BYTE_FALLBACK
-    buffer = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=buffer,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=byte_fallback,
-            pad_id=PAD_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            unk_id=UNK_ID,
-            character_coverage=1.0,
-            split_digits=True,
-            user_defined_symbols=["\n"],
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            # SentencePiece silently skips longer texts.
-            max_sentence_length=4 * max(map(len, texts)) + 1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        # The message ends with the advice: "... too high (N). Please set it to a value <= M."
-        reason = str(error).rsplit("] ", 1)[-1].strip()
-        raise ValueError(
-            f"train_sentencepiece: vocab_size {vocab_size} does not suit these texts: {reason}"
-        ) from None
-    model = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
-    for text in texts:
-        if model.decode(model.encode(text)) != text:
-            raise ValueError(
-                f"train_sentencepiece: {text[:60]!r} does not survive encoding; remove carriage "
-                "returns, other control characters and U+2581 from it"
-            )
-    write_atomic(pathlib.Path(path), buffer.getvalue())
-    return SentencePieceTokenizer(path)
+__getattr__ = _moved.moved_names("jaxrl_stable.data.tokenizer")  # names that have moved

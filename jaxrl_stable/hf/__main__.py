@@ -18,7 +18,6 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import jax
 
@@ -29,22 +28,18 @@ from jaxrl_stable.hf.files import DTYPES, TensorFiles
 from jaxrl_stable.hf.load import plan_of
 from jaxrl_stable.hf.names import LAYOUTS
 from jaxrl_stable.hf.save import companions, copy_companions
+from jaxrl_stable.hf.tied import check_copy
 from jaxrl_stable.model import ModelConfig, init_model, parameter_count
 from jaxrl_stable.program import errors_in_one_line
 from jaxrl_stable.sharding import abstract_state, make_mesh
+from jaxrl_stable.text import OneLineParser
 
 _TYPES = tuple(dtype.name for dtype in DTYPES.values())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exits with one line instead of the usage."""
-        self.exit(2, f"error: {message} ({self.prog} --help lists the arguments)\n")
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parses one of the four commands and its options."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m jaxrl_stable.hf", description="Converts Hugging Face checkpoints."
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -83,6 +78,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     config = hf.read_config(directory)
     files = TensorFiles(directory)
     plan_of(files, config, jax.eval_shape(lambda: init_model(config, 0)))
+    check_copy(files, config)
     stored = collections.Counter()
     for name, shape in files.shapes.items():
         stored[files.codes[name]] += math.prod(shape)

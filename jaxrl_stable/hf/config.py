@@ -213,10 +213,17 @@ def _rotary(content: Json) -> tuple[float, Yarn | None]:
 
     They come from `rope_parameters` (transformers 5) or from the two fields of version 4. If a
     version-5 config also has `rope_scaling`, both versions use that, and so does this function.
+    They then ignore the base in `rope_parameters` and use a default; that is refused here.
     """
-    scaling = dict(content.get("rope_scaling") or content.get("rope_parameters") or {})
+    parameters = content.get("rope_parameters") or {}
+    scaling = dict(content.get("rope_scaling") or parameters)
     theta = scaling.get("rope_theta", content.get("rope_theta"))
     if theta is None:
+        if parameters.get("rope_theta") is not None:
+            raise ValueError(
+                "rope_scaling has no rope_theta and replaces rope_parameters, whose rope_theta = "
+                f"{parameters['rope_theta']!r} would be ignored; add rope_theta to rope_scaling"
+            )
         raise KeyError("rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if scaling.get("partial_rotary_factor", 1) != 1:

@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +20,7 @@ import safetensors
 from jaxrl_stable.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHOWN = 10  # most tensors that an error names per kind of fault
 # Supported types of weights, by their names in the file format.
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -31,6 +32,9 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 class TensorFiles:
     """All tensors of a directory, by name.
+
+    If a directory contains both a single file and an index, the single file counts, as in
+    transformers. Saving a sharded checkpoint again as one file leaves a stale index behind.
 
     Attributes:
       shapes: shape of every tensor.
@@ -79,6 +83,19 @@ class TensorFiles:
         end = begin + dtype.itemsize * int(np.prod(shape))
         return np.asarray(mapped[begin:end]).view(dtype).reshape(shape)
 
+    def not_finite(self, tensors: Sequence[str]) -> str:
+        """Returns the error for tensors with values that are not finite."""
+        return (
+            f"{self.directory} holds values that are not finite in {listed(tensors)}; download it "
+            "again, or find out what wrote it"
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns the first `SHOWN` names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
 
 def _places(path: pathlib.Path) -> dict[str, tuple[np.memmap, int]]:
     """Returns the mapped file and the byte at which each tensor begins.
@@ -96,10 +113,10 @@ def _index(directory: pathlib.Path) -> dict[str, str]:
     """Returns the file of each tensor; empty if one file holds all tensors."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} does not exist; give a Hugging Face model directory")
+    if (directory / SINGLE).exists():
+        return {}
     path = directory / INDEX
     if not path.exists():
-        if (directory / SINGLE).exists():
-            return {}
         raise FileNotFoundError(
             f"{directory} has neither {SINGLE} nor {INDEX}; give a directory with safetensors "
             "weights"

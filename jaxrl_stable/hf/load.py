@@ -1,8 +1,8 @@
 """Loads a checkpoint directory straight into a sharded model.
 
 A few threads fill each device's shard of each parameter in place, a few rows at a time. A host
-reads only what its own devices hold. All faults of the files, except values that are not finite,
-are detected before any weights are read.
+reads only what its own devices hold, except tied embeddings that are stored twice. All faults of
+the files, except values, are detected before any weights are read.
 """
 
 from __future__ import annotations
@@ -18,13 +18,20 @@ from jax.sharding import Mesh
 from jaxrl_stable import distributed
 from jaxrl_stable.hf.config import read_config, read_config_json
 from jaxrl_stable.hf.copying import THREADS, all_finite, chunks, copy, page_memory
-from jaxrl_stable.hf.files import DTYPES, TensorFiles
-from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces, tensor_shapes
+from jaxrl_stable.hf.files import DTYPES, TensorFiles, listed
+from jaxrl_stable.hf.names import (
+    EMBEDDING,
+    HEAD,
+    LAYOUTS,
+    Piece,
+    parameters,
+    pieces,
+    tensor_shapes,
+)
+from jaxrl_stable.hf.tied import check_copy, from_the_head, has_copy
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.sharding import abstract_state
-
-SHOWN = 10  # most tensors that an error names per kind of fault
 
 
 def load(
@@ -43,8 +50,9 @@ def load(
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if the config has another architecture, or if tensors are missing, extra,
-        misshapen, of an unknown type or not finite. The message lists them.
+      ValueError: if the config has another architecture, if tensors are missing, extra, misshapen,
+        of an unknown type or not finite (the message lists them), or if tied embeddings are stored
+        twice and differ.
     """
     stored = read_config(directory)
     config = stored if config is None else config
@@ -61,6 +69,7 @@ def load(
     files = TensorFiles(directory)
     abstract = abstract_state(mesh, lambda: init_model(config, 0))
     plan = plan_of(files, config, abstract)
+    check_copy(files, config)
     broken: set[str] = set()
     with ThreadPoolExecutor(THREADS) as pool:
         loaded = [
@@ -71,10 +80,7 @@ def load(
     flags = distributed.any_process([name in broken for name in names])
     broken = {name for name, flag in zip(names, flags, strict=True) if flag}
     if broken:
-        raise ValueError(
-            f"{directory} holds values that are not finite in {_listed(sorted(broken))}; download "
-            "it again, or find out what wrote it"
-        )
+        raise ValueError(files.not_finite(sorted(broken)))
     return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
 
 
@@ -93,7 +99,10 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
     fused = any(name.endswith(".experts.down_proj") for name in files.shapes)
     content = read_config_json(files.directory)
     plan = pieces(config, model, content["model_type"], LAYOUTS[fused])
+    plan = from_the_head(plan, config, files.shapes)
     wanted = tensor_shapes(plan)
+    if has_copy(config, files.shapes):
+        wanted[HEAD] = wanted[EMBEDDING]
     behind = content.get("num_nextn_predict_layers") or 0
     present = {n: s for n, s in files.shapes.items() if not _left_out(n, config, behind)}
     faults = {
@@ -111,7 +120,7 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
         ),
     }
     if any(faults.values()):
-        found = "; ".join(f"{kind}: {_listed(names)}" for kind, names in faults.items() if names)
+        found = "; ".join(f"{kind}: {listed(names)}" for kind, names in faults.items() if names)
         raise ValueError(
             f"{files.directory} does not fit its config.json: {found}. Nothing was loaded; "
             "download the files again, or fix config.json"
@@ -122,11 +131,9 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
 def _left_out(tensor: str, config: ModelConfig, behind: int) -> bool:
     """Returns whether to ignore a tensor that a valid checkpoint may have beyond the model.
 
-    These are the copy of tied embeddings as `lm_head`, rotary frequencies (recomputed here), and
-    the layers after the last one, which are DeepSeek-V3's multi-token prediction.
+    These are rotary frequencies (recomputed here), and the layers after the last one, which are
+    DeepSeek-V3's multi-token prediction.
     """
-    if tensor == "lm_head.weight":
-        return config.tie_embeddings
     extra = tuple(f"model.layers.{config.num_layers + i}." for i in range(behind))
     return tensor.endswith("rotary_emb.inv_freq") or tensor.startswith(extra)
 
@@ -186,8 +193,3 @@ def _fill(
 
 def _rest(group: tuple[tuple[int, int], ...]) -> int:
     return int(np.prod([b - a for a, b in group[1:]]))
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -15,12 +15,9 @@ from flax import nnx
 
 from jaxrl_stable.model.config import ModelConfig, layer_plan
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Parameters outside the layers. Other names are relative to `model.layers.{layer}.`.
-_OUTER = {
-    "embedding": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head": "lm_head.weight",
-}
+_OUTER = {"embedding": EMBEDDING, "norm.weight": "model.norm.weight", "head": HEAD}
 _SHARED = {
     "attention_norm.weight": "input_layernorm.weight",
     "mlp_norm.weight": "post_attention_layernorm.weight",

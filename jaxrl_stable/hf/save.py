@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from jaxrl_stable.files import read_json, write_atomic
 from jaxrl_stable.hf.config import read_config, read_config_json, to_json
 from jaxrl_stable.hf.copying import THREADS, all_finite, chunks, copy
 from jaxrl_stable.hf.files import DTYPES, TensorWriter, new_directory
 from jaxrl_stable.hf.names import LAYOUTS, Piece, parameters, pieces, tensor_shapes
+from jaxrl_stable.hf.remote_code import code_files, modules, with_its_code, without_code
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.transformer import Transformer
 
@@ -58,7 +60,8 @@ def save(
       dtype: "float32", "bfloat16" or "float16"; by default the type of the parameters.
       layout: "per-expert", which every version and engine reads, or "fused" (transformers 5).
       like: original checkpoint of the model. Its `config.json` is kept, with the new dtype, and its
-        tokenizer and generation settings are copied.
+        tokenizer, generation settings and code (`auto_map`) are copied. The fused layout drops the
+        code, which could not read it.
       file_bytes: size limit per file.
 
     Raises:
@@ -78,11 +81,15 @@ def save(
             "the model is spread over several hosts; restore it on one of them to save it"
         )
     architecture, content = to_json(config)
+    code: list[pathlib.Path] = []
     content["torch_dtype"] = content["dtype"] = dtype
     if like is not None:
         both = {name: content[name] for name in _SPELLINGS if name in content}
         content = both | _descends(config, like) | {"torch_dtype": dtype, "dtype": dtype}
         architecture = architecture._replace(model_type=content["model_type"])
+        content, code = with_its_code(content, pathlib.Path(like))
+        if layout == "fused":
+            content, code = without_code(content), []
     plan = pieces(config, model, architecture.model_type, layout)
     shapes = dict(sorted(tensor_shapes(plan).items()))
     dtypes = {n: types["float32" if n.endswith(architecture.float32) else dtype] for n in shapes}
@@ -102,20 +109,25 @@ def save(
         write_json(target / "config.json", content)
         if like is not None:
             copy_companions(like, target)
+        for file in code:
+            shutil.copyfile(file, target / file.name)
 
 
 def write_json(file: pathlib.Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_atomic(file, json.dumps(content, indent=2) + "\n")
 
 
 def companions(directory: str | pathlib.Path) -> list[pathlib.Path]:
-    """Returns the tokenizer, chat template and generation settings of a directory."""
-    found = {file for name in COMPANIONS for file in pathlib.Path(directory).glob(name)}
+    """Returns the tokenizer with its code, chat template and generation settings."""
+    directory = pathlib.Path(directory)
+    found = {file for name in COMPANIONS for file in directory.glob(name)}
+    auto_map = read_json(directory / "tokenizer_config.json").get("auto_map")
+    found.update(code_files(directory, modules(auto_map)) or [])
     return sorted(found)
 
 
 def copy_companions(source: str | pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the tokenizer, chat template and generation settings; follows links."""
+    """Copies the `companions` of a directory; follows links."""
     for file in companions(source):
         (shutil.copytree if file.is_dir() else shutil.copyfile)(file, target / file.name)
 

@@ -25,7 +25,9 @@ from jaxrl_stable.hf.config import read_config, read_config_json, to_json
 from jaxrl_stable.hf.copying import all_finite
 from jaxrl_stable.hf.files import DTYPES, TensorFiles, TensorWriter, new_directory
 from jaxrl_stable.hf.load import plan_of
+from jaxrl_stable.hf.remote_code import without_code
 from jaxrl_stable.hf.save import copy_companions, write_json
+from jaxrl_stable.hf.tied import check_copy
 from jaxrl_stable.model.transformer import init_model
 
 _ROUTER_STD = 0.02  # logits are of order one after a norm, for hidden sizes in the thousands
@@ -79,6 +81,7 @@ def upcycle(
     )
     files = TensorFiles(source)
     plan_of(files, dense, jax.eval_shape(lambda: init_model(dense, 0)))
+    check_copy(files, dense)
     made = _tensors(files, config.num_layers, copies, segments, noise, seed)
     shapes = {name: shape for name, (shape, _, _) in made.items()}
     dtypes = {name: DTYPES[code] for name, (_, code, _) in made.items()}
@@ -92,7 +95,8 @@ def upcycle(
                 if not all_finite(part):
                     raise ValueError(f"{source} has values in {name} that are not finite")
                 writer.write(name, 0, part)
-        write_json(directory / "config.json", read_config_json(source) | kept)
+        # The source's own code, if any, computes the dense model.
+        write_json(directory / "config.json", without_code(read_config_json(source)) | kept)
         copy_companions(source, directory)
 
 

@@ -3,15 +3,13 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from jaxrl_stable.report import write_report
+from jaxrl_stable.text import OneLineParser
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exits with one line instead of the usage."""
-        self.exit(2, f"report: {message} ({self.prog} --help lists the arguments)\n")
+class _Parser(OneLineParser):
+    label = "report"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -202,7 +202,7 @@ def draw(run: Run, panel: Panel, path: pathlib.Path) -> str:
 
 
 def _plot_line(axes: matplotlib.axes.Axes, x: Points, y: Points, label: str, color: str) -> None:
-    """Plots few points as they are, many as a faint line with their running mean."""
+    """Plots a few points as they are, and many points as a faint line with their running mean."""
     if len(x) <= 40:
         axes.plot(x, y, color=color, label=label, marker="o", markersize=3)
     elif label == "|k1|":  # a running mean of absolute values would not estimate the KL

@@ -16,8 +16,8 @@ from jaxrl_stable.report.text import escape
 
 Points = Float[np.ndarray, "points"]
 
-# Mid-tones, legible on the light and the dark page. In the SVG, colours of the page replace INK and
-# GRID, so that plots follow its light and dark mode.
+# Mid-tones, legible on the light and the dark page. In the SVG, the page's colours replace INK and
+# GRID, so that plots follow its light and dark modes.
 COLORS = ("#3a7fc8", "#d9792f", "#2f9d7b", "#9169c9", "#c9505f", "#8a929c")
 INK, GRID = "#24292e", "#d4d8de"
 STYLE = {

@@ -10,7 +10,7 @@ from jaxrl_stable.report.text import escape, figure
 
 
 def metric_table(run: Run) -> str:
-    """Returns the table of watched metrics: last value, verdict (given a range), healthy state."""
+    """Returns the table of watched metrics: last value, verdict (given a range), healthy values."""
     rows = []
     for metric in METRICS:
         layers = run.layers(metric.name)

@@ -1,4 +1,4 @@
-"""The frame of every page: one HTML file with its style, which may not load or run anything."""
+"""The frame of every page: one HTML file with its style, which must not load or run anything."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def wall_time(run: Run) -> int | float:
     """Returns the duration of a run in seconds.
 
     The summary has the seconds of the last process, including cold start and compilation. In a
-    resumed run, the time from the first row to the last is longer. The result is the maximum.
+    resumed run, the time from the first row to the last is longer. The maximum is returned.
     """
     stamps = [row["time"] for row in run.rows if is_number(row.get("time"))]
     times = [stamps[-1] - stamps[0]] if stamps else []

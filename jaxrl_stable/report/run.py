@@ -62,7 +62,7 @@ class Run:
     def series(self, name: str) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
         """Returns (gradient steps, values) of the rows that have `name`; null becomes NaN.
 
-        Rows without a count of gradient steps (of the cold start) are one gradient step each.
+        Rows without a count of gradient steps (those of the cold start) count as one step each.
         """
         rows = [row for row in self.rows if name in row]
         x = np.array([row.get("gradient_steps", row["step"]) for row in rows], float)

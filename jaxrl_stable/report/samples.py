@@ -1,4 +1,4 @@
-"""Sampled responses; the background of each token shows its weight between sampler and trainer."""
+"""Sampled responses; the background of each token shows its weight π_old/μ."""
 
 from __future__ import annotations
 

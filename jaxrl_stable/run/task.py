@@ -27,6 +27,7 @@ from jaxrl_stable.data import (
 )
 from jaxrl_stable.data.records import check_characters
 from jaxrl_stable.data.sources import Remembered
+from jaxrl_stable.data.tokenizer import special_tokens
 from jaxrl_stable.rewards import Reward, check_references, load_reward, try_reward
 from jaxrl_stable.sampler.rollout import Sampling
 
@@ -178,6 +179,11 @@ def _checksum(path: pathlib.Path) -> int:
     files = [directory / name for name in (*names, "tokenizer.json", "tokenizer.model")]
     if not path.is_dir():
         files = [path, *files[:2]]
+    model, fields = directory / "tokenizer.json", ("eos_token", "pad_token")
+    both, one = special_tokens(model), special_tokens(model, overridden=False)
+    # Earlier versions ignored this file, so it counts only if it changes something.
+    if model in files and any(both.get(field) != one.get(field) for field in fields):
+        files.append(directory / "special_tokens_map.json")
     return zlib.crc32(b"".join(file.read_bytes() for file in files if file.exists()))
 
 

@@ -1,4 +1,4 @@
-"""One of several objectives, selected by an index that may be traced: all share one program."""
+"""Selects one of several objectives by an index that may be traced, so all share one program."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jaxrl_stable.objective import Decided, Objective, name_of
 class Choice:
     """An objective for `update` that computes several and selects one by a traced index.
 
-    Computing all of them costs little: losses are arithmetic on `[B, T]`, next to whole passes of
-    the model. The others get a cotangent of 0. Every loss is bounded before its `exp`, so their
-    gradients are 0, never NaN.
+    Computing all of them costs little: losses are arithmetic on `[B, T]`, compared with whole
+    passes of the model. The losses that are not selected get a cotangent of 0. Every loss is
+    bounded before its `exp`, so their gradients are 0, never NaN.
 
     The properties are the fields and properties of `Objective` that a training step reads. They are
     equal in all the objectives, because `program_of` is.
@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def kl_coefficient(self) -> float:
-        """The first objective's; the others' may differ, but are 0 only if it is."""
+        """The first objective's coefficient; the others may differ, but all are 0 or none is."""
         return self.objectives[0].kl_coefficient
 
     @property

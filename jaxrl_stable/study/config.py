@@ -1,4 +1,4 @@
-"""Configuration of a study: a grid of cells, each run with several seeds. bound by gin."""
+"""Configuration of a study, bound by gin: a grid of cells, each run with several seeds."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class Collapse:
     - any of these is no longer finite after it has been.
 
     The highest value so far includes the score of the cold start, so a run that only loses what the
-    cold start gave it collapses too. `margin` keeps noise out: a policy that scores 0.1 once and
+    cold start gave it also collapses. `margin` filters out noise: a policy that scores 0.1 once and
     0.04 later on 64 problems has not collapsed. A run has *not learned* if it does not collapse and
     its mean over a quarter of its evaluations never rises `gain` above its start. Such a run is
     censored, like a stable one, because it had nothing to lose.

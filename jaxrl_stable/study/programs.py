@@ -35,8 +35,8 @@ def over_runs(
       function: takes one run and a value shared by all runs.
       devices: devices that the runs are spread over evenly.
       vmapped: whether a device makes its runs all at once instead of one after another. The default
-        is False on CPUs only: one small run leaves none of a CPU's units idle, and a batch
-        dimension slows down its sorts, gathers and products (experiments/bench/README.md).
+        is False on CPUs only: one small run already keeps a CPU busy, and a batch dimension slows
+        down its sorts, gathers and products (experiments/bench/README.md).
 
     Returns:
       The mapped function, jitted.
@@ -100,8 +100,8 @@ def made_ahead(makers: Sequence[Callable[[], T]]) -> Iterator[Iterator[T]]:
     """Yields the results of the functions in order, and computes the next few in the background.
 
     While a GPU or a TPU makes runs, its host is free to compile the next programs. At most one
-    result per thread is computed ahead, which bounds the memory held and the wait when the block
-    is left. With several hosts each result is computed on request, because all hosts have to
+    result per thread is computed ahead, which bounds the memory held and the wait on leaving the
+    block. With several hosts each result is computed on request, because all hosts have to
     compile in the same order.
     """
     if jax.process_count() > 1:

@@ -59,7 +59,7 @@ def identify(study: Study, directory: pathlib.Path) -> None:
 
 
 def check_settings(study: Study, records: Iterable[dict[str, Any]]) -> None:
-    """Checks that recorded cells still have the same settings: names omit the usual ones.
+    """Checks that recorded cells still have the same settings, because names omit the usual ones.
 
     Raises:
       ValueError: if a cell was run with other settings.
@@ -79,7 +79,7 @@ def check_starts(
 ) -> None:
     """Checks that new runs start from the same policy as recorded runs of the same seed.
 
-    Cells are compared in pairs of runs with the same seed.
+    Otherwise cells could not be compared in pairs of runs with the same seed.
 
     Args:
       study: the study.
@@ -104,7 +104,7 @@ def check_starts(
 
 
 def of_task(study: Study) -> dict[str, str]:
-    """Returns what the settings of every record say about the task."""
+    """Returns the entry about the task that the settings of every record contain."""
     return {"task": type(study.task).__name__}
 
 

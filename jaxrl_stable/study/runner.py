@@ -67,7 +67,7 @@ class Wave:
 def plan(
     study: Study, cells: dict[str, Cell], done: Iterable[Member], devices: int
 ) -> list[list[Wave]]:
-    """Returns the waves of unfinished runs, one list per program; its waves have one size."""
+    """Returns the waves of unfinished runs, one list per program, with equal sizes in each list."""
     done = set(done)
     programs: dict[tuple, list[str]] = {}
     for name, cell in cells.items():

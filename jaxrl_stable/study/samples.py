@@ -1,4 +1,4 @@
-"""Samples of a run for the report: what the last update of a step decides about each token."""
+"""Samples of a run for the report, with what the last update of a step decides per token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROBLEMS, RESPONSES = 2, 2  # shown per cell
 def sample_rows(
     study: Study, cell: Cell, state: TrainState, key: Key[Array, ""], about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns responses to a few problems, as the last mini-batch of a step sees them.
+    """Returns responses to a few problems, as seen by the last update of a step.
 
     Rows have the format of `run.samples.sample_rows`, plus the layers in which the routers differ
     and `clipped`: the tokens that the objective silences after N − 1 updates.

@@ -2,7 +2,7 @@
 
 With V symbols and T steps there are V^T sequences, so every expectation over μ_old is a finite sum.
 The bias and noise of the token-level objective of https://arxiv.org/abs/2512.01374 relative to the
-sequence-level one come out to machine precision. The token-level gradients are from
+sequence-level one are therefore exact to machine precision. The token-level gradients are from
 `objectives.minirl` itself; the sequence-level estimator here is the reference.
 
 Functions that return NumPy arrays or floats compute in float64, whatever the process uses
@@ -72,9 +72,10 @@ def random_problem(
 
         θ_old = θ + staleness · N(0, 1)        μ_old = softmax(θ_old + mismatch · N(0, 1))
 
-    One seed fixes θ, the rewards and the directions of both noises, so a limit in `mismatch` or
-    `staleness` runs along a line and its true gradient stays the same. (With only a few sequences
-    all rewards can be equal; the true gradient is then 0, and relative errors are undefined.)
+    One seed fixes θ, the rewards and the directions of both noises. As `mismatch` or `staleness`
+    goes to 0, the policies therefore move along a line and the true gradient stays the same. (With
+    only a few sequences all rewards can be equal; the true gradient is then 0, and relative errors
+    are undefined.)
     """
     tokens, prefixes = enumerate_sequences(vocab_size, length)
     rng = np.random.default_rng(seed)
@@ -178,8 +179,8 @@ def _loss_gradients(
 def sequence_gradients(problem: Problem, advantages: Float[np.ndarray, "B"]) -> Gradients:
     """Returns ĝ(y) = π_θ(y)/μ_old(y) · Â(y) · Σ_t ∇_θ log π_θ(y_t|·) (arXiv:2512.01374, eq. 2).
 
-    Every token gets the product over the whole sequence as its weight: later tokens also decide how
-    likely the reward was that the token is credited with.
+    Every token gets the product over the whole sequence as its weight, because later tokens also
+    affect the probability of the reward that the token is credited with.
     """
     weights = probabilities(problem.logits, problem) / rollout_probabilities(problem)
     with jax.enable_x64(True):
@@ -203,7 +204,7 @@ def expectation(problem: Problem, gradients: Gradients) -> Float[np.ndarray, "pr
 
 
 class Quality(NamedTuple):
-    """An estimator ĝ against the true gradient ∇J.
+    """An estimator ĝ compared with the true gradient ∇J.
 
     Attributes:
       bias: ‖E[ĝ] − ∇J‖ / ‖∇J‖.
@@ -241,7 +242,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
 
 
 class Row(NamedTuple):
-    """One estimator at one distance of the policies; the figures are those of `Quality`."""
+    """The `Quality` of one estimator at one pair of distances between the policies, over seeds."""
 
     estimator: str
     mismatch: float
@@ -259,7 +260,7 @@ def table(
     vocab_size: int = 6,
     length: int = 3,
 ) -> list[Row]:
-    """Returns each estimator's quality, with centered rewards, at all pairs of the two distances.
+    """Returns each estimator's quality, with centred rewards, at all pairs of the two distances.
 
     Args:
       mismatch, staleness: standard deviations of the noises of `random_problem`.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the command of a pod. On SIGTERM the program saves and exits with 0. Kubernetes would take
-# that for the end of the training: a pod that leaves its node with status 0 counts as completed
-# (kubernetes/kubernetes#118310). Status 143 instead makes the JobSet start again.
+# this for the end of the training: a pod that leaves its node with status 0 counts as completed
+# (kubernetes/kubernetes#118310). This script exits with 143 instead, so the JobSet starts again.
 set -euo pipefail
 
 "$@" &

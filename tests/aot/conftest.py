@@ -1,4 +1,4 @@
-"""Small slices to compile for; what needs the compiler for TPUs is skipped without it."""
+"""Small slices to compile for; tests that need the TPU compiler are skipped without it."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from jaxrl_stable.aot.topology import has_libtpu, parse_topology
 
 @pytest.fixture(scope="session")
 def slice_of():
-    """`slice_of("v5e:2x4", (2, 4), ("data", "fsdp"))` is a mesh over devices of a TPU slice."""
+    """`slice_of("v5e:2x4", (2, 4), ("data", "fsdp"))` is a mesh over the devices of a slice."""
     if not has_libtpu():
         pytest.skip("libtpu is not installed (the extra `tpu`)")
     devices = cache(lambda name: parse_topology(name).devices())

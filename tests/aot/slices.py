@@ -8,19 +8,21 @@ from jaxrl_stable.aot import hlo
 
 
 def abstract(mesh, shape, *spec, dtype="bfloat16"):
-    """A shape with a sharding."""
+    """Returns a shape with a sharding."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
 
 
 def compiled(function, *arguments):
-    """The parsed program, and the executable."""
+    """Returns the parsed program and the executable."""
     executable = jax.jit(function).lower(*arguments).compile()
     return hlo.parse(executable.as_text()), executable
 
 
 def chained():
-    """Two gathers of 64 to 256 bytes beside other work, as libtpu writes it: the first of them in
-    three fusions, each of which does a part."""
+    """Returns two gathers of 64 to 256 bytes that overlap with other work, as libtpu writes them.
+
+    The first one is spread over three fusions, each of which does a part.
+    """
     fusion = """\
 %part.{i} (b.{i}: bf16[8,4]) -> bf16[32,4] {{
   %b.{i} = bf16[8,4]{{1,0}} parameter(0)

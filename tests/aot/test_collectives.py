@@ -97,7 +97,7 @@ def test_an_iteration_of_a_loop_of_unknown_length_stands_alone(slice_of):
 
 
 def test_between_slices_the_bytes_go_over_dcn(slice_of):
-    """The gradient's sum over slices, after a reduce-scatter within each."""
+    """The gradient is summed over slices after a reduce-scatter within each slice."""
     mesh = slice_of("v6e:2x2*2", (2, 4), ("data", "fsdp"))
 
     def local(x):
@@ -114,7 +114,7 @@ def test_between_slices_the_bytes_go_over_dcn(slice_of):
 
 
 def test_an_all_gather_over_a_whole_3d_slice_becomes_an_all_reduce(slice_of):
-    """Why no weight is cut over all chips of a slice: it costs twice the bytes."""
+    """The reason why no weight is sharded over all chips of a slice: it costs twice the bytes."""
     mesh = slice_of("v5p:4x4x4", (64,), ("fsdp",))
     function = jax.shard_map(
         lambda x: jax.lax.all_gather(x, "fsdp", axis=0, tiled=True) * 2,

@@ -48,7 +48,7 @@ def command(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def compile_once():
-    """Compiles the programs the first time; every test that uses `score` asks for the same."""
+    """Compiles the programs once; every test that uses `score` uses the same ones."""
     made, original = [], programs.compiled_programs
 
     def compiled_programs(*arguments):
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused(command, score, monkeypatch):
     monkeypatch.setitem(topology.CHIPS, "v5e", small)
     status, out, error = command(*score)
     assert status == 2
-    assert "\nscore " in out  # the figures still come
+    assert "\nscore " in out  # the figures are printed all the same
     (line,) = error.strip().splitlines()
     assert line.startswith("error: score needs ") and "which has 64.0 KiB" in line
     assert "the largest is the " in line and "; use a " in line
@@ -131,3 +131,11 @@ def test_help_lists_the_flags(capsys):
     out = capsys.readouterr().out
     assert exit.value.code == 0
     assert all(flag in out for flag in ("--topology", "--sweep", "--programs", "--gin.NAME=VALUE"))
+
+
+def test_an_unknown_flag_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(["--topologies=v5e:2x2", "--chips=4"])
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: ") and "--help lists the arguments" in said

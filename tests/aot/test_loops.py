@@ -1,4 +1,4 @@
-"""Programs written by hand: what is read, and how often each instruction runs."""
+"""What is read from handwritten programs, and how often each instruction runs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the update gathers on a mesh with every kind of axis: all of it is planned, and counted."""
+"""On a mesh with every kind of axis, the update gathers only what it should, and it is counted."""
 
 import dataclasses
 import math
@@ -74,7 +74,7 @@ def compiled_update(slice_of, experiment):
 
 
 def arrays(found, *kinds):
-    """How often each kind of array is sent: by type and sorted sizes, without those of 1."""
+    """Counts how often each kind of array is sent, by type and sorted sizes other than 1."""
     total = Counter()
     for each in found:
         if each.kind in kinds or (each.gathers and "all-gather" in kinds):
@@ -89,12 +89,12 @@ def found(slice_of):
 
 
 def test_every_gather_is_planned(found):
-    """Else something new travels: routing, log-probabilities, logits, or a weight twice."""
+    """Otherwise something new is sent: routing, log-probabilities, logits, or a weight twice."""
     assert arrays(found, "all-gather") == PLANNED
 
 
 def test_gradients_of_experts_go_back_by_reduce_scatter(found):
-    """Cut into four parts before they leave; never summed as a whole on every device."""
+    """Gradients are cut into four parts before they are sent, never summed whole everywhere."""
     scattered = arrays(found, "reduce-scatter")
     assert scattered["bf16", (4, 256, 256)] == 2 * PER_LAYER  # into the experts: 4 · D/4 rows of F
     assert scattered["bf16", (4, 64, 1024)] == PER_LAYER  # out of them: 4 · F rows of D/4
@@ -103,7 +103,7 @@ def test_gradients_of_experts_go_back_by_reduce_scatter(found):
 
 
 def test_no_logits_travel(found):
-    """The vocabulary is an axis of the head, the embedding and their gradients alone."""
+    """Only the head, the embedding and their gradients have the vocabulary as an axis."""
     kinds = arrays(found, *KINDS)
     with_vocabulary = {dims for _, dims in kinds if 1536 in dims}
     assert with_vocabulary == {(64, 1536), (256, 1536)}

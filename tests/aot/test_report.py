@@ -1,4 +1,4 @@
-"""What is printed, and the one line that refuses."""
+"""What is printed, and the one-line error for a program that does not fit."""
 
 import dataclasses
 from fractions import Fraction
@@ -38,7 +38,7 @@ def figures(name="update", temporaries=8, hbm=16, parts=None):
 
 
 def test_a_chip_must_have_what_is_laid_out_once():
-    """4 + 8 + 3 GiB of which 3 take the place of arguments, and 1 that is resident."""
+    """Memory of 4 + 8 + 3 GiB, of which 3 reuse arguments, and 1 GiB that is resident."""
     assert figures().memory.total == 13 * GiB
     assert figures(hbm=13).fits
     assert not figures(hbm=12).fits
@@ -62,7 +62,7 @@ def test_the_table_has_a_line_for_each_program_and_loop():
 
 
 def test_a_step_decodes_every_token_and_updates_every_mini_batch():
-    """One decode step takes a second of HBM; rows are sampled in two groups."""
+    """One decode step takes one second of HBM time; rows are sampled in two groups."""
     rollout = figures("rollout", parts=(part("rollout"), part("decode", seconds=0.25)))
     rl = configs.Reinforcement(
         prompts=8,

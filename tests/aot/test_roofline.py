@@ -1,4 +1,4 @@
-"""Figures by hand: times of each resource, the bound, model FLOPs, topologies."""
+"""Figures computed by hand: times of each resource, the bound, model FLOPs, topologies."""
 
 import dataclasses
 
@@ -67,7 +67,7 @@ def test_a_cached_token_attends_to_all_before_it():
 
 
 def test_active_parameters_of_qwen3_30b_a3b():
-    """Its name says 3 billion: 3.35 with the embedding, which nothing is multiplied with."""
+    """Its name says 3 billion. It has 3.35 with the embedding, which is only looked up."""
     body, head = matrix_sizes(qwen3_30b_a3b())
     assert body + 2 * head == pytest.approx(3.35e9, rel=0.01)
 

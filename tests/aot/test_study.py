@@ -1,4 +1,4 @@
-"""A study on a slice of a pod: every chip makes its own runs, at once, and asks no other chip."""
+"""A study on a slice of a pod: all chips make their own runs at once, without communication."""
 
 import dataclasses
 import pathlib
@@ -20,7 +20,7 @@ CHIPS, RUNS = 8, 16
 
 def test_a_study_compiles_for_a_slice_and_sends_nothing(slice_of):
     study = gin_files.load([str(TINY)], [], build)
-    attention = attention_implementation(study.model, "tpu")  # "auto" asks this machine's backend
+    attention = attention_implementation(study.model, "tpu")  # not this machine's
     study = dataclasses.replace(study, model=dataclasses.replace(study.model, attention=attention))
     devices = list(slice_of("v5e:2x4", (CHIPS,), ("runs",)).devices.flat)
     step, _ = compiled(study, list(study.cells().values()), RUNS, devices)

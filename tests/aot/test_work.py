@@ -1,4 +1,4 @@
-"""FLOPs and bytes of programs whose answer is known; XLA's own count where there is no loop."""
+"""FLOPs and bytes of programs with known answers; XLA's own count if there is no loop."""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def test_a_slice_of_a_stack_moves_itself(mesh):
 
 
 def test_grouped_products_count_the_rows_that_a_chip_gets(mesh):
-    """Of 8 choices among 16 experts 2 fall on the 4 that are here, which have room for 4."""
+    """Of 8 choices among 16 experts, 2 fall on this chip's 4 experts, which have room for 4."""
     rows, experts, d, f = 4096, 4, 512, 256
     config = tiny(num_experts=16, num_experts_per_token=8)
     shapes = (
@@ -123,7 +123,7 @@ def test_splash_attention_counts_half_of_the_pairs(mesh):
 
 
 def test_a_slice_behind_a_change_of_layout_moves_itself():
-    """The compiler may wrap a change of layout into a fusion of its own, inside of another."""
+    """The compiler may wrap a change of layout in a fusion of its own, inside another fusion."""
     text = """\
 HloModule example
 %turned (i: s8[12,64,128]) -> s8[12,64,128] {

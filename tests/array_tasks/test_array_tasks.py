@@ -152,7 +152,7 @@ def test_any_tokens_have_a_reward_in_range(graded, runs, task):
     prefix = np.arange(width) < rng.integers(0, width + 1, (count, 1))
     for mask in (prefix, rng.random(tokens.shape) < 0.5):
         for rewards in graded(tokens, mask).values():
-            assert ((rewards >= 0) & (rewards <= 1)).all()  # which no NaN is
+            assert ((rewards >= 0) & (rewards <= 1)).all()  # a NaN would fail both comparisons
 
 
 def test_responses_of_another_width_are_refused(task, runs):

@@ -1,10 +1,10 @@
-"""Which test defends against which bug of other systems.
+"""Lists which test defends against which bug of other systems.
 
 `REPLAY` holds published bugs of routing replay, `CORRUPTION` those that silently corrupted
 importance weights, masks or rows. References are issues and pull requests of the named projects.
-Tests that exist for one of them alone stand in test_bugs_of_replay.py and test_bugs_of_weights.py.
+Tests written for one of them alone are in test_bugs_of_replay.py and test_bugs_of_weights.py.
 
-What cannot occur here, because the part that broke does not exist:
+These cannot occur here, because the part that broke does not exist:
 
 - a fused router kernel that returns before the hook of replay (Megatron-LM, AReaL#1496): no hook;
   choice and gates are two functions, the same for every implementation of the experts
@@ -13,10 +13,10 @@ What cannot occur here, because the part that broke does not exist:
 - queues and cursors of choices for recomputation (SkyRL#1908, slime): choices are inputs of the
   layer, recomputed or not
 - positions cut or packed in training, but not their routes (SkyRL#1335, ART#721, verl#7106):
-  positions are neither; rows are cut, with everything that they own
+  positions are never cut or packed alone, only rows with all their arrays
 - routes of cached prefixes, stitched (prime-rl#2648) or left from other requests (vLLM#39568):
   each prompt is run in full; no request outlives a rollout
-- routes moved by one where turns meet (prime-rl#1807, verifiers#2544, AReno#522): there is one turn
+- routes off by one where turns meet (prime-rl#1807, verifiers#2544, AReno#522): one turn only
 - too little replayed (miles#2722): order is kept and gates are live; gate weights are not recorded
 """
 
@@ -169,7 +169,7 @@ CORRUPTION = {
 @pytest.mark.fast
 @pytest.mark.parametrize("bug", [*REPLAY, *CORRUPTION])
 def test_the_tests_of_each_bug_exist(bug):
-    """A test that is renamed or dropped takes its bug off the list: say where it went."""
+    """A test that is renamed or dropped would leave its bug without a test: update the list."""
     folder = pathlib.Path(__file__).parents[1]
     for entry in (REPLAY | CORRUPTION)[bug]:
         file, name = entry.split("::")

@@ -1,7 +1,7 @@
 """Bugs that other systems had with routing replay; each test names where they were reported.
 
-Most were silent: training went on, on other experts than it said. The whole list, with what other
-test files defend, stands in test_bug_catalogue.py.
+Most were silent: training continued on experts other than the reported ones. The whole list, with
+the tests in other files, is in test_bug_catalogue.py.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from tests.negative_controls import shift
 
 @pytest.fixture(scope="module")
 def rescored(model, trajectory, advantages, passes):
-    """`score` under R3 of the rollout with another routing: sampler and trainer are one model."""
+    """Scores the rollout under R3 with another routing; sampler and trainer are the same model."""
 
     def run(routing):
         changed = dataclasses.replace(trajectory, routing=routing)
@@ -47,7 +47,7 @@ def values(scored):
 
 
 def assert_noticed(scored, good):
-    """Both alarms ring: the mismatch of sampler and trainer, and their agreement on experts."""
+    """Both alarms go off: the mismatch of sampler and trainer, and their agreement on experts."""
     bad, fine = values(scored), values(good)
     assert fine["mismatch/kl_k3_token_mean"] < 1e-7 and fine["routing/agreement"] == 1.0
     assert bad["mismatch/kl_k3_token_mean"] > 1e-4
@@ -68,14 +68,14 @@ def test_routing_of_another_row_is_noticed(trajectory, rescored, good):
 
 
 def test_routing_of_another_layer_is_noticed(trajectory, rescored, good):
-    """verl#5037: counted with the dense first layer, every row went to the layer after its own."""
+    """verl#5037: the dense first layer was counted, so every row went to the next layer."""
     experts = jnp.roll(trajectory.routing.experts, 1, axis=0)
     assert_noticed(rescored(dataclasses.replace(trajectory.routing, experts=experts)), good)
 
 
 @pytest.mark.fast
 def test_physical_expert_ids_are_noticed(config, trajectory, rescored, good):
-    """TensorRT-LLM#17778: ids taken after the balancer's remapping are in range, yet others."""
+    """TensorRT-LLM#17778: ids taken after the balancer's remapping are in range, but wrong."""
     physical = np.random.default_rng(0).permutation(config.num_experts)
     experts = jnp.asarray(physical[np.asarray(trajectory.routing.experts)], jnp.uint8)
     routing = dataclasses.replace(trajectory.routing, experts=experts)
@@ -96,13 +96,13 @@ def test_stale_rows_are_found_where_they_are(trajectory, rescored, good):
     differs = np.asarray(scored.differing_layers) > 0
     inside = np.zeros_like(valid)
     inside[:, block] = True
-    assert not np.any(differs[:, :4])  # what stands before the block is untouched
+    assert not np.any(differs[:, :4])  # what precedes the block is untouched
     assert differs[inside & valid].mean() > 0.9  # a healthy run has 0
     assert not np.any(good.differing_layers)
 
 
 def test_every_row_is_replayed_padded_or_not(trajectory, rescored, good):
-    """miles#645: sequences with padding were skipped as a whole, so that replay was mostly off."""
+    """miles#645: sequences with padding were skipped entirely, so replay was mostly off."""
     bad = rescored(shift(trajectory.routing, 1))
     lengths = np.asarray(trajectory.real).sum(-1)
     assert len(np.unique(lengths)) > 3  # few rows are full
@@ -121,14 +121,14 @@ def test_padding_may_name_one_expert_k_times(perturbed, trajectory, advantages, 
         passes.step(state, dataclasses.replace(batch, routing=r)) for r in (batch.routing, filled)
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(a, b)  # weights, moments and metrics, the load among them
+        np.testing.assert_array_equal(a, b)  # weights, moments and metrics, including the load
     layers, k = batch.routing.experts.shape[0], batch.routing.experts.shape[-1]
     assert one[1]["experts/load"].total.sum() == layers * k * batch.real.sum()
 
 
 @pytest.mark.fast
 def test_a_minus_one_stored_in_uint8_is_loud(model, trajectory, advantages, passes, rescored, good):
-    """sglang#9499: −1 becomes expert 255. `validate` refuses it; let in, it is NaN, not a guess."""
+    """sglang#9499: −1 becomes expert 255. `validate` refuses it; without it, NaN results."""
     valid = np.asarray(trajectory.routing.valid)
     harmless = with_experts(trajectory.routing, lambda e: e.__setitem__(np.s_[:, ~valid], 255))
     np.testing.assert_array_equal(rescored(harmless).logp_old, good.logp_old)
@@ -146,7 +146,7 @@ def test_a_minus_one_stored_in_uint8_is_loud(model, trajectory, advantages, pass
 
 @pytest.mark.fast
 def test_the_last_of_256_experts_is_an_expert():
-    """sglang#9499, prime-rl#3051: uint8 has no spare value at 256 experts, and needs none."""
+    """sglang#9499, prime-rl#3051: with 256 experts, uint8 has no spare value, and needs none."""
     config = tiny(num_experts=256, hidden_size=4, moe_intermediate_size=2)
     layer = Experts(config, nnx.Rngs(0), None)
     x, real = jax.random.normal(jax.random.key(0), (1, 3, 4)), jnp.ones((1, 3), bool)
@@ -167,7 +167,7 @@ def test_the_last_of_256_experts_is_an_expert():
 
 @pytest.mark.fast
 def test_routing_cannot_be_left_out(trajectory, advantages, passes, model):
-    """AReno#524, NeMo-RL#2849, slime#1145, #1909: the field got lost; training went on without."""
+    """AReno#524, NeMo-RL#2849, slime#1145, #1909: the field got lost, and training continued."""
     required = {f.name for f in dataclasses.fields(TrainBatch) if f.default is dataclasses.MISSING}
     assert "routing" in required
     batch = make_batch(trajectory, advantages)
@@ -185,7 +185,7 @@ def test_routing_cannot_be_left_out(trajectory, advantages, passes, model):
 
 @pytest.mark.fast
 def test_objectives_that_replay_score_first():
-    """verl#7805: R2 without the pass of the old policy has nothing to record from."""
+    """verl#7805: without a pass of the old policy, R2 has nothing to record."""
     for replay, parts in (("R2", 1), ("R2", 4), ("R3", 1), ("R3", 4), ("none", 4)):
         assert configs.Objective(replay=replay, mini_batches=parts).needs_score
     assert not configs.Objective(replay="none", mini_batches=1).needs_score
@@ -278,14 +278,14 @@ def _equations(jaxpr):
 
 @pytest.mark.fast
 def test_sampling_and_evaluation_cannot_be_replayed():
-    """NeMo-RL#4083 and the like: what is not trained runs on its own routing, always."""
+    """NeMo-RL#4083 and similar: models that are not trained always use their own routing."""
     for function in (rollout, evaluate):
         names = set(inspect.signature(function).parameters)
         assert not names & {"replay", "routing", "experts"}
 
 
 def test_recomputation_replays_each_micro_batch(config, perturbed, trajectory, advantages, passes):
-    """SkyRL#1908: a queue of choices that micro-batches shared was out of step when recomputing."""
+    """SkyRL#1908: micro-batches shared a queue of choices, which recomputation put out of step."""
     batch = passes.scored_batch(perturbed, trajectory, advantages, "R3")
     batch = dataclasses.replace(batch, routing=shift(batch.routing, 1))  # none of them is live
     other = dataclasses.replace(config, remat="block")
@@ -302,7 +302,7 @@ def test_recomputation_replays_each_micro_batch(config, perturbed, trajectory, a
 @pytest.mark.fast
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.float32], ids=lambda d: d.__name__)
 def test_valid_is_a_mask_and_nothing_else(trajectory, dtype):
-    """Numbers would index rows instead of masking them, and hide what `validate` is to find."""
+    """Numbers would index rows instead of masking them, and hide what `validate` should find."""
     routing = trajectory.routing
     validate(routing, 2, 8)
     with pytest.raises(ValueError, match=r"routing\.valid is \w+; it must be bool"):

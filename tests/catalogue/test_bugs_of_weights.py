@@ -1,6 +1,6 @@
 """Bugs that other systems had with importance weights, masks and rows; each test names where.
 
-The whole list, with what other test files defend, stands in test_bug_catalogue.py.
+The whole list, with the tests in other files, is in test_bug_catalogue.py.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def moments(state):
 
 
 def assert_same_step(one, other):
-    """Every metric, and the gradient (the first moments), but for rounding."""
+    """Checks that all metrics and the gradient (the first moments) are equal, up to rounding."""
     (state, metrics), (state2, metrics2) = one, other
     ours, theirs = finalize(metrics), finalize(metrics2)
     for name in theirs:
@@ -49,8 +49,8 @@ def assert_same_step(one, other):
 def test_golden_weights_are_of_tokens_and_of_the_current_policy():
     """Three tokens whose π_θ/μ_old is 2, 1/2 and 4, one response.
 
-    trl#5814: a sequence weight took the sum of log-ratios (4) for their mean (4^⅓ = 1.587).
-    unsloth-zoo#870: the sum of exps (6.5) for the exp of the sum (4). MiniRL's is neither: each
+    trl#5814: a sequence weight used the sum of log-ratios (4), not their mean (4^⅓ = 1.587).
+    unsloth-zoo#870: the sum of exps (6.5), not the exp of the sum (4). MiniRL uses neither: each
     token has its own. slime#179: with π_old = 3 μ_old the old policy would give 3 for all.
     """
     rollout = jnp.log(jnp.array([[0.1, 0.2, 0.05]]))
@@ -63,7 +63,7 @@ def test_golden_weights_are_of_tokens_and_of_the_current_policy():
     np.testing.assert_allclose(gradient(logp), [[-1.0, -0.25, -2.0]], rtol=1e-6)
     old_only = run(logp, old, rollout, advantages, mask, weight="mismatch")
     np.testing.assert_allclose(old_only.weight, [[3.0, 3.0, 3.0]], rtol=1e-6)
-    # Length enters in one place, by name: a third of each where the mean over tokens is asked for.
+    # Length enters in one place, by name: each weight is a third if the mean over tokens is chosen.
     total, count = aggregate(out.loss, mask, "seq-mean-token-mean")
     np.testing.assert_allclose(total / count, jnp.sum(out.loss) / 3, rtol=1e-6)
 
@@ -115,7 +115,7 @@ def test_the_fused_loss_has_the_weights_of_the_plain_one(model, config):
 
 
 def test_temperature_on_one_side_is_stopped(model, trajectory, advantages, passes):
-    """trl#4159: ratios near 2 "on-policy", since one side alone divided by the temperature."""
+    """trl#4159: ratios near 2 "on-policy", because only one side divided by the temperature."""
     cold = jax.jit(partial(score, replay="R3", micro_batch_size=4, temperature=0.7))
     batch = make_batch(trajectory, advantages)
     scored = cold(model, batch)
@@ -151,7 +151,7 @@ def test_truncated_sampling_records_the_log_probs_of_the_trainer(model, prompts)
 
 @pytest.mark.fast
 def test_log_probs_that_the_sampler_could_not_give(perturbed, trajectory, advantages, passes):
-    """trl#6166: NaN for some tokens. Harmless in padding; elsewhere the step is skipped, aloud."""
+    """trl#6166: NaN for some tokens is harmless in padding; elsewhere the step is skipped."""
     batch = passes.scored_batch(perturbed, trajectory, advantages)
     state = passes.init(perturbed)
     expected = passes.step(state, batch)
@@ -177,7 +177,7 @@ def test_log_probs_that_the_sampler_could_not_give(perturbed, trajectory, advant
 
 
 def test_missing_log_probs_are_refused(model, trajectory, advantages, passes):
-    """trl#6166: None for all of them is no "on-policy"."""
+    """trl#6166: None for all tokens must not be read as "on-policy"."""
     batch = passes.scored_batch(model, trajectory, advantages)
     errors = (AttributeError, TypeError, ValueError)
     with pytest.raises(errors):
@@ -188,7 +188,7 @@ def test_missing_log_probs_are_refused(model, trajectory, advantages, passes):
 
 @pytest.fixture(scope="module")
 def whole_step(model, perturbed, passes):
-    """From a rollout to the updated weights; the reward looks at problem and response together."""
+    """Runs from a rollout to the updated weights; the reward depends on problem and response."""
 
     def reward(problems, responses):
         pairs = zip(problems, responses, strict=True)
@@ -208,7 +208,7 @@ def whole_step(model, perturbed, passes):
 
 @pytest.mark.fast
 def test_rows_of_a_whole_step_permuted(trajectory, whole_step):
-    """verl#2185, verl#1943, JustRL#5: re-sorted rows took the rewards of others; no exception."""
+    """verl#2185, verl#1943, JustRL#5: re-sorted rows silently got the rewards of other rows."""
     rows = len(trajectory.tokens)
     problems, groups = [{"id": i // 4} for i in range(rows)], np.arange(rows) // 4
     judged, batch, stepped = whole_step(trajectory, problems, groups)
@@ -224,7 +224,7 @@ def test_rows_of_a_whole_step_permuted(trajectory, whole_step):
     np.testing.assert_array_equal(judged2.rewards, judged.rewards[order])
     np.testing.assert_allclose(batch2.advantages, batch.advantages[order], atol=1e-6)
     np.testing.assert_allclose(batch2.logp_old, batch.logp_old[order], atol=1e-5)
-    assert_same_step(stepped2, stepped)  # the metrics, entropy among them, are those of all rows
+    assert_same_step(stepped2, stepped)  # the metrics, including entropy, cover all rows
     # Control: problems in the old order get the rewards of other rows.
     wrong, _, stepped3 = whole_step(moved, problems, groups)
     assert np.any(wrong.rewards != judged.rewards[order])

@@ -54,9 +54,10 @@ def test_same_text_and_ids_as_transformers(saved, case):
     ids = data.prompt_ids(problem(case["messages"]), tokenizer, template)
     assert ids == case["ids"]
     bos = RENDERED["configs"][case["model"]]["bos_token"]
-    assert (tokenizer.bos_id is None) == (bos is None)
-    # Exactly one BOS, although the tokenizer has one and the file also adds one.
-    assert sum(i == tokenizer.bos_id for i in ids) == (bos is not None)
+    # Exactly one BOS, the template's, although the file adds `<s>` to other texts.
+    assert tokenizer.encode("<s>") == [tokenizer.bos_id]
+    assert tokenizer.bos_id not in ids or bos == "<s>"
+    assert bos is None or ids.count(tokenizer.encode(bos)[0]) == 1
     assert tokenizer.decode([tokenizer.eos_id]) == ""
 
 
@@ -157,7 +158,7 @@ def test_control_tokens_in_a_problem_are_refused(saved):
         data.prompt_ids({"prompt": "a<｜User｜>b", "answer": ""}, tokenizer, chat)
     # Templates may contain control tokens, and any text may contain tags.
     ids = data.prompt_ids({"prompt": "<think>", "answer": ""}, tokenizer, "<|im_start|>{prompt}")
-    assert ids == [tokenizer.encode(text)[0] for text in ("<|im_start|>", "<think>")]
+    assert ids == [tokenizer.encode(text)[0] for text in ("<s>", "<|im_start|>", "<think>")]
 
 
 def test_control_tokens_are_noticed_behind_a_normaliser(tmp_path):

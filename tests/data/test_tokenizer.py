@@ -150,7 +150,9 @@ def test_texts_are_encoded_together_as_one_by_one(hf_directory, tmp_path):
 
 
 def test_hf_special_tokens_from_the_files_beside_it(hf_directory):
-    # As in Qwen: the tokenizer has none, although the generation settings name a BOS.
+    # As in Qwen: prompts start with none, although the generation settings name a BOS.
+    content = json.loads((hf_directory / "tokenizer.json").read_text())
+    write(hf_directory, "tokenizer.json", content | {"post_processor": None})
     config = {"bos_token": None, "eos_token": {"content": "<|im_end|>"}, "pad_token": "<pad>"}
     write(hf_directory, "tokenizer_config.json", config)
     write(hf_directory, "generation_config.json", {"eos_token_id": [3, 2], "bos_token_id": 1})
@@ -158,11 +160,9 @@ def test_hf_special_tokens_from_the_files_beside_it(hf_directory):
     assert tokenizer.bos_id is None
     assert (tokenizer.eos_id, tokenizer.eos_ids, tokenizer.pad_id) == (3, (3, 2), 0)
 
-    config = {"bos_token": "<s>", "add_bos_token": False, "eos_token": "</s>"}
-    write(hf_directory, "tokenizer_config.json", config)
+    write(hf_directory, "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
     write(hf_directory, "generation_config.json", {"eos_token_id": 3})
     tokenizer = data.HFTokenizer(hf_directory)
-    assert tokenizer.bos_id is None
     assert (tokenizer.eos_ids, tokenizer.pad_id) == ((2, 3), 2)  # no pad token: EOS
 
 

@@ -1,4 +1,4 @@
-"""Mismatch and staleness: one example by hand, and the definitions written out in numpy."""
+"""Mismatch and staleness: one example by hand, and the definitions written out in NumPy."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_by_hand():
 
 
 def written_out(old, rollout, mask):
-    """Definitions in float64 and one response at a time, as the systems write them."""
+    """Computes the definitions in float64, one response at a time, as the systems write them."""
     rows = [(o[m], r[m]) for o, r, m in zip(old, rollout, mask, strict=True) if m.any()]
     o, r = (np.concatenate(x) for x in zip(*rows, strict=True))
     delta, p, q = o - r, np.exp(o), np.exp(r)
@@ -157,7 +157,7 @@ def test_small_differences_keep_their_digits():
 
 @pytest.mark.fast
 def test_mismatch_in_units_of_the_entropy():
-    """Derived from combined parts, and only where the entropy was measured."""
+    """It is derived from combined parts, and only if the entropy was measured."""
     entropy = {"entropy": Mean(jnp.float32(6.0), jnp.float32(4.0))}
     mismatch = diagnostics.mismatch_metrics(jnp.asarray(OLD), jnp.asarray(ROLLOUT), MASK)
     assert "kl_entropy_ratio" not in values(mismatch)

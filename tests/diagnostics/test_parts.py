@@ -1,4 +1,4 @@
-"""Parts: each against numpy, and any cut of the rows against the whole, for every metric."""
+"""Parts of metrics agree with NumPy, and any split of the rows gives the metrics of the whole."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_spread_is_numpys_standard_deviation():
 
 @pytest.mark.fast
 def test_a_small_spread_around_one_keeps_its_digits():
-    """Negative control: E[x²] − E[x]², in float32, is rounding and nothing else."""
+    """Negative control: E[x²] − E[x]² in float32 is nothing but rounding error."""
     x = (1 + 1e-4 * np.random.default_rng(0).normal(size=(8, 4000))).astype(np.float32)
     cut = [{"x": masked_spread(jnp.asarray(rows), jnp.ones(rows.shape, bool))} for rows in x]
     truth = x.astype(np.float64).std()
@@ -70,7 +70,7 @@ def test_correlation_is_numpys():
 
 @pytest.mark.fast
 def test_of_nothing():
-    """Sums are 0, extremes the neutral element, a correlation undefined; none of it spreads."""
+    """Sums are 0, extremes are neutral elements, a correlation is undefined; none of it spreads."""
     x, nowhere = jnp.array([[np.nan, np.inf]]), jnp.zeros((1, 2), bool)
     empty = {
         "mean": masked_mean(x, nowhere),
@@ -121,7 +121,7 @@ def test_collapse_inside_jit():
 
 @pytest.fixture(scope="module")
 def arrays():
-    """Ragged rows, one without a token, of a few policies that differ."""
+    """Makes ragged rows, one of them without a token, for a few different policies."""
     rng = np.random.default_rng(0)
     rows, width, layers, experts = 12, 7, 2, 4
     logp, old, rollout = rng.normal(size=(3, rows, width)) * 0.4 - 1.5
@@ -151,7 +151,7 @@ def arrays():
 
 @jax.jit
 def everything(a):
-    """Every metric of the package on some rows; those without a name are in no other function."""
+    """Computes every metric of the package on some rows."""
     mask = a["mask"]
     weight = jnp.minimum(jnp.exp(a["log_weight"]), jnp.exp(0.4))
     loss = TokenLoss(
@@ -177,7 +177,7 @@ def everything(a):
 
 @pytest.mark.fast
 def test_any_cut_gives_the_figures_of_the_whole(arrays):
-    """Negative control: most means of the parts' own figures are others."""
+    """Negative control: averaging the metrics of the parts gives other values for most of them."""
     cuts = [everything({k: x[i:j] for k, x in arrays.items()}) for i, j in CUTS]
     whole, merged = values(everything(arrays)), values(merge(cuts))
     assert len(whole) > 90 and set(merged) == set(whole)
@@ -194,7 +194,7 @@ def test_any_cut_gives_the_figures_of_the_whole(arrays):
 @pytest.mark.fast
 @pytest.mark.parametrize("rubbish", [1e4, -1e4, np.nan, np.inf])
 def test_padding_holds_anything_and_changes_nothing(arrays, rubbish):
-    """Columns after a response and rows without one; weights there are 0, as objectives give."""
+    """Adds columns after responses and rows without one; weights are 0 there, as in objectives."""
     kept = {"agreement", "load", "confidence", "mask", "log_weight", "truncated", "high", "low"}
     dirty = {
         name: x

@@ -1,4 +1,4 @@
-"""Agreement, load and confidence of the routers, by hand."""
+"""Agreement, load and confidence of the routers, computed by hand."""
 
 import jax.numpy as jnp
 import pytest
@@ -13,7 +13,7 @@ def values(metrics):
 
 @pytest.mark.fast
 def test_routing_agreement_by_hand():
-    """Two layers; the first token differs in layer 1 only, the second in none, the third is out."""
+    """Two layers: the first token differs in layer 1, the second in none; the third is invalid."""
     agreement = jnp.array([[[1.0, 1.0, 0.0]], [[0.5, 1.0, 0.0]]])
     got = values(diagnostics.routing_metrics(agreement, jnp.array([[True, True, False]])))
     assert got["routing/agreement"] == pytest.approx(3.5 / 4)
@@ -25,7 +25,7 @@ def test_routing_agreement_by_hand():
 
 @pytest.mark.fast
 def test_choices_without_a_common_expert():
-    """Of layers and tokens, not of tokens: one in six, while half of the tokens differ."""
+    """It counts pairs of layer and token, one in six here, although half of the tokens differ."""
     agreement = jnp.array([[[0.0, 1.0]], [[0.5, 1.0]], [[0.5, 1.0]]])
     got = values(diagnostics.routing_metrics(agreement, jnp.ones((1, 2), bool)))
     assert got["routing/zero_overlap_share"] == pytest.approx(1 / 6)
@@ -47,7 +47,7 @@ def test_expert_load_by_hand():
 
 @pytest.mark.fast
 def test_violations_of_an_even_and_of_a_collapsed_layer():
-    """0, 0, 0 and 3, −1, 1.5; layers weigh the same at any load."""
+    """Layers give 0, 0, 0 and 3, −1, 1.5; they have equal weights, whatever their load."""
     load = jnp.array([[2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 80.0, 0.0]])
     confidence, real = jnp.ones((2, 1, 2)), jnp.ones((1, 2), bool)
     got = values(diagnostics.load_metrics(load, confidence, real))

@@ -1,4 +1,4 @@
-"""The meter of the first-order argument: by hand, by enumeration, and as properties."""
+"""Metrics of the first-order approximation: by hand, by enumeration, and as properties."""
 
 import math
 from functools import partial
@@ -31,7 +31,7 @@ def values(logp, logp_old, logp_rollout, advantages, mask, **options):
 
 @pytest.mark.fast
 def test_by_hand():
-    """S and F are 1.2 and 1.3, 3 and 3 (one token: nothing is dropped), 12 and 6."""
+    """S and F are 1.2 and 1.3, then 3 and 3 (one token, so nothing is dropped), then 12 and 6."""
     got = values(np.log(RATIOS), None, np.zeros((3, 3)), ADVANTAGES, MASK)
     e = [-0.1 / 1.3, 0.0, 6 / 12]
     assert got["validity/violating_share"] == pytest.approx(1 / 3)
@@ -49,7 +49,7 @@ def test_by_hand():
 
 @pytest.mark.fast
 def test_parts_and_what_neither_has_alone():
-    """Mismatch on the first token, staleness on the second: each alone is exactly first order."""
+    """With mismatch on one token and staleness on the other, each alone is exactly first order."""
     mismatch, staleness = np.log([[1.5, 1.0]]), np.log([[1.0, 2.0]])
     rollout = np.full((1, 2), -1.0)
     old = rollout + mismatch
@@ -60,7 +60,7 @@ def test_parts_and_what_neither_has_alone():
     assert got["validity/staleness_value_error"] == pytest.approx(0, abs=1e-6)
     assert got["validity/mismatch_gradient_error"] == pytest.approx(0.5 / 1.5 / 2, rel=1e-5)
     assert got["validity/staleness_gradient_error"] == pytest.approx(1 / 2 / 2, rel=1e-5)
-    # Both on both tokens: the parts differ and each has its own.
+    # With both on both tokens, the parts differ and each has its own error.
     mismatch, staleness = np.log([[1.5, 1.5]]), np.log([[2.0, 2.0]])
     got = values(rollout + mismatch + staleness, rollout + mismatch, rollout, [1.0], [[True] * 2])
     assert got["validity/mismatch_value_error"] == pytest.approx(0.25 / 2.25, rel=1e-4)
@@ -71,7 +71,7 @@ def test_parts_and_what_neither_has_alone():
 
 @pytest.mark.parametrize("sigma", [0.005, 0.5])
 def test_two_tokens_enumerated(sigma):
-    """All responses of two tokens, each with its probability: against sums written out.
+    """Compares all responses of two tokens, weighted by probability, with sums written out.
 
     For small δ the divisor is 1 and the bias is J_seq − J_token itself.
     """
@@ -126,7 +126,7 @@ def test_zero_where_the_policies_agree():
 @pytest.mark.fast
 @pytest.mark.parametrize("spread", ["constant", "random"])
 def test_longer_responses_violate_more(spread):
-    """The same gap per token, ever longer: a small δ does not stay small."""
+    """With the same gap per token and longer responses, a small δ does not stay small."""
     rng = np.random.default_rng(0)
     shares = []
     for length in (4, 32, 256, 1024):

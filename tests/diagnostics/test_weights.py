@@ -1,4 +1,4 @@
-"""Weights, clip and corrections, by hand and as properties."""
+"""Metrics of weights, clipping and corrections, by hand and as properties."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def values(metrics):
 
 
 def minirl_metrics(log_ratio, mask, advantages, **options):
-    """Metrics of MiniRL where π_θ is off π_old = μ_old by `log_ratio`."""
+    """Returns the metrics of MiniRL if π_θ differs from π_old = μ_old by `log_ratio`."""
     old = jnp.full(mask.shape, -3.0)
     loss = minirl(old + jnp.asarray(log_ratio), old, old, jnp.asarray(advantages), mask, **options)
     return values(diagnostics.weight_metrics(loss, mask))
@@ -69,7 +69,7 @@ def test_weights_by_hand():
 
 @pytest.mark.fast
 def test_every_weight_is_in_one_bucket():
-    """Their bounds are those of their names and leave no gap."""
+    """The buckets' bounds are those in their names, and leave no gap."""
     bounds = list(BUCKETS.values())
     assert bounds[0][0] == 0 and bounds[-1][1] == math.inf
     assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
@@ -90,7 +90,7 @@ def test_equal_weights_have_the_full_sample_size():
 
 @pytest.mark.fast
 def test_clip_by_hand():
-    """Only where the clip bites: not where the sign of the advantage pulls back."""
+    """A token counts only if the clip acts, not if its advantage pulls the ratio back."""
     s = [[0.5, 0.0, -0.5, 0.5], [-0.5, 0.0, 0.5, 0.0], [-0.5, -0.5, 0.0, 0.0]]
     mask = jnp.array([[True] * 4, [True, True, True, False], [True, True, False, False]])
     got = minirl_metrics(s, mask, [1.0, -1.0, -1.0])

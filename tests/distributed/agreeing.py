@@ -1,4 +1,4 @@
-"""What processes have and agree on; run by two of them with two devices each."""
+"""Checks what processes share and agree on; run by two processes with two devices each."""
 
 import pathlib
 import shutil
@@ -39,7 +39,7 @@ class Words:
 
 
 def trajectory(mesh):
-    """Row b has a response of 1 + b % 3 tokens b."""
+    """Makes rows; row b has a response of 1 + b % 3 tokens, all equal to b."""
     rows, columns = np.arange(B)[:, None], np.arange(T)[None]
     mask = (columns >= P) & (columns < P + 1 + rows % 3)
     place = partial(shard_rows, mesh)

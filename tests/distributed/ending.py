@@ -1,4 +1,4 @@
-"""ending.py WHO HOW: processes that work in step, until something happens to one of them."""
+"""ending.py WHO HOW: runs processes that work in step until something happens to one of them."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ with watch.together(), errors_in_one_line(False), StopRequest() as stop:
         if step == 3 and how == "same fault":
             raise ValueError("everybody sees this")
         if step != 3 or global_state.process_id != who:
-            # The others wait on the host once, where no broken connection tells them anything.
+            # The others once wait on the host, where no broken connection alerts them.
             time.sleep(0.05 + 60 * (step == 3 and how == "killed in peace"))
             continue
         if how.startswith("killed"):

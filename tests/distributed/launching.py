@@ -46,7 +46,7 @@ def start(arguments, env):
 
 
 def finish(process, timeout=300):
-    """Status, and the lines of output and errors."""
+    """Returns the status and the lines of output and errors."""
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -60,7 +60,7 @@ def run(arguments, env):
 
 
 def children(process):
-    """The processes of a launcher, in order."""
+    """Returns the processes of a launcher, in order."""
     tasks = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
     return sorted(int(pid) for task in tasks for pid in (task / "children").read_text().split())
 

@@ -1,4 +1,4 @@
-"""However one process ends, the others end soon, with a line that says why."""
+"""However one process ends, the others end soon after, with a line that says why."""
 
 import shlex
 import subprocess
@@ -17,7 +17,7 @@ def ends(who, how, processes=2):
 
 
 def said(errors):
-    """Lines of the programs, without those of the launcher and those of jax's own service."""
+    """Returns the programs' lines, without those of the launcher and of jax's own service."""
     return sorted(line for line in errors if "error: " in line)
 
 
@@ -35,7 +35,7 @@ def test_the_end_of_process_0_is_told_by_the_others():
     status, _, errors = ends(0, "killed", processes=3)
     assert time.monotonic() - begin < 60
     assert status == 128 + 9
-    lines = said(errors)  # from the connection, or from the service if that was first
+    lines = said(errors)  # from the connection, or from the service if it noticed first
     assert [line.partition(" error: process 0 has ended")[0] for line in lines] == ["[1]", "[2]"]
     assert all(line.endswith(AGAIN) for line in lines)
 
@@ -51,7 +51,7 @@ def test_sigterm_to_one_stops_all_after_the_same_step(who):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "killed in peace"])
 def test_a_killed_process_is_missed(how):
-    """In a collective operation of the others, and while they work on the host."""
+    """The others are in a collective operation, or working on the host."""
     begin = time.monotonic()
     status, _, errors = ends(2, how, processes=3)
     assert time.monotonic() - begin < 60

@@ -22,7 +22,7 @@ NAMES = (*EXPLICIT, *processes.TASKS, "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLI
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `jax.distributed.initialize` gets in an environment; None where it is not called."""
+    """Returns the arguments of `jax.distributed.initialize`, or None if it was not called."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
     before = jax.config.jax_platforms
@@ -52,11 +52,11 @@ def asked(monkeypatch):
         (EXPLICIT, "cpu", OURS),
         (EXPLICIT, "tpu,cpu", OURS),
         (EXPLICIT | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, "cpu", None),
-        ({}, "tpu,cpu", {}),  # what jax sets by itself on a TPU VM; its metadata know the rest
+        ({}, "tpu,cpu", {}),  # what jax itself sets on a TPU VM; the metadata server has the rest
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "tpu,cpu", {}),
         ({"TPU_WORKER_HOSTNAMES": "a"}, "tpu,cpu", None),
         ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "tpu,cpu", {}),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "cpu", None),  # somebody tries something on its host
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "cpu", None),  # a user tries something on one host
         ({"SLURM_STEP_NUM_TASKS": "8"}, "cpu", {}),
         ({"SLURM_STEP_NUM_TASKS": "1"}, "cpu", None),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "cuda", {}),

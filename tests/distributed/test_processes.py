@@ -1,4 +1,4 @@
-"""A run in several processes is the run of one; it goes on in any other number of them."""
+"""A run in several processes equals a run in one, and can continue in any number of them."""
 
 import json
 import os
@@ -27,13 +27,13 @@ from tests.distributed.launching import (
 )
 
 LAST = 4  # steps of a run; a checkpoint every second one
-# Counted on the host, so equal; the rest is sums in another order.
+# Counted on the host, and therefore equal; the others are sums in another order.
 COUNTED = re.compile(r"step|reward/|response/|sampling/|gradient_steps|gradient/skipped|eval/")
 
 
 @pytest.fixture(scope="session")
 def env():
-    """The environment of the session, with a compilation cache of its own."""
+    """Returns the environment of the session, with a compilation cache of its own."""
     return environment(os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "processes"))
 
 
@@ -47,7 +47,7 @@ def rows(workdir):
 
 
 def same_run(ours, theirs):
-    """Metrics and samples of two runs: what is counted exactly, the rest but for rounding."""
+    """Compares metrics and samples of two runs: counts exactly, the rest up to rounding."""
     assert [row["step"] for row in rows(ours)] == [row["step"] for row in rows(theirs)]
     for row, other in zip(rows(ours), rows(theirs), strict=True):
         assert row.keys() == other.keys()
@@ -71,13 +71,13 @@ def checkpoints(workdir):
 
 
 def position(workdir):
-    """Where the data stands in the newest checkpoint."""
+    """Returns the position in the data of the newest checkpoint."""
     with Checkpointer(workdir / "checkpoints", {}, reading=True) as newest:
         return newest._position(newest.steps[-1])
 
 
 def kill(workdir, env, processes, victim, ready, flags=()):
-    """Kills one process of a run; returns what the others say, and how long they take to end."""
+    """Kills one process of a run; returns what the others print, and how long they take to end."""
     process = start(launch(processes, workdir, *flags), env)
     wait_until(ready, process)
     os.kill(children(process)[victim], signal.SIGKILL)
@@ -103,7 +103,7 @@ def alone(tmp_path_factory, env):
     return workdir
 
 
-@pytest.mark.slow  # CI runs it, and the next one
+@pytest.mark.slow  # CI runs this test and the next one
 def test_what_processes_agree_on(tmp_path, env):
     frozen = ROOT / "tests" / "hf" / "frozen" / "qwen3-moe.v5"
     status, _, errors = run(command(2, HERE / "agreeing.py", tmp_path, frozen, devices=2), env)
@@ -150,7 +150,7 @@ def test_the_same_run_in_several_processes(processes, tmp_path, env, alone):
 
 @pytest.mark.slow
 def test_four_processes_then_two_then_four(tmp_path, env, alone):
-    """Also the coordinator is killed, and a run is stopped by a signal to one of its processes."""
+    """The coordinator can be killed, too; a signal to any one process stops the run."""
     said, seconds = kill(tmp_path, env, 4, victim=2, ready=after(tmp_path, 1))
     assert seconds < 60 and len(said) == 3
     assert all("process 2 gives no sign of life" in line for line in said)
@@ -163,7 +163,7 @@ def test_four_processes_then_two_then_four(tmp_path, env, alone):
 
 @pytest.mark.slow
 def test_killed_while_saving(tmp_path, env, alone):
-    """What is half written does not count; both processes hold part of every checkpoint."""
+    """A half-written checkpoint does not count; both processes hold part of every checkpoint."""
 
     def saving():
         return any((tmp_path / "checkpoints").glob("2.*tmp*"))
@@ -192,7 +192,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(tmp_path, env, alone):
 
 @pytest.mark.slow
 def test_cold_start_goes_on_in_another_number_of_processes(tmp_path, env):
-    """Packed rows are the same ones: every process packs all of them."""
+    """The rows are packed identically: every process packs all of them."""
     flags = (
         "--gin.configs.Experiment.cold_start=@configs.Supervised()",
         "--gin.configs.Reinforcement.steps=1",
@@ -201,7 +201,7 @@ def test_cold_start_goes_on_in_another_number_of_processes(tmp_path, env):
     assert run(launch(1, whole, *flags), env)[0] == 0
     short = (*flags, "--gin.configs.Supervised.steps=4")
     assert run(launch(2, cut, *short, program="sft"), env)[0] == 0
-    (cut / "cold_start").mkdir()  # the program of its own has no such folder
+    (cut / "cold_start").mkdir()  # the reference program has no such folder
     for name in ("checkpoints", "metrics.jsonl"):
         os.rename(cut / name, cut / "cold_start" / name)
     status, _, errors = run(launch(1, cut, *flags), env)

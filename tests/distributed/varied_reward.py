@@ -1,4 +1,4 @@
-"""A reward that an untrained policy gets now and then; it depends on problem and response."""
+"""A reward that an untrained policy sometimes gets; it depends on problem and response."""
 
 
 def reward(problem, response):

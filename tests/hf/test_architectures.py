@@ -105,8 +105,13 @@ def test_missing_key(name, key, tmp_path):
 def test_rope_scaling_that_was_added_to_a_config_of_version_5(tmp_path):
     """The usual advice for longer contexts; both versions follow it and ignore the other theta."""
     scaling = dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64)
-    with pytest.raises(ValueError, match="rope_theta is missing"):
+    said = r"rope_scaling has no rope_theta .* = 10000.0 would be ignored; add rope_theta to"
+    with pytest.raises(ValueError, match=said):
         edited(tmp_path, "qwen3.v5", rope_scaling=scaling)
+    with pytest.raises(ValueError, match="rope_theta is missing"):
+        edited(tmp_path, "qwen3.v5", rope_scaling=scaling, rope_parameters=...)
+    config = edited(tmp_path, "qwen3.v5", rope_scaling=scaling | {"rope_theta": 300.0})
+    assert config.rope_theta == 300.0 and config.rope_scaling.factor == 2.0
     config = edited(tmp_path, "qwen3.v5", rope_scaling=scaling, rope_theta=500.0)
     assert config.rope_theta == 500.0 and config.rope_scaling.factor == 2.0
 

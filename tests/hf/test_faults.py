@@ -170,13 +170,17 @@ def test_config_of_another_model(tmp_path):
         ours.load(directory, other)
 
 
-def test_copy_of_tied_embeddings_is_ignored(tmp_path):
-    """Some exporters write a tied head; transformers also ignores it."""
-
-    def edit(tensors):
-        tensors["lm_head.weight"] = raw.zeros("BF16", 50, 24)
-
-    same(ours.load(raw.changed("qwen3.v5", tmp_path, edit)), "qwen3.v5")
+@pytest.mark.parametrize("shards_left", [True, False])
+def test_an_index_next_to_a_single_file_is_stale(shards_left, tmp_path):
+    """`save_pretrained` leaves it behind; transformers loads the single file."""
+    directory = raw.copied(SHARDS, tmp_path)
+    tensors = raw.read(directory)
+    tensors[NORM] = raw.with_value(tensors[NORM], 123.0, 5)
+    if not shards_left:
+        for shard in directory.glob("model-*.safetensors"):
+            shard.unlink()
+    raw.write(directory / "model.safetensors", tensors)
+    assert ours.load(directory).norm.weight[...][5] == 123.0
 
 
 def test_prediction_layers_and_frequencies_are_ignored(tmp_path):

@@ -1,4 +1,4 @@
-"""Shared by the tests of the examples: where these are, and what their losses must be."""
+"""Shared by the tests of the examples: where the examples are, and what their losses must be."""
 
 import importlib
 import pathlib
@@ -17,7 +17,7 @@ OPTIONAL = {
 
 
 def example(name):
-    """An example as a module; skips the test where the framework is not installed."""
+    """Returns an example as a module; skips the test if its framework is not installed."""
     if name in OPTIONAL:
         package, command = OPTIONAL[name]
         pytest.importorskip(package, reason=f"{name} needs {package}: {command}")
@@ -25,7 +25,7 @@ def example(name):
 
 
 def minirl_loss(logp, logp_old, logp_rollout, advantages, mask, low=0.2, high=0.27, cap=5.0):
-    """MiniRL by the formula, in NumPy and float64 (arXiv:2512.01374, eq. 7).
+    """Computes MiniRL by the formula, in NumPy and float64 (arXiv:2512.01374, eq. 7).
 
     −(1/n) Σ_i Σ_t M_t min(π_θ/μ_old, C) Â log π_θ over n responses that have tokens.
     """

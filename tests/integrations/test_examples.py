@@ -1,4 +1,4 @@
-"""The examples learn, and their losses are those of the formula."""
+"""The examples learn, and their losses agree with the formula."""
 
 import ast
 import os
@@ -31,7 +31,7 @@ def test_the_reward_rises(name):
 
 @pytest.mark.parametrize("name", POLICY)
 def test_the_loss_is_that_of_the_formula(name, monkeypatch):
-    """Of every mini-batch of two rollouts, so that all three policies differ."""
+    """Records every mini-batch of two rollouts, so that all three policies differ."""
     module, plain = example(name), example("plain_jax")
     update, seen = module.update, []
 

@@ -1,4 +1,4 @@
-"""A foreign trainer that replays our routing, and ours replaying what a foreign one recorded."""
+"""A foreign trainer replays our routing, and ours replays what a foreign one recorded."""
 
 import dataclasses
 from functools import partial
@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def sampled(model):
-    """A rollout of the int8 copy, and log π_old with its experts."""
+    """Returns a rollout of the int8 copy, and log π_old with its experts."""
     prompts = np.random.default_rng(1).integers(1, 16, (32, foreign.WIDTH))
     return foreign.sample(model, prompts, jax.random.key(2))
 
@@ -54,7 +54,7 @@ def test_replaying_its_own_choice_changes_no_bit(decode, sampled):
     replayed, again = decode(used)
     np.testing.assert_array_equal(hidden, replayed)
     np.testing.assert_array_equal(used, again)
-    # Through the type in which it is stored and back, missing where there is no token.
+    # To the stored type and back; missing where there is no token.
     recorded = np.where(sampled[0].real[..., None, None], used, -1)
     stored = from_token_major(recorded, foreign.CONFIG.num_experts)
     assert stored.experts.dtype == jnp.uint8
@@ -63,7 +63,7 @@ def test_replaying_its_own_choice_changes_no_bit(decode, sampled):
 
 
 def test_routing_recorded_here_reproduces_the_native_output_there(decode, ours, sampled):
-    """Equal weights: two decoders, each native, each replaying what the other recorded."""
+    """With equal weights, two decoders agree: each natively, and each replaying the other."""
     real = sampled[0].real
     native = ours(None)
     hidden, used = decode(None)
@@ -91,7 +91,7 @@ def test_a_shift_of_one_token_does_not(decode, ours, sampled):
 
 
 def test_the_router_learns_from_replayed_choices(model, sampled):
-    """And tokens without a record leave nothing behind that is not finite."""
+    """Tokens without a record leave nothing behind that is not finite."""
     batch, logp_old = sampled
     assert not batch.routing.valid.all()
     advantages = np.where(np.arange(32) % 2 == 0, 1, -1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Tunix's own GRPO learner with our losses: what it logs is what they are worth on its batches."""
+"""Tunix's own GRPO learner with our losses: it logs their values on its batches."""
 
 import re
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Tunix's
 
 @pytest.fixture(scope="module")
 def tunix():
-    """The example; Tunix switches a flag of Flax, for which other tests did not ask."""
+    """Returns the example; restores a Flax flag that Tunix changes."""
     before = flax.config.flax_always_shard_variable
     yield example("tunix_minirl")
     flax.config.update("flax_always_shard_variable", before)
@@ -40,7 +40,7 @@ def log_probs(model, batch):
 
 
 def trained(tunix, name, updates, monkeypatch):
-    """Logged losses and rewards, and what each update was about to learn from."""
+    """Returns the logged losses and rewards, and the input of each update."""
     seen = []
 
     def update_actor(cluster, train_ds, *arguments):
@@ -71,7 +71,7 @@ def test_minirl_in_tunix(tunix, monkeypatch):
     np.testing.assert_allclose(losses, expected, atol=1e-5)
     # The sampler's log-probabilities arrive, at the tokens that they belong to.
     assert max(mismatch) < 1e-4 < 0.1 < min(shifted)
-    assert max(staleness[::2]) < 1e-4 and min(staleness[1::2]) > 1e-2  # two updates a rollout
+    assert max(staleness[::2]) < 1e-4 and min(staleness[1::2]) > 1e-2  # two updates per rollout
     assert rewards[-1] > rewards[0] + 0.2
 
 

@@ -1,8 +1,8 @@
 """A gcloud that plays Cloud TPU in the folder FAKE_CLOUD, for tests of launch/tpu_vm.sh.
 
 Machines are folders `machines/NODE/WORKER`; ssh runs the command in them, with HOME there. The
-request for them is the file `request`: the states it will show, one a line; the last one stays.
-A file `event` says what happens next time somebody looks: "preempt request", "preempt NODE" (the
+request for them is the file `request`: the states it will show, one per line; the last one stays.
+A file `event` says what happens at the next call: "preempt request", "preempt NODE" (the
 request does not show it at once), "reboot NODE" or "silence all" (no ssh to what there is). All
 calls are noted in `calls`.
 
@@ -56,7 +56,7 @@ def workers(node: str, which: str = "all") -> list[str]:
 
 
 def end(worker: str) -> None:
-    """Ends what runs on a machine, as pulling its plug would."""
+    """Ends what runs on a machine, as pulling the plug would."""
     if not os.path.exists(f"{worker}/jaxrl/exit"):
         for name in ("supervisor", "pid"):
             if os.path.exists(path := f"{worker}/jaxrl/{name}"):

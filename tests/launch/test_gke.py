@@ -99,7 +99,7 @@ def test_small_slices_and_large_machines():
 def test_preemptions_restart_all_as_often_as_needed():
     document = yaml.safe_load(manifest("--max_restarts=7"))
     policy = document["spec"]["failurePolicy"]
-    assert policy["maxRestarts"] == 7  # for whatever no rule matches
+    assert policy["maxRestarts"] == 7  # applies if no rule matches
     assert [(r["action"], r["onJobFailureReasons"]) for r in policy["rules"]] == [
         ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
     ]
@@ -209,4 +209,4 @@ def test_entry_point_passes_the_status_on_and_marks_what_was_stopped(tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 143
-        assert output.read_text() == "up\nsaved\n"  # waited for, not left behind
+        assert output.read_text() == "up\nsaved\n"  # the child was waited for, not left behind

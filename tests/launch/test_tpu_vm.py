@@ -18,7 +18,7 @@ AWKWARD = ["--gin.a='b c'", "$HOME", "", "two\nlines", 'say "hi"', "back\\slash"
 
 @pytest.fixture(scope="module", autouse=True)
 def tools(tmp_path_factory):
-    """A machine without gcloud and git, where a dry run has to work all the same."""
+    """A machine without gcloud and git, on which a dry run must still work."""
     folder = tmp_path_factory.mktemp("bin")
     for name in ("dirname", "cat", "date"):
         (folder / name).symlink_to(shutil.which(name))
@@ -33,7 +33,7 @@ def tpu_vm(*words):
 
 
 def dry_run(*words):
-    """The printed commands, read back as a shell would."""
+    """Returns the printed commands, parsed as a shell would."""
     action, *rest = words
     cut = rest.index("--") if "--" in rest else len(rest)
     result = tpu_vm(action, *BASE, *rest[:cut], "--dry_run", *rest[cut:])
@@ -124,7 +124,7 @@ def test_arguments_reach_the_worker_as_they_are():
     remote = next(word for word in start if word.startswith("--command=")).removeprefix(
         "--command="
     )
-    # What bash makes of it on the worker; gcloud and ssh hand the text over unchanged.
+    # How bash on the worker reads it; gcloud and ssh pass the text on unchanged.
     script = remote.replace("bash worker.sh start", "printf '%s\\0'")
     words = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True).stdout
     assert words.split("\0")[:-1] == ["-", "python", *AWKWARD]

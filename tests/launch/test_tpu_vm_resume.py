@@ -1,7 +1,7 @@
 """launch/tpu_vm.sh and worker.sh at work, on machines that fake_gcloud.py plays.
 
-The run is a small program that counts, keeps its count in a file on the shared storage, and meets
-with mishaps on its way, one a life.
+The run is a small program that counts and keeps its count in a file on the shared storage. Each
+time it runs, something goes wrong.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ class Cloud:
         )
 
     def verbs(self) -> list[str]:
-        """What was asked of gcloud, without looks and repetitions."""
+        """Returns the calls of gcloud, without status queries and repetitions."""
         calls = [line.split("\t") for line in (self.folder / "calls").read_text().splitlines()]
         return [c[3] if c[2] == "queued-resources" else c[-2] for c in calls if c[3] != "list"]
 
@@ -118,7 +118,7 @@ class Cloud:
         return self.verbs().count(verb)
 
     def remote(self, text: str) -> int:
-        """How many ssh commands begin with this."""
+        """Returns how many ssh commands begin with this."""
         lines = (self.folder / "calls").read_text().splitlines()
         return sum(f"--command=bash worker.sh {text}" in line for line in lines)
 
@@ -131,7 +131,7 @@ class Cloud:
 def cloud(tmp_path):
     made = Cloud(tmp_path)
     yield made
-    for home in made.folder.glob("machines/*/*/jaxrl"):  # of a test that failed on its way
+    for home in made.folder.glob("machines/*/*/jaxrl"):  # left by a test that failed
         if not (home / "exit").exists():
             for file in home.glob("[ps]*[dr]"):  # pid, supervisor
                 with contextlib.suppress(ProcessLookupError):
@@ -172,7 +172,7 @@ def test_resume(cloud):
     assert result.returncode == 0, result.stderr
     counts = sorted(file.read_text() for file in cloud.storage.glob("count-*"))
     assert counts == ["9"] * 2  # each worker came to the end,
-    assert "run-1-w-0: version 1 goes on from 4\n" in cloud.logs()  # from where it was
+    assert "run-1-w-0: version 1 goes on from 4\n" in cloud.logs()  # starting where it was
     assert cloud.count("create") == 4  # a reboot needs no new machines
     assert cloud.count("delete") == 4  # and nothing is left that costs money
     assert not (cloud.folder / "request").exists()
@@ -211,7 +211,7 @@ def test_resume_gives_up_what_cannot_be_installed(cloud):
 
 
 def test_second_life_installs_what_the_first_had(cloud):
-    cloud.call("install")  # there are no machines yet, but what they get is packed
+    cloud.call("install")  # there are no machines yet, but the archive for them is packed
     (cloud.repository / "program.py").write_text("raise SystemExit(9)")
     assert cloud.call("resume", mishap="").returncode == 0
     assert "version 1 goes on from 0" in cloud.logs()

@@ -1,4 +1,4 @@
-"""What the tests of the model share: a small configuration, batches and jitted passes."""
+"""Shared by the tests of the model: a small configuration, batches and jitted passes."""
 
 import functools
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jaxrl_stable.routing import Routing
 
 
 def small(**overrides):
-    """Odd sizes, so that axes cannot be mistaken for each other."""
+    """Returns a configuration with unusual sizes, so that axes cannot be confused."""
     fields = dict(
         vocab_size=40,
         hidden_size=16,
@@ -34,9 +34,9 @@ def small(**overrides):
 
 @functools.cache
 def random_model(config, seed=0):
-    """A model whose norm weights are not all one: a forgotten weight must show.
+    """Returns a model whose norm weights are not all one, so a forgotten weight shows.
 
-    Drawn with NumPy: nothing is compiled for it.
+    The weights are drawn with NumPy, so nothing is compiled for them.
     """
     rng = np.random.default_rng(seed)
 
@@ -52,7 +52,7 @@ def random_model(config, seed=0):
 
 
 def with_config(model, config):
-    """The same weights under a config that differs in how it is computed."""
+    """Returns the same weights under a config that differs only in how it is computed."""
     structure = jax.tree.structure(jax.eval_shape(lambda: m.init_model(config, 0)))
     return jax.tree.unflatten(structure, jax.tree.leaves(model))
 
@@ -69,7 +69,7 @@ def sequences(lengths, vocab_size=40, seed=0):
 
 
 def pad(seqs, width, side, pad_id=0):
-    """One sequence a row, padded on one side."""
+    """Returns a batch with one sequence per row, padded on one side."""
     shape = (len(seqs), width)
     tokens, positions, segments = np.full(shape, pad_id), np.zeros(shape, int), np.zeros(shape, int)
     for row, seq in enumerate(seqs):
@@ -81,7 +81,7 @@ def pad(seqs, width, side, pad_id=0):
 
 
 def pack(seqs, width):
-    """All sequences in one row, as segments 1, 2, ..."""
+    """Returns a batch with all sequences in one row, as segments 1, 2, ..."""
     gap = width - sum(map(len, seqs))
     tokens = np.concatenate([*seqs, np.zeros(gap, int)])
     positions = np.concatenate([np.arange(len(seq)) for seq in seqs] + [np.zeros(gap, int)])
@@ -92,7 +92,7 @@ def pack(seqs, width):
 MIXED = small(mlp_only_layers=(0,))  # a dense layer, then two with experts
 BATCH = pad(sequences([9, 6]), 9, "left")
 
-# Compiling is nearly all of the time that these tests take.
+# These tests spend nearly all of their time compiling.
 QUICK = {"xla_backend_optimization_level": 0}
 
 
@@ -102,7 +102,7 @@ def forward(model, batch, replay=None):
 
 
 def differentiate(model, batch, weights, replay=None):
-    """Value and gradients of `Σ weights · log π(next token)`, and what the model returned."""
+    """Returns value and gradients of `Σ weights · log π(next token)`, and the model's output."""
 
     def loss(model):
         output = model(*batch, replay=replay)
@@ -114,12 +114,12 @@ def differentiate(model, batch, weights, replay=None):
 
 
 value_and_grads = jax.jit(differentiate, compiler_options=QUICK)
-# With all of the compiler's optimisations: fusion is what could break identities of bits.
+# With all of the compiler's optimisations, because fusion could break bitwise equality.
 optimised = jax.jit(differentiate)
 
 
 def loss_weights(batch, seed=0):
-    """Random weights of the tokens that have a successor in their segment; zero elsewhere."""
+    """Returns random weights of tokens with a successor in their segment; zero elsewhere."""
     segments = np.asarray(batch.segment_ids)
     counts = (segments != 0) & (segments == np.roll(segments, -1, axis=1))
     counts[:, -1] = False
@@ -129,7 +129,7 @@ def loss_weights(batch, seed=0):
 
 
 def random_routing(config, batch, seed=0):
-    """K distinct random experts for each token: indices that the live router did not choose."""
+    """Returns K distinct random experts per token: indices that the live router did not choose."""
     rng = np.random.default_rng(seed)
     shape = (config.num_moe_layers, *batch.tokens.shape, config.num_experts)
     order = np.argsort(rng.random(shape), axis=-1)[..., : config.num_experts_per_token]
@@ -137,13 +137,13 @@ def random_routing(config, batch, seed=0):
 
 
 def named(tree):
-    """Leaves by path, as NumPy arrays."""
+    """Returns the leaves by path, as NumPy arrays."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def assert_close(actual, expected, tolerance):
-    """Every leaf of two trees agrees, relative to the largest entry of that leaf."""
+    """Checks that two trees agree, relative to the largest entry of each leaf."""
     actual, expected = jax.tree.leaves(actual), named(expected)
     assert len(actual) == len(expected)
     for a, (path, b) in zip(actual, expected.items(), strict=True):
@@ -152,6 +152,6 @@ def assert_close(actual, expected, tolerance):
 
 
 def assert_identical(actual, expected):
-    """Every leaf of two trees agrees bit for bit."""
+    """Checks that all leaves of two trees agree bit for bit."""
     for a, (path, b) in zip(jax.tree.leaves(actual), named(expected).items(), strict=True):
         np.testing.assert_array_equal(np.asarray(a), b, err_msg=path)

@@ -1,7 +1,7 @@
-"""An independent Qwen3-MoE: plain NumPy in float64, one sequence, one token and one head at a time.
+"""An independent Qwen3-MoE in NumPy and float64, one sequence, token and head at a time.
 
 Written from the architecture (transformers `modeling_qwen3_moe.py`), not from the code under test;
-only `unstack` knows how that stores its weights.
+only `unstack` knows how that code stores its weights.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def unstack(model):
-    """The weights of `jaxrl_stable.model.Transformer` as float64 arrays, a dict for each layer."""
+    """Returns the weights of `jaxrl_stable.model.Transformer` in float64, one dict per layer."""
 
     def array(param):
         return np.asarray(param.get_value(), np.float64)
@@ -42,7 +42,7 @@ def unstack(model):
 
 
 def forward(config, weights, tokens, replay=None):
-    """Hidden states of one sequence that starts at position 0.
+    """Computes the hidden states of one sequence that starts at position 0.
 
     Args:
       config: the architecture.
@@ -75,7 +75,7 @@ def forward(config, weights, tokens, replay=None):
 
 
 def scores(weights, hidden, targets, temperature=1.0):
-    """Log-probability of each target and entropy of each distribution, in nats."""
+    """Returns log-probability of each target and entropy of each distribution, in nats."""
     logp, entropy = [], []
     for h, target in zip(hidden, targets, strict=True):
         p = softmax(h @ weights["head"] / temperature)
@@ -134,7 +134,7 @@ def attention(config, layer, x):
 
 
 def mixture(config, layer, x, forced):
-    """Output of the experts of one token, and which they were."""
+    """Returns the output of the experts of one token, and the experts."""
     p = softmax(x @ layer["router"])
     chosen = sorted(range(config.num_experts), key=lambda e: -p[e])[: config.num_experts_per_token]
     if forced is not None and forced[0] >= 0:

@@ -4,7 +4,7 @@ Written from the published arithmetic of routing replay (Ma et al., arXiv:2510.1
 table of score functions in Megatron-LM's `topk_routing_with_score_function`), token by token and
 slot by slot. It shares no code with the package.
 
-Of a token x with router logits s = x W:
+For a token x with router logits s = x W:
 
     scores p      softmax over all E experts, or σ of each
     live choice   the K largest p + bias, within the best groups when there are groups
@@ -23,7 +23,7 @@ import numpy as np
 
 
 class Kind(NamedTuple):
-    """How a router scores, chooses and weighs."""
+    """How a router scores, chooses and weights experts."""
 
     score: str  # "softmax" or "sigmoid"
     normalised: bool
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 
 def scores(kind, s):
-    """p: one score for each expert."""
+    """Returns p: one score per expert."""
     if kind.score == "sigmoid":
         return 1.0 / (1.0 + np.exp(-s))
     p = np.exp(s - s.max())
@@ -42,7 +42,7 @@ def scores(kind, s):
 
 
 def live_choice(kind, s, bias):
-    """The router's own K experts, best first."""
+    """Returns the router's own K experts, best first."""
     ranked = scores(kind, s) + bias
     allowed = range(len(s))
     if kind.groups > 1:
@@ -55,7 +55,7 @@ def live_choice(kind, s, bias):
 
 
 def gate_weights(kind, s, chosen):
-    """g: one gate for each slot, from the live scores whoever made the choice."""
+    """Returns g: one gate per slot, from the live scores, whoever made the choice."""
     if kind.score == "softmax" and kind.normalised:
         gates = scores(kind, s[chosen])
     else:
@@ -71,14 +71,14 @@ def swiglu(x, gate, up, down):
 
 
 def route(kind, weights, x, forced):
-    """Logits, chosen experts and gates of one token; `forced` is a choice to replay, or None."""
+    """Returns logits, experts and gates of one token; `forced` is a choice to replay, or None."""
     s = x @ weights["router"]
     chosen = live_choice(kind, s, weights["bias"]) if forced is None else list(forced)
     return s, chosen, gate_weights(kind, s, chosen)
 
 
 def forward(kind, weights, x, replay):
-    """Outputs `[N, D]`, and of each token its experts, gates and share of all scores.
+    """Returns outputs `[N, D]`, and the experts, gates and share of all scores of each token.
 
     Args:
       kind: the router.
@@ -99,7 +99,7 @@ def forward(kind, weights, x, replay):
 
 
 def gradients(kind, weights, x, replay, upstream):
-    """Gradients of Σ upstream · output by every weight and by x, derived by hand."""
+    """Returns gradients of Σ upstream · output by every weight and by x, derived by hand."""
     grads = {name: np.zeros_like(value) for name, value in weights.items()} | {
         "x": np.zeros_like(x)
     }
@@ -125,7 +125,7 @@ def gradients(kind, weights, x, replay, upstream):
 
 
 def logit_gradients(kind, s, chosen, value):
-    """∂ loss / ∂ s of all E logits, given ∂ loss / ∂ g of the K slots; the choice is a constant."""
+    """Returns ∂ loss / ∂ s of E logits from ∂ loss / ∂ g of K slots; the choice is a constant."""
     p, ds = scores(kind, s), np.zeros_like(s)
     total = p[chosen].sum()
     for k, e in enumerate(chosen):
@@ -146,7 +146,7 @@ def logit_gradients(kind, s, chosen, value):
 
 
 def swiglu_gradients(x, gate, up, down, upstream):
-    """Gradients of upstream · swiglu by gate, up, down and x."""
+    """Returns gradients of upstream · swiglu by gate, up, down and x."""
     a, b = x @ gate, x @ up
     silu = a * _sigmoid(a)
     slope = _sigmoid(a) * (1 + a * (1 - _sigmoid(a)))

@@ -41,7 +41,7 @@ def test_groups_in_blocks_by_hand():
 
 @pytest.mark.parametrize("largest", [4, 2**31 // 200 - 1, 2**31 // 200, 2**31 - 2])
 def test_sorting_by_expert_keeps_the_order_of_equals(largest):
-    """On both sides of the size up to which an id and its place fit one integer."""
+    """Tests sizes on both sides of the limit up to which an id and its place fit one integer."""
     ids = np.random.default_rng(0).choice([0, 1, 2, largest - 1, largest], 200)
     found = jax.jit(stable_argsort, static_argnums=1)(jnp.asarray(ids, jnp.int32), largest)
     np.testing.assert_array_equal(found, np.argsort(ids, kind="stable"))
@@ -125,6 +125,6 @@ def test_implementation_of_experts(monkeypatch):
     assert resolve("cpu", True) == resolve("cpu", False) == "blocked"
     assert resolve("tpu", True) == resolve("gpu", True) == "tokamax"
     assert resolve("tpu", False) == "megablox"
-    assert resolve("gpu", False, "ragged") == "ragged"  # the slow path only by explicit choice
+    assert resolve("gpu", False, "ragged") == "ragged"  # the slow path needs an explicit choice
     with pytest.raises(RuntimeError, match="tokamax"):
         resolve("gpu", False)

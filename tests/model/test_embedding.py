@@ -12,7 +12,7 @@ from jaxrl_stable.sharding.layout import ONE_DEVICE
 
 @pytest.mark.fast
 def test_gradient_of_a_frequent_token_adds_up_in_float32():
-    """bfloat16 would stop at 256: from there on 1 is less than half of its spacing."""
+    """A bfloat16 sum would stop at 256, from where 1 is less than half of the spacing."""
     table = jnp.ones((2, 3), jnp.bfloat16)
     tokens = jnp.zeros((4, 1024), jnp.int32)
 

@@ -56,7 +56,7 @@ def apply(layer, x, replay):
 
 
 def differentiate(layer, x, replay, real=REAL):
-    """Value, router output and gradients of a loss that every output of a real token enters."""
+    """Returns value, router output and gradients of a loss over all outputs of real tokens."""
 
     def loss(layer, x):
         y, router = layer(x, jnp.asarray(real), replay)
@@ -123,7 +123,7 @@ def test_values_at_padding_do_not_matter(layer, x):
 
 
 def _leave_garbage(product):
-    """A grouped product that leaves NaN in rows outside every group, forward and backward."""
+    """A grouped product that leaves NaN in rows outside all groups, forward and backward."""
 
     def spoil(y, sizes):
         return jnp.where((jnp.arange(y.shape[0]) < sizes.sum())[:, None], y, jnp.nan)

@@ -30,7 +30,7 @@ def model_with(chunk, **overrides):
 
 
 def direct(model, hidden, targets, temperature):
-    """Log-probabilities and entropy from full float64 logits."""
+    """Returns log-probabilities and entropy from full float64 logits."""
     weight = np.asarray(model.head_weight(), np.float64)
     z = np.asarray(hidden, np.float64) @ weight / temperature
     logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
@@ -99,7 +99,7 @@ def test_gradients_equal_those_without_chunks(scored, chunk):
 
 
 def largest_array(chunk, scored):
-    """Entries of the largest float array in the compiled gradient."""
+    """Returns the number of entries of the largest float array in the compiled gradient."""
     grads = jax.jit(jax.grad(loss, argnums=(0, 1)))
     text = grads.lower(model_with(chunk), *scored).compile().as_text()
     shapes = re.findall(r"\bf(?:16|32|64)\[([\d,]+)\]", text)

@@ -10,7 +10,7 @@ from jaxrl_stable.model.megablox import ragged_dot
 
 @pytest.mark.parametrize("rows, d, f", [(512, 256, 128), (300, 64, 48)])
 def test_gradients_are_those_of_lax(rows, d, f):
-    """Groups of which one is empty and one crosses a tile, and rows behind the last group."""
+    """Groups, one of them empty and one that crosses a tile, and rows after the last group."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     sizes = jnp.array([3, 0, 257, 30], jnp.int32)

@@ -29,7 +29,7 @@ LARGEST = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}
 
 
 def numpy_grid(x, axes, dtype):
-    """The same by other code: float64, and the roundings of NumPy and ml_dtypes."""
+    """Computes the same with other code: float64, and the rounding of NumPy and ml_dtypes."""
     x = np.asarray(x, np.float32)
     most = np.abs(x).max(axes, keepdims=True)
     scale = np.where(most == 0, np.float32(1), most / np.float32(LARGEST[dtype]))
@@ -166,7 +166,7 @@ def test_no_gradient_and_no_hidden_nan():
     ],
 )
 def test_grouped_rows_have_their_own_scales(dtype, products, implementation):
-    """Each sorted row by its expert's matrix and channels; rows outside of groups are zero."""
+    """Multiplies each sorted row by its expert's matrix; rows outside all groups are zero."""
     rng = np.random.default_rng(3)
     chosen, real = jnp.asarray(rng.integers(0, 3, (20, 1))), jnp.arange(20) % 5 != 2
     x, w = draw(20, 16), draw(4, 16, 6, seed=1) * np.array([1, 30, 0.1, 1])[:, None, None]
@@ -185,7 +185,7 @@ def test_grouped_rows_have_their_own_scales(dtype, products, implementation):
 
 
 def test_experts_agree_with_their_oracle_and_over_devices():
-    """Every kind of grouped product; and an expert's width in two parts, with one scale a token."""
+    """Tests every grouped product, and an expert's width in two parts with one scale per token."""
     parts = {"gate": (4, 16, 8), "up": (4, 16, 8), "down": (4, 8, 16)}
     whole = {name: draw(*shape, seed=i) for i, (name, shape) in enumerate(parts.items())}
     weights = ExpertWeights(*(stored(w, (1,), "int8", "emulated") for w in whole.values()))
@@ -205,7 +205,7 @@ def test_experts_agree_with_their_oracle_and_over_devices():
     for experts in ("blocked", "ragged"):
         np.testing.assert_allclose(run(experts, weights), expected, rtol=1e-5, atol=1e-5)
 
-    def halves(w, axis):  # of a scale, too, where it has that axis
+    def halves(w, axis):  # of a scale, too, if it has that axis
         cut = lambda a: jnp.stack(jnp.split(a, 2, axis) if a.shape[axis] > 1 else [a, a])  # noqa: E731
         return jax.tree.map(cut, w)
 
@@ -216,7 +216,7 @@ def test_experts_agree_with_their_oracle_and_over_devices():
 
 
 def test_latent_attention_decodes_what_it_would_expand():
-    """One column in the latent's space, by the same grid as the expanded keys and values."""
+    """One column in the latent space is on the same grid as the expanded keys and values."""
     sizes = LatentSizes(key_value_rank=12, rotary_dim=2, value_dim=5, query_rank=None)
     config = small(latent=sizes, num_kv_heads=4, num_layers=1)
     model = quantize(random_model(config), "int8_w8a8")

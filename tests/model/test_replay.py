@@ -35,7 +35,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def live(model):
-    """The ordinary pass."""
+    """Runs the ordinary pass."""
     return optimised(model, BATCH, loss_weights(BATCH))
 
 
@@ -45,7 +45,7 @@ def recorded(live):
 
 
 def assert_same_pass(one, other):
-    """Value, gradients and hidden states agree bit for bit, and so do the routers."""
+    """Checks that values, gradients, hidden states and routers agree bit for bit."""
     assert_identical(one[:2], other[:2])
     np.testing.assert_array_equal(one[2].hidden, other[2].hidden)
     assert_identical(one[2].router, other[2].router)
@@ -135,7 +135,7 @@ def test_replay_reaches_only_later_tokens(model, live, recorded):
 @pytest.mark.parametrize("norm", [True, False], ids=["normalised", "raw"])
 @pytest.mark.parametrize("drifted", [False, True], ids=["own", "drifted"])
 def test_gradient_of_the_router_equals_finite_differences(norm, drifted, recorded):
-    """Differences of the float64 reference, along random directions, layer by layer."""
+    """Compares with differences of the float64 reference along random directions, by layer."""
     config = dataclasses.replace(MIXED, norm_topk_prob=norm)
     model, seqs, weights = random_model(config), sequences([9, 6]), loss_weights(BATCH)
     routing = random_routing(config, BATCH) if drifted else recorded

@@ -49,7 +49,7 @@ def config(name, **overrides):
 
 
 def kind(name):
-    """The reference's own description of a kind."""
+    """Returns the reference's own description of a kind."""
     fields = KINDS[name]
     return reference.Kind(
         fields.get("router_score", "softmax"),
@@ -63,7 +63,7 @@ def kind(name):
 
 @functools.cache
 def layer(name, **overrides):
-    """A layer with weights drawn by NumPy; its bias is large enough to change choices."""
+    """Returns a layer with weights drawn by NumPy; its bias is large enough to change choices."""
     template = jax.eval_shape(lambda: Experts(config(name, **dict(overrides)), nnx.Rngs(0), None))
     rng = np.random.default_rng(1)
 
@@ -76,7 +76,7 @@ def layer(name, **overrides):
 
 
 def float64(name, tree):
-    """Weights, or gradients of them, as the reference names them."""
+    """Returns weights, or their gradients, by the reference's names."""
     array = lambda param: np.asarray(param.get_value(), np.float64)  # noqa: E731
     named = {matrix: array(getattr(tree, matrix)) for matrix in MATRICES}
     named["bias"] = array(tree.selection_bias) if hasattr(tree, "selection_bias") else np.zeros(E)
@@ -90,14 +90,14 @@ def float64(name, tree):
 
 @functools.cache
 def tokens():
-    """Inputs and the gradient that reaches the outputs (of real tokens alone)."""
+    """Returns inputs, and the gradient that reaches the outputs (of real tokens only)."""
     rng = np.random.default_rng(2)
     x, upstream = rng.normal(size=(2, B, T, D)).astype(np.float32)
     return x, upstream * REAL[..., None]
 
 
 def drifted_experts(name):
-    """K experts that the live router does not pick: those of the lowest scores, lowest first."""
+    """Returns K experts that the live router does not pick: the lowest scores, lowest first."""
     x, weights = tokens()[0], float64(name, layer(name))
     experts = np.zeros((B, T, K), int)
     for place in np.ndindex(B, T):
@@ -108,7 +108,7 @@ def drifted_experts(name):
 
 
 def routing(name, case):
-    """What a case replays. Rows without a choice hold what engines leave there: 255, K times."""
+    """Returns what a case replays; rows without a choice hold 255, as engines leave it."""
     if case == "native":
         return None
     valid = REAL.copy()
@@ -123,7 +123,7 @@ def routing(name, case):
 
 
 def forced(replay):
-    """The same for the reference: a choice, or None, for each real token."""
+    """Returns the reference's form: a choice, or None, for each real token."""
     if replay is None:
         return [None] * int(REAL.sum())
     experts, valid = np.asarray(replay.experts)[REAL], np.asarray(replay.valid)[REAL]
@@ -143,14 +143,14 @@ compiled = jax.jit(differentiate, compiler_options=QUICK)
 
 @functools.cache
 def run(name, case):
-    """The package's layer: outputs, router output, gradients of the layer and of x."""
+    """Runs the package's layer; returns outputs, router output, gradients of the layer and of x."""
     (_, (y, router)), (grads, dx) = compiled(layer(name), *tokens(), routing(name, case))
     return np.asarray(y), router, grads, np.asarray(dx)
 
 
 @functools.cache
 def expected(name, case):
-    """The reference: outputs, what was routed, gradients by name; of the real tokens."""
+    """Runs the reference; returns outputs, routing and gradients by name, for real tokens."""
     x, upstream = (np.asarray(a, np.float64)[REAL] for a in tokens())
     arguments = kind(name), float64(name, layer(name)), x, forced(routing(name, case))
     return *reference.forward(*arguments), reference.gradients(*arguments, upstream)
@@ -165,7 +165,7 @@ def close(actual, wanted):
 @every_kind
 @pytest.mark.parametrize("case", ["native", "drifted"])
 def test_gradients_of_the_reference_are_its_finite_differences(name, case):
-    """Central differences along random directions, all in float64."""
+    """Compares with central differences along random directions, all in float64."""
     x, upstream = (np.asarray(a, np.float64)[REAL] for a in tokens())
     weights, replay = float64(name, layer(name)), forced(routing(name, case))
     grads, rng, step = expected(name, case)[2], np.random.default_rng(0), 1e-6
@@ -275,13 +275,13 @@ def test_slots_keep_their_order(name):
     reversed_gates, reversed_share = gate_weights(logits, chosen[..., ::-1], config(name))
     np.testing.assert_allclose(reversed_gates[..., ::-1], gates, rtol=1e-6)
     np.testing.assert_allclose(reversed_share, share, rtol=1e-6)
-    picked = jnp.take_along_axis(logits, chosen, axis=-1)  # ascending: the worst stands first
+    picked = jnp.take_along_axis(logits, chosen, axis=-1)  # ascending: the worst comes first
     assert np.all(np.diff(picked, axis=-1) > 0) and np.all(np.diff(gates, axis=-1) > 0)
 
 
 @every_kind
 def test_padding_reaches_nothing(name):
-    """Neither the values nor the choices of padding tokens matter to anything that counts."""
+    """Neither the values nor the choices of padding tokens affect real tokens."""
     (x, upstream), clean = tokens(), routing(name, "partial")
     dirty = np.where(REAL[..., None], x, 1e3)
     experts = jnp.where(REAL[..., None], clean.experts, 0)  # expert 0, K times
@@ -315,7 +315,7 @@ def test_replayed_sigmoid_scores_that_vanish(low, agrees):
 
 @pytest.mark.fast
 def test_kinds_differ():
-    """The comparison is sharp: on the same weights no kind passes for another."""
+    """The comparison is sharp: on the same weights, no kind passes for another one."""
     x, weights = tokens()[0][REAL].astype(np.float64), float64("deepseek", layer("deepseek"))
     replay = forced(routing("deepseek", "full"))
     outputs = {
@@ -336,7 +336,7 @@ def test_kinds_differ():
 @pytest.mark.fast
 @every_kind
 def test_live_choice_is_clear(name):
-    """No near ties: float32 and float64 must choose alike for the other tests to mean something."""
+    """There are no near ties: float32 and float64 must agree, or the other tests mean little."""
     x, weights = tokens()[0][REAL].astype(np.float64), float64(name, layer(name))
     for token in x:
         s = token @ weights["router"]

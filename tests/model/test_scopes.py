@@ -1,4 +1,4 @@
-"""Names of the stages in the lowered program, by which a profile groups its operations."""
+"""Names of the stages in the lowered program; a profile groups operations by them."""
 
 import re
 
@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 def scopes(config, columns):
-    """Scopes of all operations of a forward pass with a cache, without JAX's own prefixes."""
+    """Returns the scopes of all operations of a cached forward pass, without JAX's prefixes."""
 
     def forward(model, tokens, cache):
         ones = jnp.ones_like(tokens)

@@ -34,7 +34,7 @@ ARCHITECTURES = {
     "moe": small(),
     "gates_not_normalised": small(norm_topk_prob=False),
     "leading_dense_layer": small(mlp_only_layers=(0,), tie_embeddings=False),
-    "alternating": small(decoder_sparse_step=2, num_layers=5),  # and one dense layer more
+    "alternating": small(decoder_sparse_step=2, num_layers=5),  # and one more dense layer
     "all_dense": small(num_experts=0, num_layers=2),
     "one_kv_head": small(num_kv_heads=1, num_layers=2, rms_norm_eps=0.1, tie_embeddings=False),
     "one_query_per_key": small(num_kv_heads=4, num_layers=1, rope_theta=1e6),
@@ -83,7 +83,7 @@ EXECUTIONS = [
 
 @pytest.fixture(scope="module")
 def partly_replayed():
-    """Random experts for two thirds of the tokens: both branches of the choice are taken."""
+    """Replays random experts for two thirds of the tokens, so both branches are taken."""
     routing = random_routing(MIXED, BATCH)
     replay = dataclasses.replace(routing, valid=routing.valid & (BATCH.positions % 3 != 1))
     return replay, value_and_grads(random_model(MIXED), BATCH, loss_weights(BATCH), replay)

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, at a small size; what is stored in it can be shown."""
+"""Every notebook runs from top to bottom at a small size; its stored outputs are presentable."""
 
 import os
 import pathlib
@@ -29,13 +29,13 @@ def plots(notebook):
 
 
 def complaints(notebook):
-    """Errors, and what was written to stderr."""
+    """Returns errors, and what was written to stderr."""
     return [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Of the kernels: the small size, this checkout, and a home of their own."""
+    """The kernels' environment: the small size, this checkout, and a home of their own."""
     home = tmp_path_factory.mktemp("jupyter")
     return os.environ | {
         "JAXRL_STABLE_SMALL": "1",
@@ -56,7 +56,7 @@ SLOW = [
 
 @pytest.mark.parametrize("path", SLOW)
 def test_runs_from_top_to_bottom(path, environment):
-    """In a kernel of its own, of this Python; the code is what is stored."""
+    """Each notebook runs as stored, in a kernel of its own with this Python."""
     notebook = nbformat.read(path, as_version=4)
     stored = len(plots(notebook))
     for cell in code_cells(notebook):
@@ -77,7 +77,7 @@ def test_runs_from_top_to_bottom(path, environment):
 
 @by_name
 def test_stored_outputs_are_those_of_a_whole_run(path):
-    """Executed in order, shown, without errors, machine paths or more than a page can take."""
+    """They were executed in order, without errors or machine paths, and are not too large."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in code_cells(notebook)]
@@ -98,7 +98,7 @@ def test_stored_outputs_are_those_of_a_whole_run(path):
 
 @by_name
 def test_begins_as_all_of_them_do(path):
-    """Text with one question; then the installation; the size is chosen in one place."""
+    """It begins with a question, then installs; the size is chosen in one place."""
     notebook = nbformat.read(path, as_version=4)
     first = notebook.cells[0].source
     assert first.startswith("# ") and "?" in "".join(first.splitlines()[:8])
@@ -117,7 +117,7 @@ def test_all_are_listed():
 
 
 def test_links_lead_somewhere():
-    """Relative links of the texts and of the table."""
+    """Checks the relative links of the texts and of the table."""
     texts = [(ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")]
     for path in NOTEBOOKS:
         texts += [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]

@@ -1,4 +1,4 @@
-"""Gradients of every objective by hand, in NumPy and float64: the reference of the tests.
+"""Hand-derived gradients of every objective, in NumPy and float64: the reference of the tests.
 
 Each function returns dL/dlogp of the aggregated loss, token by token and in plain probabilities,
 straight from the formulas of the papers. Nothing here comes from the package that is tested.
@@ -47,20 +47,20 @@ def blank(mask):
 
 
 def tokens(advantages, mask):
-    """(row, position, advantage) of every response token."""
+    """Yields (row, position, advantage) of every response token."""
     for i, t in np.argwhere(mask):
         yield i, t, advantages[i] if advantages.ndim == 1 else advantages[i, t]
 
 
 def rows(mask):
-    """(row, its positions) of every response."""
+    """Yields (row, its positions) of every response."""
     for i in range(len(mask)):
         if mask[i].any():
             yield i, np.flatnonzero(mask[i])
 
 
 def outside(ratio, a, low, high):
-    """The clip bites only where the step would go further out."""
+    """Returns whether the clip acts: only where the step would go further out."""
     return (a > 0 and ratio > high) or (a < 0 and ratio < low)
 
 
@@ -148,7 +148,7 @@ def cispo(logp, old, rollout, advantages, mask, factor, *, clip_low=None, clip_h
 
 
 def minpro(logp, old, rollout, advantages, mask, factor, *, clip_low=None, clip_high=4.0):
-    """CISPO's weight times the smallest ratio among the response tokens before this one."""
+    """CISPO's weight times the smallest ratio among the earlier response tokens."""
     low, high = None if clip_low is None else 1 - clip_low, 1 + clip_high
     out = blank(mask)
     for i, t, a in tokens(advantages, mask):
@@ -194,7 +194,7 @@ def luspo(logp, old, rollout, advantages, mask, factor, *, clip_low=2e-3, clip_h
 
 
 def gmpo(logp, old, rollout, advantages, mask, factor, *, clip_low=0.4, clip_high=0.4):
-    """A geometric mean: each unclipped token has the derivative (mean)/|y|, a clipped one none."""
+    """A geometric mean: an unclipped token has the derivative (mean)/|y|, a clipped one has 0."""
     out = blank(mask)
     for i, at in rows(mask):
         a, product = advantages[i], 1.0
@@ -320,7 +320,7 @@ def bapo_bounds(
     high=(1.2, 3.0, 0.05),
     target=0.4,
 ):
-    """The first pair of bounds on the way to the widest ones that gives the positives enough."""
+    """Returns the first bounds, on the way to the last ones, that give positives their share."""
 
     def enough(c_low, c_high):
         positive = negative = 0.0
@@ -345,7 +345,7 @@ def bapo_bounds(
 
 
 def bapo(logp, old, rollout, advantages, mask, factor, *, dual_clip=None, **options):
-    """PPO with the bounds that the search gives; `form="code"` always has a dual clip."""
+    """PPO with the bounds that the search finds; `form="code"` always has a dual clip."""
     arrays = (logp, old, rollout, advantages, mask)
     c_low, c_high = bapo_bounds(*arrays, **options)
     return ppo(*arrays, factor, clip_low=1 - c_low, clip_high=c_high - 1, dual_clip=dual_clip)
@@ -392,7 +392,7 @@ def capo(
 ):
     """PPO on tokens whose simulated update is safe, with the matrices of the paper written out.
 
-    It takes one more argument than the others, so that it is none of GRADIENTS.
+    It takes one more argument than the others, so it is not in GRADIENTS.
     """
     hidden, weight, step, actions, temperature = head
     out = ppo(logp, old, rollout, advantages, mask, factor, clip_low=clip_low, clip_high=clip_high)
@@ -438,7 +438,7 @@ GRADIENTS = {
 }
 
 
-# Losses themselves, where the loss is a true function of logp: value[i, t] before aggregation.
+# Values of losses that are true functions of logp: value[i, t] before aggregation.
 
 
 def ppo_value(logp, old, rollout, advantages, mask, *, clip_low=0.2, clip_high=0.2, dual_clip=None):

@@ -1,4 +1,4 @@
-"""Random inputs of the objectives: ragged responses, group-centred rewards, garbage as padding."""
+"""Random inputs for objectives: ragged responses, group-centred rewards, garbage in padding."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ def log_probabilities(x):
 
 
 def make_inputs(seed, mismatch=0.15, staleness=0.3, shift=0.0):
-    """Every third seed has a row without response; every third one holes (several turns)."""
+    """Every third seed has a row without a response; every third one has holes (several turns)."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, T + 1, B)
     mask = np.arange(T)[None] < lengths[:, None]
@@ -46,13 +46,13 @@ def make_inputs(seed, mismatch=0.15, staleness=0.3, shift=0.0):
 
 
 def token_advantages(inputs, seed=0):
-    """The same inputs with one advantage per token, and garbage in its padding too."""
+    """Returns the same inputs with one advantage per token, also with garbage in the padding."""
     noise = np.random.default_rng(seed).normal(size=(B, T)).astype(np.float32).astype(np.float64)
     return inputs._replace(advantages=np.where(inputs.mask, noise, np.nan))
 
 
 def stack(batches):
-    """Inputs with one more axis in front, for `vmap`: one call instead of one per seed."""
+    """Returns inputs with a leading axis for `vmap`: one call instead of one per seed."""
     return Inputs(*(np.stack(x) for x in zip(*batches)))
 
 

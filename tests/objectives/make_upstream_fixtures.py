@@ -1,6 +1,6 @@
 """Makes `frozen/upstream.npz`: what verl, slime and BAPO compute for the cases of `upstream_cases`.
 
-Needs torch, and their repositories, of which single functions are run, without what they import:
+Needs torch and their repositories. Runs single functions of them, without their imports:
 
     python -m tests.objectives.make_upstream_fixtures --verl DIR --verl-dro DIR --bapo DIR \\
         --slime DIR --slime-veto DIR [--commits FILE]
@@ -37,7 +37,7 @@ MIS, PPO = "examples/train_infer_mismatch_helper/mis.py", "slime/utils/ppo_utils
 MASKED, DEBUG = "verl/utils/torch_functional.py", "verl/utils/debug/metrics.py"
 BAPO = "recipe/bapo/policy_loss.py"
 VERL_LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "geo_mean", "cispo", "reinforce")
-FUNCTIONS = {  # in an order in which each finds what it calls
+FUNCTIONS = {  # ordered so that each finds what it calls
     "verl": {
         MASKED: ("masked_sum", "masked_mean"),
         DEBUG: (
@@ -90,7 +90,7 @@ class Config(SimpleNamespace):
 
 
 def load(root: pathlib.Path, functions: dict, commits: dict, namespace: dict) -> dict:
-    """Defines them in the namespace; returns where they are from."""
+    """Defines the functions in the namespace; returns where they are from."""
     about = {}
     for path, names in functions.items():
         found = {}
@@ -125,7 +125,7 @@ def digest(node: ast.stmt) -> str:
 
 
 def systems(roots: dict[str, pathlib.Path], commits: dict) -> tuple[dict, dict]:
-    """The functions of each, and where they are from."""
+    """Returns the functions of each repository, and where they are from."""
     common = {name: getattr(typing, name) for name in ("Any", "Dict", "Optional")}
     common |= dict(torch=torch, math=math, ActorConfig=Config, OpsmInputs=SimpleNamespace)
     common |= dict(AlgoConfig=type("AlgoConfig", (), {}), logger=logging.getLogger(__name__))
@@ -142,7 +142,7 @@ def systems(roots: dict[str, pathlib.Path], commits: dict) -> tuple[dict, dict]:
 
 
 def mean_of_means(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """slime's reduction of everything that it records, and of its loss."""
+    """slime's reduction of its loss and of everything that it records."""
     return ((x * mask).sum(-1) / mask.sum(-1)).mean()
 
 
@@ -151,7 +151,7 @@ def numbers(metrics: dict) -> dict[str, float]:
 
 
 def a_loss(case: cases.Loss, of: dict, batch: SimpleNamespace) -> dict:
-    """Value, gradient by log π_θ, and the shares that they record."""
+    """Returns the value, the gradient by log π_θ, and the shares that they record."""
     system, name = case.theirs.split()
     logp = batch.logp.clone().requires_grad_()
     old = batch.rollout if case.bypass else batch.old
@@ -185,7 +185,7 @@ def a_loss(case: cases.Loss, of: dict, batch: SimpleNamespace) -> dict:
 
 
 def a_correction(case: cases.Correction, of: dict, batch: SimpleNamespace) -> dict:
-    """Their weight, 0 where they reject; and the shares that they record."""
+    """Returns their weight (0 where they reject) and the shares that they record."""
     old, rollout, mask, metrics = batch.old, batch.rollout, batch.mask, {}
     if case.system == "verl" and "rollout_is" in case.settings:
         function = of["verl"].compute_rollout_correction_weights

@@ -1,6 +1,6 @@
-"""A loss, its correction and its gradient, in an environment that has jax and numpy alone.
+"""A loss, its correction and its gradient, in an environment with jax and numpy only.
 
-A script: `test_imports.py` runs it behind a wall, `.ci/run` in a virtual environment of its own.
+A script: `test_imports.py` blocks other imports; `.ci/run` uses a separate environment.
 """
 
 import jax
@@ -26,7 +26,7 @@ value, gradient = jax.jit(jax.value_and_grad(loss))(logp)
 # On policy: −½ (½ log ½ + ½ log ¼ − ½ log ⅛) is 0, and its gradient −Â/2.
 assert abs(float(value)) < 1e-6, value
 assert jnp.allclose(gradient, jnp.array([[-0.25, -0.25], [0.25, 0.0]])), gradient
-assert jaxrl_stable.minirl is objectives.minirl  # the flat names load what they name, no more
+assert jaxrl_stable.minirl is objectives.minirl  # the flat names load only what they name
 assert diagnostics.Mean(jnp.float32(1), jnp.float32(2)).value() == 0.5
 total, count = PUBLISHED["minirl"](logp, logp, logp, advantage, mask)
 assert abs(float(objectives.divide(total, count)) - float(value)) < 1e-6

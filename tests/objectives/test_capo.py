@@ -1,4 +1,4 @@
-"""CAPO's predicted effects against its own Kronecker forms, and against differentiation."""
+"""CAPO's predicted effects, compared with its own Kronecker forms and with differentiation."""
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +87,7 @@ def test_unsafe_tokens_lose_their_gradient_and_stay_in_the_batch(head):
     out = capo(*arrays, head, **limits)
     clipped = np.asarray(out.clipped_high | out.clipped_low)
     np.testing.assert_array_equal(clipped[MASK], (unsafe | (np.asarray(plain) == 0))[MASK])
-    # Bounds that nothing reaches leave PPO.
+    # With bounds that nothing reaches, PPO remains.
     wide = capo(*arrays, head, fisher=np.inf, hessian=(-np.inf, np.inf))
     np.testing.assert_array_equal(wide.loss, ppo(*arrays).loss)
 

@@ -1,4 +1,4 @@
-"""Factors of the corrections against `derivations.py`, and what `correct` makes of them."""
+"""Compares factors of the corrections with `derivations.py`, and checks `correct`."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tests.objectives.inputs import make_batches, stack, to_jax
 SMALL = {"mismatch": 0.15}
 LARGE = {"mismatch": 1.0}
 TINY = {"mismatch": 2e-3}
-# The last entry: both a factor of 0 and one above 0 have to occur over the seeds.
+# The last entry: whether factors of 0 and above 0 must both occur over the seeds.
 CASES = [
     ("token_tis", {}, LARGE, False),
     ("token_tis", {"cap": 1.5, "floor": 0.7}, LARGE, False),

@@ -1,4 +1,4 @@
-"""Where the loss is a true function of logp, its gradient is the slope of its own value."""
+"""If a loss is a true function of logp, its gradient is the slope of its own value."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ IDS = [f"{name}-{options}" for name, options, _ in CASES]
 
 
 def silent_everywhere_near(name, options, inputs):
-    """No kink within reach of a difference: the clipped set is the same on either side."""
+    """No kink is within reach of a difference: the clipped set is the same on either side."""
     factor = np.ones(inputs.mask.shape)
     near = [
         GRADIENTS[name](*inputs._replace(logp=inputs.logp + x), factor, **options).silent

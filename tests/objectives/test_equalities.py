@@ -1,4 +1,4 @@
-"""Members of the family that are the same in a limit, and members that must never be the same.
+"""Objectives that are equal in a limit, and objectives that must never be equal.
 
 Gradients are compared, not values: `r A` and `sg[r] A log π` differ as numbers and agree as slopes.
 """
@@ -21,9 +21,9 @@ FAR = {"staleness": 1.0, "shift": 0.9}
 
 
 def member(name, mode=SUM, correction=None, old="old", **options):
-    """A member of the family: (list of inputs) -> their aggregated gradients, in float64.
+    """Returns a function from a list of inputs to their aggregated gradients, in float64.
 
-    `old` says which policy takes the part of the old one: "rollout" is the bypass form, None the
+    `old` says which policy takes the place of the old one: "rollout" is the bypass form, None the
     current policy. `correction` is a name with options.
     """
 
@@ -45,7 +45,7 @@ def member(name, mode=SUM, correction=None, old="old", **options):
 
 
 def difference(one, other, batches):
-    """Largest difference, relative to the largest entry."""
+    """Returns the largest difference, relative to the largest entry."""
     one, other = one(batches), other(batches)
     return np.abs(one - other).max() / np.abs(other).max()
 
@@ -286,7 +286,7 @@ def test_dapo_is_grpo_when_all_responses_are_as_long():
 
 
 def test_minpro_is_cispo_while_no_prefix_has_fallen():
-    """Prefix minima of 1: the first token of every response is as likely as before, none less."""
+    """Prefix minima are 1 if every first token is as likely as before, and none is less likely."""
 
     def risen(inputs):
         logp = np.where(inputs.logp < inputs.old, inputs.old, inputs.logp)

@@ -1,4 +1,4 @@
-"""Every objective and every option of it: gradient and bookkeeping against `derivations.py`."""
+"""Compares gradient and bookkeeping of every objective and option with `derivations.py`."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from tests.objectives.inputs import (
     token_advantages,
 )
 
-# (objective, options, scale of the inputs, what has to be at work over the seeds). The scales put
+# (objective, options, scale of the inputs, what must be active over the seeds). The scales put
 # some tokens or responses inside the bounds and some outside; GSPO's are narrow.
 WIDE = {"mismatch": 1.0, "staleness": 0.4}
 FAR = {"staleness": 1.0, "shift": 0.9}
@@ -78,7 +78,7 @@ PENALISED = ("dro", "cpgd")
 
 
 def gradients(name, batches, dtype, mode="seq-mean-token-mean", **options):
-    """(gradient of the aggregated loss, TokenLoss) of a list of inputs.
+    """Returns (gradient of the aggregated loss, TokenLoss) of a list of inputs.
 
     Not jitted: the members share nearly all of their operations, and compile them once.
     """
@@ -93,7 +93,7 @@ def gradients(name, batches, dtype, mode="seq-mean-token-mean", **options):
 
 
 def mode_of(case):
-    """The cases take turns with the aggregations."""
+    """Each case uses the next aggregation in turn."""
     return MODES[CASES.index(case) % len(MODES)]
 
 
@@ -131,7 +131,7 @@ def test_gradient_equals_the_derivation(case):
 
 
 def check_bookkeeping(case, inputs, gradient, out, expected):
-    """What TokenLoss says about weights and clipping has to explain the gradient."""
+    """What TokenLoss says about weights and clipping must explain the gradient."""
     a, mask = inputs.advantages[:, None], inputs.mask
     np.testing.assert_array_equal(out.clipped_high, expected.silent & (a > 0))
     np.testing.assert_array_equal(out.clipped_low, expected.silent & (a < 0))
@@ -205,7 +205,7 @@ def test_capo(scale, options):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_aggregation_factors(mode):
-    """The denominators: tokens, responses, or responses times a constant; no empty rows."""
+    """Checks the denominators: tokens, responses, or responses times a constant; no empty rows."""
     for seed in range(6):
         mask = make_inputs(seed).mask
 

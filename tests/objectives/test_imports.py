@@ -22,7 +22,7 @@ assert all(name.split('.')[1] in modules for name in inside), inside
 """
 
 # From here on, imports of anything else fail even if it is installed, including late ones inside
-# functions: the environment of somebody who has jax alone.
+# functions: the environment of a user who has only jax.
 WALL = """
 import runpy, sys
 needs_of_jax = {'jax', 'jaxlib', 'numpy', 'scipy', 'ml_dtypes', 'opt_einsum'}

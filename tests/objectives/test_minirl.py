@@ -11,7 +11,7 @@ B, T = 8, 12
 
 
 def make_inputs(seed, mismatch=0.5, staleness=0.4):
-    """Ragged masks, group-centred 0/1 rewards, and three policies that differ."""
+    """Makes ragged masks, group-centred 0/1 rewards, and three different policies."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, T + 1, B)
     mask = np.arange(T)[None] < lengths[:, None]
@@ -38,7 +38,7 @@ def numpy_gradient(
     cap=5.0,
     aggregation="seq-mean-token-sum",
 ):
-    """dL/dlogp of eq. (7), token by token, from the definition (probabilities, not logs)."""
+    """Returns dL/dlogp of eq. (7) per token, from the definition (probabilities, not logs)."""
     gradient = np.zeros_like(logp)
     p, p_old, p_rollout = np.exp(logp), np.exp(old), np.exp(rollout)
     rows = [i for i in range(B) if mask[i].any()]
@@ -108,7 +108,7 @@ def test_float64_inputs_are_accepted():
     with jax.enable_x64(True):
         inputs = make_inputs(3, mismatch=1.0)
         logp, old, rollout, advantages, mask = inputs
-        # The loss is float32 by contract; its inputs' rounding is the whole difference.
+        # The loss is float32 by contract, so rounding of the inputs is the whole difference.
         actual = jax_gradient(*map(jnp.asarray, inputs))
     np.testing.assert_allclose(actual, numpy_gradient(*inputs), rtol=2e-6, atol=1e-7)
 

@@ -23,7 +23,7 @@ def zeros(*shape, dtype=np.float32):
 
 
 def family(module, arrays):
-    """Public functions of a module that take these arrays first."""
+    """Returns the public functions of a module whose first arguments are these arrays."""
     functions = inspect.getmembers(module, inspect.isfunction)
     starts = {name: tuple(inspect.signature(f).parameters)[: len(arrays)] for name, f in functions}
     return {name: f for name, f in functions if starts[name] == arrays and name[0] != "_"}
@@ -80,7 +80,7 @@ def test_losses_and_corrections_refuse(name, wrong):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_what_is_documented_passes(name):
-    """NumPy's arrays or JAX's, without a π_old, under jit, grad and vmap."""
+    """NumPy or JAX arrays work, without π_old, and under jit, grad and vmap."""
     function, last = FAMILY[name], len(CORRECT) - 1
 
     def total(*arrays):

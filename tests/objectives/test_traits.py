@@ -1,4 +1,4 @@
-"""A trait that is set the old way would be ignored in silence."""
+"""A trait that is set the old way is refused; otherwise it would be silently ignored."""
 
 import pytest
 

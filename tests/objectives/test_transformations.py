@@ -1,8 +1,8 @@
 """Every objective and correction under jit, vmap, grad, shard_map, and in bfloat16.
 
-The family is found by its signature, so that a new member is tested from its first day. What
-decides on the whole batch (`whole_batch`: m2po, bapo, the normalised weights) cannot be cut into
-shards and is excluded there, by that trait alone.
+Functions are found by their signature, so new ones are tested automatically. Functions that
+decide on the whole batch (`whole_batch`: m2po, bapo, the normalised weights) cannot be cut into
+shards and are excluded there, by that trait alone.
 """
 
 import functools
@@ -24,11 +24,11 @@ from tests.objectives.inputs import make_inputs, to_jax
 
 ARRAYS = ("logp", "logp_old", "logp_rollout", "advantages", "mask")
 HORIZON = 12.0
-SEEDS = (0, 1, 2)  # ragged rows; a row without response; holes
+SEEDS = (0, 1, 2)  # ragged rows; a row without a response; holes
 
 
 def family(module):
-    """Functions of the five arrays and options that have defaults."""
+    """Returns functions of the five arrays whose options have defaults."""
     found = {}
     for name, function in vars(module).items():
         if name.startswith("_") or not inspect.isfunction(function):
@@ -83,7 +83,7 @@ def close(a, b, **tolerance):
 
 
 def objective(name, mode="seq-mean-token-sum"):
-    """(loss, gradient by logp, everything else that the objective says)."""
+    """Returns (loss, gradient by logp, all other results of the objective)."""
 
     def run(logp, *others):
         out = OBJECTIVES[name](logp, *others)
@@ -99,7 +99,7 @@ def objective(name, mode="seq-mean-token-sum"):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_under_jit_and_vmap(name):
-    """Compiled, and mapped over a stack of batches: as called one by one."""
+    """Compiled and mapped over a stack of batches, it gives the results of single calls."""
     one_by_one = [objective(name)(*inputs(seed)) for seed in SEEDS]
     compiled = jax.jit(objective(name))
     for seed, expected in zip(SEEDS, one_by_one):
@@ -158,20 +158,20 @@ def test_bfloat16_is_computed_in_float32(name):
 
 
 def sharded_and_whole(devices):
-    """Compares the two for everything that is made for it; needs several devices and float64."""
+    """Compares sharded with whole results, where rows can be cut; needs devices and float64."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     shard = functools.partial(jax.shard_map, mesh=mesh, in_specs=P("data"))
     exact = functools.partial(close, rtol=1e-12, atol=1e-12)
 
     def reductions(name, add, *arrays):
-        """The losses of all modes, and all that is said of the tokens."""
+        """Returns the losses of all modes, and all results per token."""
         out = OBJECTIVES[name](*arrays)
         sums = [aggregate(out.loss, arrays[-1], mode, HORIZON) for mode in MODES]
         totals, counts = add(jnp.asarray(sums)).T
         return jax.vmap(divide)(totals, counts), out
 
     def with_gradient(run, *arrays):
-        """Of a sum in which every mode has a weight of its own."""
+        """Returns the gradient of a sum in which every mode has its own weight."""
         weighted = lambda *arrays: run(*arrays)[0] @ jnp.sqrt(1.0 + jnp.arange(len(MODES)))  # noqa: E731
         return run(*arrays), jax.grad(weighted)(*arrays)
 

@@ -23,7 +23,7 @@ MODE = "seq-mean-token-mean"
 
 
 def gradients(name, batches, mode=MODE, **options):
-    """(gradient, TokenLoss, count) of a list of inputs, in float32."""
+    """Returns (gradient, TokenLoss, count) of a list of inputs, in float32."""
 
     def loss(logp, *rest):
         out = getattr(objectives, name)(logp, *rest, **options)
@@ -36,7 +36,7 @@ def gradients(name, batches, mode=MODE, **options):
 
 
 def one_token(ratio, advantage, mismatch=1.0):
-    """A batch of one response token with p/p_old = ratio and p_old/p_rollout = mismatch."""
+    """Returns a batch of one response token with p/p_old = ratio, p_old/p_rollout = mismatch."""
     old, mask = np.full((B, T), -3.0), np.zeros((B, T), bool)
     mask[0, 0] = True
     logp, rollout = old + np.log(ratio), old - np.log(mismatch)
@@ -44,7 +44,7 @@ def one_token(ratio, advantage, mismatch=1.0):
 
 
 def slopes(name, *tokens, **options):
-    """dL/dlogp of single tokens, (ratio, advantage) each."""
+    """Returns dL/dlogp of single tokens, given as (ratio, advantage)."""
     batches = [one_token(*token) for token in tokens]
     filled = batches + batches[:1] * (len(SEEDS) - len(batches))
     return gradients(name, filled, **options)[0][: len(tokens), 0, 0]
@@ -99,7 +99,7 @@ PADDING = {0: (NAN, 1e4, -1e4), 1: (INF, NAN, 1e4), 2: (-INF, NAN, -1e4)}
 
 
 def dirty_and_clean():
-    """Batches with garbage as padding, and the same ones with zeros there."""
+    """Returns batches with garbage as padding, and the same batches with zeros there."""
     dirty, clean = [], []
     for seed, garbage in [(k, g) for k in PADDING for g in PADDING[k]]:
         x = make_inputs(seed, mismatch=0.5)
@@ -125,7 +125,7 @@ VARIANTS = [(name, options) for name in sorted(GRADIENTS) for options in OPTIONS
 def test_padding_can_hold_anything(name, options):
     """0 · inf: masking after exp gives a finite loss and a gradient that is not a number.
 
-    The last batches are as far off in the response itself: there the bound has to come before exp.
+    The last batches are as far off within the response: there, the bound must come before exp.
     """
     dirty, clean = dirty_and_clean()
     far = [x._replace(old=x.old + d, rollout=x.rollout + d) for x in clean[:1] for d in (1e4, -1e4)]
@@ -192,7 +192,7 @@ def test_spread_has_the_correction_of_bessel():
     "advantage", [centered, standardized, leave_one_out, maxrl, gpg, clip_filter]
 )
 def test_a_group_of_one_has_no_baseline(advantage):
-    """verl keeps its raw score there; a reward that is compared with nothing says nothing."""
+    """verl keeps the raw score here, but a reward without a comparison carries no information."""
     rewards, group = np.array([1.0, 1.0, 0.0, 1.0, 0.0]), np.array([0, 1, 1, 2, 2])
     out = np.asarray(advantage(rewards, group))
     assert np.isfinite(out).all() and out[0] == 0.0 and out[1] > 0 > out[2]

@@ -20,7 +20,7 @@ PRECISIONS = [(name, "float64") for name in trl_cases.LOSSES] + [
     for name in trl_cases.LOSSES
     if "," not in name
 ]
-# Different words for one thing; all other settings have to make a difference.
+# Different names for one thing; all other settings must make a difference.
 SAME = [{"dapo", "asynchronous"}, {"gspo", "gspo, form of tokens"}]
 
 
@@ -81,7 +81,7 @@ def test_every_setting_is_at_work():
 
 @pytest.mark.fast
 def test_clips_are_active():
-    """On both sides; a batch without clipped tokens would prove little."""
+    """Both sides clip some tokens; a batch without clipped tokens would prove little."""
     for name, case in trl_cases.LOSSES.items():
         for key in (f"loss/{name}/{metric}" for metric in trl_cases.METRICS if "clip" in metric):
             if key in frozen():

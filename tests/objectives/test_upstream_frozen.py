@@ -36,14 +36,14 @@ def frozen():
 
 
 def on_batches(function):
-    """Of every batch, in float64; metrics are float32."""
+    """Returns the results of every batch, in float64; metrics are float32."""
     with jax.enable_x64(True):
         batch = cases.Batch(*(frozen()[f"batch/{name}"] for name in cases.Batch._fields))
         return jax.tree.map(np.asarray, jax.vmap(function)(batch))
 
 
 def relative(actual, expected):
-    """Largest difference in each batch over the largest entry."""
+    """Returns the largest difference in each batch, relative to the largest entry."""
     axes = tuple(range(1, actual.ndim))
     assert actual.shape == expected.shape and actual.dtype == np.float64
     return np.abs(actual - expected).max(axes) / np.abs(expected).max(axes)
@@ -95,7 +95,7 @@ def test_correction(name):
 
 
 def assert_metrics(actual, prefix, names):
-    """Names: theirs -> ours."""
+    """Maps their names to ours."""
     tokens = frozen()["batch/mask"].sum((1, 2))
     counts = {"tokens": tokens, "rows": np.full(SEEDS, cases.ROWS)}
     for theirs, ours in names.items():
@@ -166,7 +166,7 @@ def test_clips_are_active():
 
 @pytest.mark.fast
 def test_bounds_of_bapo_are_searched():
-    """Each target is reached on the way in one batch, at the start or never in the others."""
+    """In one batch each target is reached midway; in the others at the start, or never."""
     for target in (".9", "1.24", "1.55"):
         high = frozen()[f"loss/bapo, target {target}/clip_high"]
         assert np.sum((high > 1.2) & (high < 2)) == 1, target

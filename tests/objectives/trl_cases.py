@@ -1,9 +1,9 @@
-"""The policy losses and advantages of TRL's trainers, each with the one of ours that equals it.
+"""The policy losses and advantages of TRL's trainers, each with our equivalent.
 
-`LOSSES` and `ADVANTAGES` say which settings of whom are compared; `trl_ours.py` runs ours on a
-batch, `trl_theirs.py` TRL's own code, which alone needs torch and trl.
+`LOSSES` and `ADVANTAGES` list the settings on both sides. `trl_ours.py` runs our functions on a
+batch; `trl_theirs.py` runs TRL's own code, and only it needs torch and trl.
 
-What TRL has and we have not: RLOO's ratio away from 1 (the product over the response, clipped), a
+TRL has these and we do not: RLOO's ratio away from 1 (the product over the response, clipped), a
 gate on the ratio of the response (`sapo` with `importance_sampling_level="sequence"`, and the
 weight of the KL), `token_mask` inside VESPO, the entropy bonus, and `top_entropy_quantile`, which
 keeps the tokens of highest entropy.
@@ -35,7 +35,7 @@ EOS, PAD, WORD = 1, 0, 2  # TRL reads only the last token of a response
 WEIGHTS = (1.0, 0.5)  # of the two rewards
 LENGTHS = np.arange(16)
 OVERLONG = ((12, 5), (12, 12), (12, 0))  # limit and buffer of the punishment of LENGTHS
-# By TRL's names, those that we define alike.
+# By TRL's names: the metrics that we define identically.
 METRICS = (
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
@@ -47,7 +47,7 @@ METRICS = (
 
 
 class Batch(NamedTuple):
-    """What both sides are given, in float64."""
+    """Inputs of both sides, in float64."""
 
     logp: np.ndarray  # [ROWS, WIDTH]; log π_θ, then the other policies
     old: np.ndarray
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 def draw(seed: int) -> Batch:
-    """Rows that have hardly moved, for clips at 1e-4, and rows that have moved far."""
+    """Makes rows that have hardly moved, for clips at 1e-4, and rows that have moved far."""
     rng = np.random.default_rng(seed)
     shape = ROWS, WIDTH
     rollout = rng.uniform(-6, -3, shape)
@@ -96,21 +96,21 @@ def draw(seed: int) -> Batch:
 
 
 class Loss(NamedTuple):
-    """One loss, in our words and in TRL's.
+    """One loss, with our settings and TRL's.
 
     Attributes:
-      objective, options: ours.
-      trl: arguments of TRL's config; the rest is its default.
-      aggregation: ours; `horizon` is TRL's `max_completion_length`.
-      corrections: ours, each with its options.
-      kl: weight of our `kl_penalty`; None for none.
-      unbiased_kl: it is multiplied by r.
-      trainer: of TRL.
-      off_policy: False where π_old is π_θ.
-      token_advantages: there is one advantage per token.
-      tools: some tokens are not the policy's.
-      all_rows: TRL's denominator counts the responses that it masked, ours does not.
-      same_value: False where the loss of one side is r Â and that of the other Â log π_θ.
+      objective, options: our objective and its options.
+      trl: arguments of TRL's config; others have their defaults.
+      aggregation: our aggregation; `horizon` is TRL's `max_completion_length`.
+      corrections: our corrections, each with its options.
+      kl: weight of our `kl_penalty`; None without one.
+      unbiased_kl: whether the KL is multiplied by r.
+      trainer: name of TRL's trainer.
+      off_policy: False if π_old is π_θ.
+      token_advantages: whether there is one advantage per token.
+      tools: whether some tokens are not the policy's.
+      all_rows: whether TRL's denominator counts the responses that it masked; ours does not.
+      same_value: False if one side's loss is r Â and the other's is Â log π_θ.
     """
 
     objective: Callable
@@ -129,12 +129,12 @@ class Loss(NamedTuple):
 
 
 def also(case: Loss, trl: dict[str, Any], **changes) -> Loss:
-    """The case with more of TRL's settings."""
+    """Returns the case with more of TRL's settings."""
     return case._replace(trl=case.trl | trl, **changes)
 
 
 def sampler(mode: str, smallest: float | None, largest: float | None) -> dict[str, Any]:
-    """TRL's settings against the mismatch of sampler and trainer."""
+    """Returns TRL's settings that correct the mismatch of sampler and trainer."""
     return dict(
         use_vllm=True,
         vllm_importance_sampling_mode=mode,
@@ -144,7 +144,7 @@ def sampler(mode: str, smallest: float | None, largest: float | None) -> dict[st
 
 
 def corrected(case: Loss, trl: dict[str, Any], ours: Callable, **options) -> Loss:
-    """The case with `trl` of `sampler`, and with the factor of ours that it is.
+    """Returns the case with `trl` from `sampler`, and with our equivalent factor.
 
     TRL multiplies it into min(r Â, clip(r) Â), as our corrections do.
     """
@@ -211,7 +211,7 @@ LOSSES = {
         dict(vespo_k_pos=2.0, vespo_lambda_pos=1.5, vespo_k_neg=4.0, vespo_lambda_neg=2.5),
         options=dict(positive=(2.0, 1.5), negative=(4.0, 2.5)),
     ),
-    # RLOO's ratio is the product over the response, which is 1 where nothing was updated.
+    # RLOO's ratio is the product over the response, which is 1 before any update.
     "rloo": Loss(
         reinforce,
         {},
@@ -248,7 +248,7 @@ LOSSES = {
     "cispo, token_truncate": corrected(
         CISPO, sampler("token_truncate", None, 1.2), corrections.token_tis, cap=1.2
     ),
-    # Here alone TRL multiplies the truncated weights into the ratio of the response.
+    # Only here does TRL multiply the truncated weights into the ratio of the response.
     "vespo, token_truncate": also(
         VESPO, sampler("token_truncate", None, 1.1), options=dict(tis_cap=1.1)
     ),
@@ -288,12 +288,12 @@ LOSSES = {
 
 
 class Advantage(NamedTuple):
-    """One advantage.
+    """One advantage estimator.
 
     Attributes:
-      ours: of rewards [ROWS, 2], groups, and which rewards are there.
+      ours: function of rewards [ROWS, 2], groups, and which rewards exist.
       trl: arguments of TRL's config.
-      trainer: of TRL.
+      trainer: name of TRL's trainer.
       all_scored: whether every response has its rewards.
       kl: weight of the distance to the reference that is subtracted from the reward.
     """
@@ -310,7 +310,7 @@ def total(rewards: jax.Array) -> jax.Array:
 
 
 def in_batch(x: jax.Array, valid: jax.Array) -> jax.Array:
-    """(x − mean) / (std + 1e-4) over everything that is valid."""
+    """Returns (x − mean) / (std + 1e-4) over all valid entries."""
     return standardized(x, jnp.zeros(len(x), int), valid, eps=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Our side of the comparison with TRL: losses, metrics and advantages of a case on batches."""
+"""Our side of the comparison with TRL: computes losses, metrics and advantages of a case."""
 
 import functools
 from collections.abc import Iterable
@@ -21,19 +21,19 @@ from tests.objectives.trl_cases import GROUP, ROWS, TOLERANCES, Advantage, Batch
 
 
 def settings(case: Loss | Advantage) -> dict[str, Any]:
-    """Everything that TRL's side depends on."""
+    """Returns everything that TRL's side depends on."""
     names = ("trl", "trainer", "off_policy", "token_advantages", "tools", "all_scored")
     return {name: getattr(case, name) for name in names if name in case._fields}
 
 
 def stack(results: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One result for each batch -> arrays with the batch as first axis."""
+    """Stacks one result per batch into arrays with the batch as first axis."""
     results = list(results)
     return {key: np.stack([result[key] for result in results]) for key in results[0]}
 
 
 def differences(case: Loss, actual: dict, expected: dict) -> dict[str, float]:
-    """Largest difference over the largest entry."""
+    """Returns the largest difference, relative to the largest entry."""
     compared = actual.keys() - (set() if case.same_value else {"loss"})
     return {key: relative(actual[key], expected[key]) for key in sorted(compared)}
 
@@ -50,7 +50,7 @@ def tolerance(key: str, dtype: str) -> float:
 
 
 def given(batches: Iterable[Batch], dtype: str) -> Batch:
-    """All batches at once for us, in this precision; one more axis than `Batch` says."""
+    """Returns all batches at once, in this precision, with one more axis than `Batch` says."""
     arrays = stack(batch._asdict() for batch in batches)
     return Batch(*(x.astype(dtype) if x.dtype == np.float64 else x for x in arrays.values()))
 
@@ -58,7 +58,7 @@ def given(batches: Iterable[Batch], dtype: str) -> Batch:
 def our_losses(
     case: Loss, batches: Iterable[Batch], dtype: str = "float64"
 ) -> dict[str, np.ndarray]:
-    """Loss, gradient by log π_θ, and those of TRL's metrics that we define alike, of each batch."""
+    """Returns each batch's loss, gradient by log π_θ, and the metrics we define as TRL does."""
     with jax.enable_x64(dtype == "float64"):
         results = jax.vmap(functools.partial(_our_loss, case))(given(batches, dtype))
         return jax.tree.map(np.asarray, results)
@@ -95,7 +95,7 @@ def _our_loss(case: Loss, batch: Batch) -> dict[str, jax.Array]:
 
 
 def _metrics(case: Loss, out, mask: jax.Array, advantages: jax.Array) -> dict[str, jax.Array]:
-    """By TRL's names; values per response are averaged over responses."""
+    """Returns metrics by TRL's names; values per response are averaged over responses."""
     whole = case.trl.get("importance_sampling_level") == "sequence"
     if case.objective is sapo:
         return {}
@@ -110,7 +110,7 @@ def _metrics(case: Loss, out, mask: jax.Array, advantages: jax.Array) -> dict[st
 
 
 def _mean(x: jax.Array, mask: jax.Array, whole: bool = False) -> jax.Array:
-    """Over tokens, or over responses of which every token has the same value."""
+    """Averages over tokens, or over responses whose tokens all have the same value."""
     return jnp.mean(x[:, 0]) if whole else jnp.sum(x * mask) / jnp.sum(mask)
 
 

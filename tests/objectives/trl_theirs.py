@@ -40,7 +40,7 @@ from tests.objectives.trl_ours import stack
 
 
 def their_losses(case: Loss, batches: Iterable[Batch]) -> dict[str, np.ndarray]:
-    """The same from TRL."""
+    """Returns the same results from TRL."""
     return stack(_their_loss(case, batch) for batch in batches)
 
 
@@ -86,7 +86,7 @@ def their_penalties(limit: int, buffer: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _float64():
-    """For what TRL makes of Python's numbers."""
+    """Sets the precision of tensors that TRL makes from Python numbers."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -95,7 +95,7 @@ def _float64():
 
 
 class Given(NamedTuple):
-    """What a trainer would sample and compute with its models."""
+    """Returns what a trainer would sample and compute with its models."""
 
     batch: Batch
     logp: "torch.Tensor"
@@ -104,7 +104,7 @@ class Given(NamedTuple):
 
 
 class GivenLogProbs:
-    """A trainer of TRL without model, tokenizer, rewards and processes, for one step on `given`."""
+    """Makes a TRL trainer for one step on `given`, without model, tokenizer, rewards, processes."""
 
     def __init__(self, config):
         vars(self).update(vars(config))
@@ -131,7 +131,7 @@ class GivenLogProbs:
         self._step_seq_len_weighted = self._step_forward_s = 0
 
     def score(self) -> dict:
-        """What TRL computes between sampling and the loss: masks, advantages, weights."""
+        """Returns what TRL computes between sampling and the loss: masks, advantages, weights."""
         return self._generate_and_score_completions([{"prompt": ""}] * ROWS)
 
     def _generate(self, prompts):
@@ -174,7 +174,7 @@ def make_trainer(name: str, settings: dict[str, Any], updates: int = 2):
     settings = dict(num_generations=GROUP, **settings)
     if name != "AsyncGRPO":
         settings["num_iterations"] = updates
-    with warnings.catch_warnings(action="ignore"):  # of names that transformers deprecates
+    with warnings.catch_warnings(action="ignore"):  # about names that transformers deprecates
         config = config(
             output_dir="unused",
             use_cpu=True,
@@ -187,7 +187,7 @@ def make_trainer(name: str, settings: dict[str, Any], updates: int = 2):
 
 
 def _flat(batch: Batch) -> dict:
-    """The batch as the asynchronous trainer packs it: all tokens in one row."""
+    """Returns the batch as the asynchronous trainer packs it: all tokens in one row."""
     row = lambda x: torch.tensor(np.broadcast_to(x, (ROWS, WIDTH)).reshape(1, -1))  # noqa: E731
     index = np.arange(ROWS * WIDTH).reshape(ROWS, WIDTH)
     count, one = torch.tensor([batch.mask.sum()]), torch.ones(1, 1, dtype=int)
@@ -209,7 +209,7 @@ def _flat(batch: Batch) -> dict:
 
 
 def _asynchronous_group(rewards: np.ndarray) -> np.ndarray:
-    """Advantages of one group as the asynchronous trainer's sampling process computes them."""
+    """Returns a group's advantages as the asynchronous trainer's sampling process computes them."""
     columns = [[None if np.isnan(x) else float(x) for x in column] for column in rewards.T]
     sampler = types.SimpleNamespace(
         reward_funcs=[lambda column=column, **_: column for column in columns],

@@ -1,10 +1,10 @@
-"""What we define like verl, slime and the authors of BAPO: losses, corrections and metrics.
+"""Losses, corrections and metrics that we define as verl, slime and the authors of BAPO do.
 
 Each of our names and options is listed with theirs. `make_upstream_fixtures.py` runs their code,
-`test_upstream_frozen.py` ours. Equal names are not equal things: `METRICS` has one of our names
-for verl's `kl` and another one for slime's.
+`test_upstream_frozen.py` ours. Equal names may differ in meaning: `METRICS` maps verl's `kl` and
+slime's `kl` to different names of ours.
 
-What they have and we have not: rejection by k2, k3 and by the Bernoulli KL in both directions.
+They have these and we do not: rejection by k2, k3 and by the Bernoulli KL in both directions.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from jaxrl_stable import corrections
 from jaxrl_stable.objectives import bapo, cispo, dppo, dro, gmpo, gspo, minirl, ppo, reinforce, sapo
 
 ROWS, WIDTH = 6, 9
-SEEDS = 4, 5, 11  # of batches in which every clip has something to do
+SEEDS = 4, 5, 11  # of batches in which every clip acts
 NO_BOUND = 1e9  # verl cannot express None: dual clip and truncation are on by default
 
 
 class Batch(NamedTuple):
-    """What both sides are given, in float64."""
+    """Inputs of both sides, in float64."""
 
     logp: np.ndarray  # [ROWS, WIDTH]; log π_θ, π_old, μ_old
     old: np.ndarray
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 def draw(seed: int) -> Batch:
-    """Rows in which the policies hardly differ, rows in which they do, and two far-off ones."""
+    """Makes rows in which the policies hardly differ, rows in which they do, and two outliers."""
     rng = np.random.default_rng(seed)
     shape = ROWS, WIDTH
     lengths = rng.permuted([1, 3, 5, 7, 8, WIDTH])[:, None]
@@ -54,14 +54,14 @@ class Loss(NamedTuple):
     """One loss.
 
     Attributes:
-      ours, options: objective.
-      theirs: "system name" of the loss.
-      settings: of their config.
-      aggregation: of both; `horizon` is verl's `loss_scale_factor`.
-      weights: verl's `rollout_is` and threshold, of π_old/μ_old.
-      corrections: ours that is it, with its options.
-      bypass: their old policy is the sampler.
-      shares: metric of ours: those of theirs that add up to it.
+      ours, options: our objective and its options.
+      theirs: the loss as "system name".
+      settings: settings of their config.
+      aggregation: aggregation of both; `horizon` is verl's `loss_scale_factor`.
+      weights: verl's `rollout_is` and threshold, for π_old/μ_old.
+      corrections: our equivalent correction, with its options.
+      bypass: whether their old policy is the sampler.
+      shares: maps a metric of ours to the metrics of theirs that add up to it.
     """
 
     ours: Callable
@@ -135,7 +135,7 @@ LOSSES = {
         shares=DPPO,
     ),
     "reinforce": Loss(reinforce, {}, "verl reinforce", {}, SUM),
-    # The weights are of π_θ here, as in verl's bypass mode.
+    # The weights use π_θ here, as in verl's bypass mode.
     "minirl, not clipped": Loss(
         minirl,
         dict(clip=False, truncation=1.3),
@@ -190,7 +190,7 @@ LOSSES = {
         *TIS,
         shares=REGION,
     ),
-    # verl counts tokens beyond either bound, we only those whose gradient goes.
+    # verl counts tokens beyond either bound; we count only tokens that lose their gradient.
     "gmpo": Loss(gmpo, dict(clip_low=0.2, clip_high=0.3), "verl geo_mean", clips(0.2, 0.3), EACH),
     "cispo": Loss(
         cispo, dict(clip_high=0.3), "verl cispo", clips(1.0, 0.3), "token-mean", shares=TRUNCATED
@@ -213,7 +213,7 @@ LOSSES = {
     ),
     "dro": Loss(dro, dict(beta=0.3), "verl-dro dro", dict(dro_beta=0.3), "token-mean"),
     "bapo, recipe": bapo_case(1.0, **RECIPE),
-    # Each stops on its way in one of the batches, at a start or an end in the others.
+    # Each search stops midway in one of the batches, and at its start or end in the others.
     "bapo, target .9": bapo_case(0.9, **RECIPE),
     "bapo, target 1.24": bapo_case(1.24, **RECIPE),
     "bapo, target 1.55": bapo_case(1.55, **RECIPE),
@@ -222,7 +222,7 @@ LOSSES = {
 
 
 class Correction(NamedTuple):
-    """One correction; `metrics` are ours of it, and the names that they have there."""
+    """One correction; `metrics` maps our metrics of it to their names."""
 
     ours: Callable
     options: dict[str, Any]
@@ -242,19 +242,19 @@ def rejected(option: str) -> dict[str, str]:
 
 
 def weigh(level: str, threshold: float | str, normalize: bool = False) -> dict[str, Any]:
-    """verl's; one number truncates, two drop."""
+    """verl's correction; one bound truncates, two bounds drop."""
     return dict(
         rollout_is=level, rollout_is_threshold=threshold, rollout_is_batch_normalize=normalize
     )
 
 
 def reject(option: str, threshold: str) -> dict[str, Any]:
-    """verl's; the bounds are of sampler over trainer, ours of trainer over sampler."""
+    """verl's correction; its bounds are for sampler / trainer, ours for trainer / sampler."""
     return dict(rollout_rs=option, rollout_rs_threshold=threshold)
 
 
 def tis(level: str, mode: str, upper: float, lower: float | None = None, normalize: bool = False):
-    """slime's."""
+    """slime's correction."""
     return dict(
         tis_level=level,
         tis_mode=mode,
@@ -265,7 +265,7 @@ def tis(level: str, mode: str, upper: float, lower: float | None = None, normali
 
 
 def rs(level: str, lower: float, upper: float) -> dict[str, Any]:
-    """slime's; the bounds are of trainer over sampler."""
+    """slime's correction; the bounds are for trainer / sampler."""
     return tis("token", "truncate", NO_BOUND) | dict(
         use_rs=True, rs_level=level, rs_lower_bound=lower, rs_upper_bound=upper
     )
@@ -362,7 +362,7 @@ CORRECTIONS = {
     ),
 }
 
-# Of the mismatch π_old/μ_old, by their names.
+# Metrics of the mismatch π_old/μ_old, by their names.
 OF_BOTH = {
     "training_ppl": "mismatch/ppl_train_seq_mean",
     "rollout_ppl": "mismatch/ppl_rollout_seq_mean",
@@ -395,7 +395,7 @@ METRICS = {
     },
 }
 OVER_LESS_ONE = {"rollout_probs_diff_std": "tokens", "rollout_is_seq_std": "rows"}  # n − 1, not n
-# For one weight per token, again by their names; all except the shares are after truncation.
+# Metrics of one weight per token, by their names; all except the shares are after truncation.
 SHARES = {
     "rollout_is_ratio_fraction_high": "weight/share_above_2",
     "rollout_is_ratio_fraction_low": "weight/share_below_half",
@@ -423,7 +423,7 @@ WEIGHTS = {2.0: SHARES | USED, 1.2: USED, NO_BOUND: RAW}  # by verl's threshold
 
 
 def settings() -> dict[str, Any]:
-    """Everything that their side depends on."""
+    """Returns everything that their side depends on."""
     losses = {
         name: [
             case.theirs,

@@ -1,4 +1,4 @@
-"""The loop of the cold start: what it logs, and how long it says that a step takes."""
+"""The loop of the cold start: what it logs, and the time per step that it reports."""
 
 import pathlib
 import types
@@ -17,7 +17,7 @@ SECONDS = 2.0  # per step
 
 @pytest.fixture
 def slow_steps(monkeypatch):
-    """Makes each step take exactly `SECONDS`, on a clock that nothing else moves."""
+    """Makes each step take exactly `SECONDS` on a fake clock."""
     now = 0.0
 
     def shard_rows(*args):

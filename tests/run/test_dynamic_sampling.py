@@ -1,4 +1,4 @@
-"""Dynamic sampling: later rounds fill the places of groups that give no gradient."""
+"""Dynamic sampling: later rounds replace groups that give no gradient."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ G, T, L, K = 2, 5, 3, 2
 
 
 def make_round(number, scores, valid=None):
-    """Everything in row i is 100 · number + i."""
+    """Returns a round in which everything in row i is 100 · number + i."""
     scores = np.asarray(scores, np.float32)
     ids = 100 * number + np.arange(len(scores))
     column = np.repeat(ids[:, None], T, 1)
@@ -53,8 +53,8 @@ def run(rounds, max_rounds=9):
 @pytest.mark.fast
 def test_rows_of_a_later_round_move_together():
     rounds = [
-        make_round(0, [1, 0, 1, 1, 0, 0, 0, 1]),  # groups 1 and 2 say nothing
-        make_round(1, [0, 0, 0, 0, 0, 0, 1, 0]),  # its last group does
+        make_round(0, [1, 0, 1, 1, 0, 0, 0, 1]),  # groups 1 and 2 are uninformative
+        make_round(1, [0, 0, 0, 0, 0, 0, 1, 0]),  # its last group is informative
         make_round(2, [1, 0, 0, 1, 0, 1, 1, 0]),  # more than is needed
     ]
     batch, drawn = run(rounds)

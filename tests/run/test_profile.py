@@ -37,7 +37,7 @@ def test_steps_that_are_refused(text):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What the profiler is asked to do, in order."""
+    """Records what the profiler is asked to do, in order."""
     seen = []
 
     class Annotation(jax.profiler.StepTraceAnnotation):

@@ -1,4 +1,4 @@
-"""Weights & Biases: what its package is called with, and that its faults stay its own."""
+"""Weights & Biases: the calls of its package, and that its errors do not stop a run."""
 
 import json
 import math
@@ -49,7 +49,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A package `wandb` that keeps what `init` is called with, and the runs that it returns."""
+    """A fake package `wandb` that records calls of `init` and the runs that it returns."""
     fake = types.ModuleType("wandb")
     fake.started, fake.runs, fake.broken = [], [], ()
 
@@ -157,7 +157,7 @@ def test_a_missing_package_is_an_error_before_anything_runs(absent, tmp_path):
 
 
 def test_a_directory_called_wandb_is_not_the_package(tmp_path, monkeypatch):
-    """wandb leaves one where it was started; Python imports it as an empty package."""
+    """wandb leaves such a folder where it was started; Python imports it as an empty package."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -181,7 +181,7 @@ def test_options_of_a_loss_are_part_of_the_configuration():
 
 
 def test_a_resolved_configuration_from_before_the_field_still_loads(tmp_path):
-    """And the field, with its default, is all that differs."""
+    """The field, with its default, is the only difference."""
     load_experiment([TINY], ["configs.Experiment.wandb_project=''"])
     resolved = gin_files.resolved_config()
     (line,) = [line for line in resolved.splitlines() if "wandb_project" in line]

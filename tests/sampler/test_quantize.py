@@ -16,7 +16,7 @@ from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.trainer.batch import make_batch
 from jaxrl_stable.trainer.score import score
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
+QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all of the time
 
 CONFIG = m.tiny(
     vocab_size=40,
@@ -174,7 +174,7 @@ TOKENS = jnp.asarray(np.random.default_rng(1).integers(1, 40, (4, 16)))
 
 @pytest.fixture(scope="module")
 def gaps(stack):
-    """Mean |Δ log p| of each format."""
+    """Returns the mean |Δ log p| of each format."""
     positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
 
     @partial(jax.jit, static_argnums=1, compiler_options=QUICK)
@@ -218,7 +218,7 @@ def test_native_products_keep_the_narrow_type(stack):
 
 @pytest.fixture(scope="module")
 def mismatch():
-    """Metrics of `score` for a rollout of each of several models at once."""
+    """Returns the metrics of `score` for rollouts of several models at once."""
 
     def run(model, trajectory):
         batch = make_batch(trajectory, jnp.zeros(4))
@@ -230,7 +230,7 @@ def mismatch():
 
 @pytest.mark.parametrize("format", FORMATS[1:])
 def test_rollouts_of_several_models_at_once(stack, mismatch, format):
-    """Jitted and mapped over two models: each has its own mismatch, finite and not zero."""
+    """Jitted and mapped over two models, each has its own mismatch, finite and not zero."""
     prompts = jnp.asarray(np.random.default_rng(2).integers(4, 40, (4, 3)))
 
     def run(model):
@@ -256,7 +256,7 @@ def test_who_multiplies():
 
 
 def test_no_gradient_passes_through(model):
-    """A loss of the copy has no gradient in the weights that were quantised."""
+    """A loss of the copy has no gradient with respect to the weights that were quantised."""
 
     def total(model):
         leaves = [param.get_value() for param in parameters(quantize(model, "fp8")).values()]

@@ -1,4 +1,4 @@
-"""The sampler: what it records is what the training program would compute."""
+"""The sampler records what the training program would compute."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ from jaxrl_stable.trainer.forward import policy_log_probs
 
 @pytest.fixture(scope="module")
 def rescore(model):
-    """`rescore(trajectory, temperature)` by the training program."""
+    """`rescore(trajectory, temperature)` computes log-probabilities by the training program."""
 
     @partial(jax.jit, static_argnums=2)
     def scored(model, batch, temperature):
@@ -29,7 +29,7 @@ def rescore(model):
 
 
 def test_layout(trajectory, prompts):
-    """Prompts left-padded, responses from column P on, contiguous, EOS included, then padding."""
+    """Prompts are left-padded; responses start at column P, include EOS, and end in padding."""
     tokens, mask = prompts
     P = trajectory.prompt_width
     np.testing.assert_array_equal(trajectory.tokens[:, :P], tokens)
@@ -43,14 +43,14 @@ def test_layout(trajectory, prompts):
     last = response & ~np.roll(np.pad(response, ((0, 0), (0, 1))), -1, 1)[:, :-1]
     assert not (stops & ~last).any()  # a stop token is always the last one
     np.testing.assert_array_equal(trajectory.finished, stops.any(-1))
-    assert 0 < np.asarray(trajectory.finished).sum() < len(lengths)  # both kinds are in the test
+    assert 0 < np.asarray(trajectory.finished).sum() < len(lengths)  # the test has both kinds
     assert (lengths[~np.asarray(trajectory.finished)] == response.shape[1]).all()
     assert (sampled[~response] == 0).all()
     assert (np.asarray(trajectory.logp_rollout)[~np.asarray(trajectory.response_mask)] == 0).all()
 
 
 def test_routing_covers_every_fed_token(trajectory):
-    """All prompt and response tokens have a row but the last sampled one, which was never fed."""
+    """All prompt and response tokens have a row, except the last sampled one, never an input."""
     last = np.asarray(trajectory.real).cumsum(-1) == np.asarray(trajectory.real).sum(-1)[:, None]
     expected = np.asarray(trajectory.real) & ~(last & np.asarray(trajectory.response_mask))
     np.testing.assert_array_equal(trajectory.routing.valid, expected)
@@ -80,7 +80,7 @@ def test_temperature_is_the_same_on_both_sides(model, prompts, rescore):
 
 
 def test_routing_equals_that_of_the_training_forward(trajectory, rescore):
-    """Same program family, same weights: decode with a cache chooses the same experts."""
+    """With the same weights, decoding with a cache chooses the same experts."""
     _, router = rescore(trajectory)
     valid = np.asarray(trajectory.routing.valid)
     ours = np.asarray(trajectory.routing.experts)[:, valid]
@@ -89,7 +89,7 @@ def test_routing_equals_that_of_the_training_forward(trajectory, rescore):
 
 
 def test_rows_do_not_depend_on_each_other(model, prompts, trajectory):
-    """Padding rows added, other rows changed: row b samples the same tokens."""
+    """If padding rows are added and other rows changed, row b samples the same tokens."""
     tokens, mask = prompts
     sampling = Sampling(9, stop_ids=(2, 3, 4))
     more = (np.pad(tokens, ((0, 3), (0, 0))), np.pad(mask, ((0, 3), (0, 0))))
@@ -103,7 +103,7 @@ def test_rows_do_not_depend_on_each_other(model, prompts, trajectory):
 
 
 def test_left_padding_does_not_matter(model, prompts, trajectory):
-    """More padding columns, same samples: positions and mask count real tokens only."""
+    """More padding columns give the same samples: positions and mask count real tokens only."""
     tokens, mask = prompts
     wide = (np.pad(tokens, ((0, 0), (4, 0))), np.pad(mask, ((0, 0), (4, 0))))
     # The key of a token depends on its column: compare greedy samples, which need none.
@@ -118,7 +118,7 @@ def test_left_padding_does_not_matter(model, prompts, trajectory):
 
 
 def test_samples_follow_the_distribution(model, prompts):
-    """First tokens of many identical prompts: chi-squared distance to the exact distribution."""
+    """Compares first tokens of many identical prompts with the exact distribution (chi-squared)."""
     n = 4096
     tokens, mask = (np.repeat(x[:1], n, axis=0) for x in prompts)
     sampling = Sampling(1, temperature=0.7)
@@ -167,7 +167,7 @@ def test_truncated_sampling_records_untruncated_log_probs(model, prompts, rescor
 
 
 def test_loop_stops_when_every_row_is_done(model, prompts):
-    """With every token a stop token the responses have length one, whatever the limit."""
+    """If every token is a stop token, responses have length one, whatever the limit."""
     sampling = Sampling(6, stop_ids=tuple(range(32)))
     run = jax.jit(partial(rollout, sampling=sampling))(model, *prompts, jax.random.key(0))
     assert (run.response_mask.sum(-1) == 1).all()
@@ -177,8 +177,8 @@ def test_loop_stops_when_every_row_is_done(model, prompts):
 
 
 def test_rows_sampled_in_lots_are_the_same(model, prompts, trajectory):
-    """Every lot stops by itself; keys, routing and padding stay with their rows."""
-    sampling = Sampling(9, stop_ids=(2, 3, 4))  # that of the fixture
+    """Each group of rows stops on its own; keys, routing and padding stay with their rows."""
+    sampling = Sampling(9, stop_ids=(2, 3, 4))  # the fixture's own
     lots = jax.jit(partial(rollout, sampling=sampling, at_a_time=4))
     actual = lots(model, *prompts, jax.random.key(1))
     assert actual.prompt_width == trajectory.prompt_width

@@ -1,4 +1,4 @@
-"""Exact mode: sampler and trainer agree bit for bit; and log-probabilities that are rescored."""
+"""Exact mode, in which sampler and trainer agree bit for bit, and rescored log-probabilities."""
 
 import pathlib
 from dataclasses import replace
@@ -25,7 +25,7 @@ ZERO = ("kl_", "abs_", "js_", "chi2_", "extreme_", "log_ppl_", "prob_abs_", "pro
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """`run(*files, **bindings)`: the training rows of a whole run, without a cold start.
+    """`run(*files, **bindings)` returns the training rows of a whole run without a cold start.
 
     The weights have to move, but an untrained policy is never right: advantages are made up.
     """
@@ -52,7 +52,7 @@ def run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("replay", "updates"), [("none", 1), ("R3", 2)])
 def test_mismatch_is_exactly_zero(run, replay, updates):
-    """In every step of a run whose weights move. With ("none", 1) the update itself measures."""
+    """They agree in every step, while weights move. With ("none", 1) the update measures it."""
     rows = run(EXACT, **{"Objective.replay": replay, "Objective.mini_batches": updates})
     for row in rows:
         distances = [x for x in row if x.startswith(tuple(f"mismatch/{zero}" for zero in ZERO))]
@@ -72,7 +72,7 @@ def test_mismatch_is_exactly_zero(run, replay, updates):
 
 
 def test_recomputed_weights_are_one_and_the_mismatch_is_still_measured(run):
-    """One update, no replay: π_θ is π_old, so nothing is left of the importance weight."""
+    """With one update and no replay, π_θ is π_old, so the importance weight is 1."""
     recomputed = {"Objective.policies": "recomputed"}
     rows = run(**{"Objective.replay": "none", "Objective.mini_batches": 1} | recomputed)
     for row in rows:
@@ -85,7 +85,7 @@ def test_recomputed_weights_are_one_and_the_mismatch_is_still_measured(run):
 
 @pytest.fixture(scope="module")
 def uncached(model, prompts, trajectory):
-    """`trajectory` again, but for the first row, which has no prompt."""
+    """The same trajectory, except that its first row has no prompt."""
     tokens, mask = prompts
     mask = mask & (np.arange(len(tokens)) > 0)[:, None]
     sampling = Sampling(trajectory.tokens.shape[1] - tokens.shape[1], stop_ids=(2, 3, 4))
@@ -110,7 +110,7 @@ def test_same_samples_as_with_the_cache(uncached, trajectory):
 def test_bits_are_those_of_score_and_only_without_a_cache(
     model, uncached, trajectory, quantized_trajectory, passes, replay
 ):
-    """Three layers, one of them dense. The negative controls: a cache, and int8 weights."""
+    """Three layers, one of them dense. Negative controls: a cache, and int8 weights."""
     worst = {}
     for name, sampled in dict(
         uncached=uncached, cache=trajectory, int8=quantized_trajectory

@@ -1,4 +1,4 @@
-"""Run by test_meshes.py: one rollout, score and update on one device and on meshes of eight.
+"""Run by test_meshes.py: compares one step on one device with meshes of eight.
 
 python -m tests.sharding.agreement \\
     '[{"mesh": [2, 2, 2, 1, 1]}, {"mesh": [1, 1, 8, 1, 1], "replay": "R2"}]'
@@ -36,7 +36,7 @@ def results(
     sft: bool = False,
     **model,
 ) -> dict[str, object]:
-    """Tokens, routing, log-probabilities, metrics and first moments (gradients) of one step."""
+    """Returns tokens, routing, log-probabilities, metrics and first moments of one step."""
     rng = np.random.default_rng(0)
     mask = np.arange(PROMPT)[None] >= PROMPT - rng.integers(2, PROMPT + 1, ROW_COUNT)[:, None]
     prompts = np.where(mask, rng.integers(4, 32, mask.shape), 0)
@@ -88,12 +88,12 @@ def results(
 
 
 def share(x: jax.Array) -> tuple[int, ...]:
-    """Shape of what one device holds."""
+    """Returns the shape of what one device holds."""
     return x.sharding.shard_shape(x.shape)
 
 
 def check_places(mesh, state, sampler, trajectory, mini) -> None:
-    """Weights, samples and mini-batches lie where the rules say."""
+    """Checks that weights, samples and mini-batches are placed as the rules say."""
     sizes = mesh.shape
     gate, spread = (m.stacks[0][0].mlp.gate.get_value() for m in (state.model, sampler))
     spread = getattr(spread, "values", spread)

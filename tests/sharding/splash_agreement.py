@@ -1,4 +1,4 @@
-"""Run by test_meshes.py: the splash kernel, interpreted, against plain attention."""
+"""Run by test_meshes.py: compares the interpreted splash kernel with plain attention."""
 
 import jax
 import jax.numpy as jnp

@@ -41,16 +41,16 @@ def run(cases: list[dict]) -> str:
 
 
 def test_meshes_agree_with_one_device():
-    """Same sampled tokens, routing, log-probs, metrics and gradients on 1 and on 8 devices."""
+    """Tokens, routing, log-probs, metrics and gradients are the same on 1 and 8 devices."""
     assert run(FEW).count("largest difference") == len(FEW)
 
 
 @pytest.mark.slow
 def test_every_kind_of_mesh_agrees_with_one_device():
-    """The same for every axis alone and together, R2 and R3, both ways to reach the experts."""
+    """Tests every axis alone and together, R2 and R3, and both ways to reach the experts."""
     assert run(ALL).count("largest difference") == len(ALL)
 
 
 def test_the_kernel_agrees_with_plain_attention():
-    """Splash, interpreted: segments, padding, columns by zig-zag, heads over other devices."""
+    """Tests interpreted splash: segments, padding, zig-zag columns, heads over other devices."""
     assert run_script("splash_agreement").count("agrees") == 3

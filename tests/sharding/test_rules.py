@@ -1,4 +1,4 @@
-"""Rules: which part of what lies where. Whole passes on meshes are in test_meshes.py."""
+"""Rules: which part of which array is placed where. test_meshes.py has whole passes."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ def test_partition_of_a_parameter():
 
 
 def test_weights_are_not_cut_over_a_whole_slice():
-    """The last axis is left out, except that one axis alone may be the slice."""
+    """The last axis is left out, unless it is the only axis of the slice."""
     cube = mesh(data=2, fsdp=4, expert=4, context=4)
     assert spec(("embed", "mlp"), (64, 16), cube) == P(("fsdp", "expert"), None)
     assert spec(EXPERTS[1:], (8, 64, 16), cube) == P("expert", ("fsdp", "context"), None)
@@ -45,7 +45,7 @@ def test_weights_are_not_cut_over_a_whole_slice():
 
 
 def test_the_samplers_weights_are_in_place():
-    """Experts over all of fsdp and expert, the rest whole; values are not touched."""
+    """Experts are spread over fsdp and expert, the rest is whole; values do not change."""
     devices = mesh(fsdp=2, expert=4, tensor=2)
     model = {
         "experts": nnx.Param(jnp.ones((8, 4, 6)), axes=EXPERTS[1:], inputs=("embed",)),

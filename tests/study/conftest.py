@@ -1,4 +1,4 @@
-"""A study that is as small as one can be; what compiles is made once."""
+"""The smallest possible study; what compiles is made once."""
 
 from functools import partial
 
@@ -57,7 +57,7 @@ def starts(study):
 
 @pytest.fixture(scope="session")
 def together(study, starts):
-    """All runs of the program with four objectives: wave, runs at their start, the program.
+    """All runs of the program with four objectives: the wave, its initial runs, the program.
 
     A device makes its runs at once, as accelerators do; the study's own program, in
     test_runner.py, makes them one after another, as it does on a CPU.

@@ -1,4 +1,4 @@
-"""How runs are mapped; what is compiled ahead, and when nobody waits for it any more."""
+"""How runs are mapped; what is compiled ahead, and what happens if it is no longer needed."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from jaxrl_stable.study.programs import made_ahead, over_runs
 
 @pytest.mark.parametrize("vmapped", [False, True, None])
 def test_each_run_gets_its_own_and_the_shared(vmapped):
-    """A loop has no batch dimension in the function's operations, and `vmap` has no loop."""
+    """A loop adds no batch dimension to the function's operations; `vmap` has no loop."""
 
     def function(run, shared):
         return {"x": run["x"] @ run["w"] + shared, "sum": run["w"].sum()}
@@ -61,7 +61,7 @@ def test_made_in_order_without_being_asked(one_thread):
 
 
 def test_nobody_waits_for_what_is_no_longer_wanted(one_thread):
-    """A study that stops at its first error does not go on to compile its other programs."""
+    """A study that stops at an error does not continue to compile its other programs."""
     made, gate = [], threading.Event()
     with (
         pytest.raises(ValueError, match="first"),
@@ -83,7 +83,7 @@ def test_an_error_is_raised_where_its_program_is_wanted(one_thread):
 
 
 def test_several_hosts_compile_when_asked(monkeypatch):
-    """In one order: that in which the main thread asks."""
+    """Programs compile in the order in which the main thread asks for them."""
     monkeypatch.setattr(programs.jax, "process_count", lambda: 2)
     made, gate = [], threading.Event()
     gate.set()

@@ -1,4 +1,4 @@
-"""What a study compares with the study.json of its directory."""
+"""A study is compared with the study.json of its directory."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from jaxrl_stable.study.records import identify
 
 @pytest.mark.fast
 def test_a_study_of_an_older_version_with_latent_attention_goes_on(study, tmp_path):
-    """Its study.json has the name that LatentSizes had then."""
+    """The old study.json has the earlier name of LatentSizes."""
     latent = LatentSizes(key_value_rank=8, rotary_dim=4, value_dim=8)
     study = dataclasses.replace(study, model=dataclasses.replace(study.model, latent=latent))
     identify(study, tmp_path)

@@ -1,4 +1,4 @@
-"""What is run, in which programs, and what is left on disk, whatever happens on the way."""
+"""What is run, in which programs, and what is on disk, even after an interruption."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Made by the program, on two CPU devices, each with its own runs."""
+    """The records, made by the program on two CPU devices, each with its own runs."""
     directory = tmp_path_factory.mktemp("study")
     command = [sys.executable, "-m", "jaxrl_stable.study", f"--gin_file={TINY}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
@@ -63,7 +63,7 @@ def test_records(small, finished):
         assert all(kl > 0 for kl in run["first"]["kl"])
     clipped = [runs["N=2, R3, no clip", s]["curves"]["clipped"] for s in (0, 1)]
     assert not np.any(clipped)
-    # The same start, problems and random numbers: cells differ in what they are, seeds in luck.
+    # Start, problems and random numbers are shared: cells differ in settings, seeds in luck.
     first = [runs[c, 0]["first"]["reward"][0] for c in ("N=2, R3", "N=2, R3, no clip")]
     assert first[0] == first[1]
     before = [runs["N=2, R3", s]["evaluations"]["score"][0] for s in (0, 1)]
@@ -80,7 +80,7 @@ def test_report(finished):
 
 
 def test_samples(small, finished):
-    """Every token of a response has its figures; layers are those that there are."""
+    """Every token of a response has its figures, and the listed layers exist."""
     rows = read_jsonl(finished / "samples.jsonl")
     assert len(rows) == 4 and {row["cell"] for row in rows} == {"N=2, R3"}
     for row in rows:
@@ -95,7 +95,7 @@ def test_samples(small, finished):
 
 
 def test_nothing_is_run_twice(small, finished, tmp_path):
-    """Killed while it wrote, and a third seed: what is there stays as it is, to the byte.
+    """A run killed while writing, and a third seed, leave finished records as they are.
 
     The run whose line was torn is made again, here on one device, and comes out the same.
     """
@@ -132,7 +132,7 @@ def test_another_study_is_refused(small, finished):
 
 
 def test_records_of_other_settings_are_refused(small, finished, tmp_path):
-    """A name leaves out what is usual in its study: it says nothing without the settings."""
+    """Names omit the usual settings of their study, so the same name may mean other settings."""
     (tmp_path / "study.json").write_bytes((finished / "study.json").read_bytes())
     text = (finished / "results.jsonl").read_text().replace('"learning_rate": 0.01', '"other": 1')
     (tmp_path / "results.jsonl").write_text(text)
@@ -141,7 +141,7 @@ def test_records_of_other_settings_are_refused(small, finished, tmp_path):
 
 
 def test_other_cold_starts_are_refused(small, finished, tmp_path):
-    """Other libraries or another machine: the seeds would no longer be pairs."""
+    """With other libraries or another machine, equal seeds would no longer be pairs."""
     (tmp_path / "study.json").write_bytes((finished / "study.json").read_bytes())
     rows = read_jsonl(finished / "results.jsonl")
     rows[0]["evaluations"]["score"][0] += 0.25
@@ -152,7 +152,7 @@ def test_other_cold_starts_are_refused(small, finished, tmp_path):
 
 
 def test_the_study_decides_on_figures(finished, tmp_path):
-    """Not the record, which may be older than the figure, or than the cell's removal."""
+    """study.json decides: records may be older than a figure, or than the removal of a cell."""
     (tmp_path / "results.jsonl").write_bytes((finished / "results.jsonl").read_bytes())
     about = json.loads((finished / "study.json").read_text())
     about["cells"] = {"N=2, R3": ["two", "later"]}
@@ -169,7 +169,7 @@ def test_defaults_that_are_spelt_out_are_the_same_cell(study):
 
 
 def test_every_claim_finds_its_cells_in_the_grid():
-    """The claims name settings; the grid of the paper has a cell for each of them."""
+    """The claims name settings; the paper's grid has a cell for each of them."""
     built = gin_files.load([str(ROOT / "experiments/paper/grid.gin")], [], study_program.build)
     cells = [
         analysis.CellRuns(name, cell.settings, cell.figures, ())
@@ -181,7 +181,7 @@ def test_every_claim_finds_its_cells_in_the_grid():
 
 
 def test_plan_shares_programs(study):
-    """One program for all objectives that share their passes; waves of one size."""
+    """Objectives that share their passes share one program; its waves have one size."""
     cells = study.cells()
     plans = plan(study, cells, (), 1)
     assert [len(waves) for waves in plans] == [1, 1]
@@ -201,7 +201,7 @@ def test_plan_shares_programs(study):
 
 
 def test_evidence(small, finished):
-    """What replay carries: one byte for each of two experts in each of two layers."""
+    """Replay carries one byte for each of two experts in each of two layers."""
     (row,) = replay_rows(runs_of(finished).values(), small)
     assert row["bytes_per_token"] == 4 and row["kl_step0"] > 0
     runs = [runs_of(finished)["N=2, R3", s] for s in (0, 1)]
@@ -228,7 +228,7 @@ def test_errors(study, change, message):
 
 
 def test_gin_file_and_losses():
-    """Options that gin binds to a loss reach the cells; a binding nobody reads is an error."""
+    """Options that gin binds to a loss reach the cells; an unused binding is an error."""
     lines = [
         "study.Grid.losses = (@objectives.gspo,)",
         "study.Grid.options = ({},)",

@@ -1,4 +1,4 @@
-"""Runs that are mapped together are those that one would make alone, by the library's own steps."""
+"""Runs that are mapped together equal runs made alone with the library's own steps."""
 
 import dataclasses
 from functools import partial
@@ -39,7 +39,7 @@ def leaves(tree):
 
 
 def test_runs_together_are_runs_alone(study, together):
-    """All four objectives, two seeds, two cold starts: each run as if it were the only one."""
+    """Four objectives, two seeds, two cold starts: each run equals the same run made alone."""
     wave, runs, program = together
     ended, curves = program(runs, jnp.int32(0))
     cells = study.cells()
@@ -56,7 +56,7 @@ def test_runs_together_are_runs_alone(study, together):
 
 
 def test_objectives_differ(together):
-    """What the test above compares is not all the same."""
+    """Negative control: the runs that the test above compares differ from each other."""
     wave, runs, program = together
     ended, _ = program(runs, jnp.int32(0))
     flat = np.stack(
@@ -82,7 +82,7 @@ def test_experts_that_can_be_mapped(study, asked, got):
 
 
 def test_a_step_is_that_of_the_training_program(study, starts):
-    """Rollout, advantage, score and updates of `train.make_programs`, on the same problems."""
+    """Compares with the programs of `train.make_programs` on the same problems."""
     cell = study.cells()["N=2, R3"]
     rl = Reinforcement(
         prompts=4,
@@ -127,7 +127,7 @@ def test_a_step_is_that_of_the_training_program(study, starts):
 
 @pytest.mark.parametrize("index", range(4))
 def test_choice_is_the_objective_chosen(index, rows):
-    """Loss, gradient and what the metrics see."""
+    """Returns loss, gradient and the inputs of the metrics."""
     objectives = (
         Objective(mini_batches=2),
         Objective(mini_batches=2, loss=partial(minirl, clip=False, truncation=None)),
@@ -150,7 +150,7 @@ def test_choice_is_the_objective_chosen(index, rows):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Log-probabilities far apart: weights overflow where a loss does not bound them."""
+    """Log-probabilities are far apart, so weights overflow if a loss does not bound them."""
     keys = jax.random.split(jax.random.key(0), 4)
     mask = jnp.arange(6)[None] < jnp.array([[6], [3], [0], [5]])
     logp, old, sampler = (jnp.where(mask, -40 * jax.random.uniform(k, (4, 6)), 0) for k in keys[:3])
@@ -163,7 +163,7 @@ def rows():
 
 
 def test_other_programs():
-    """What changes the passes of a step cannot share a program."""
+    """Objectives with different passes cannot share a program."""
     base = Objective(mini_batches=2)
     same = dataclasses.replace(base, loss=dppo, aggregation="token-mean")
     assert program_of(base) == program_of(same)
@@ -172,7 +172,7 @@ def test_other_programs():
 
 
 def test_demonstrations_are_aligned(study):
-    """Behind a prompt stands its solution; only the solution counts."""
+    """A prompt is followed by its solution, and only the solution counts."""
     task = Reverse(smallest=2, largest=4, symbols=4)
     batch = demonstrations(task, jax.random.key(1), 16, 0.0)
     for tokens, segments, positions, counted in zip(*map(np.asarray, batch.values())):
@@ -185,7 +185,7 @@ def test_demonstrations_are_aligned(study):
 
 
 def test_mapped_rollouts_end_together(study, starts):
-    """Members of a `vmap` that end at different times: same samples, and no copies of the cache."""
+    """Members of a `vmap` may end at different times, without copies of the cache."""
     models = starts["default"].models
     problems = study.task.problems(jax.random.key(2), 3)
     sampling = Sampling(study.task.max_tokens, stop_ids=(1,), pad_id=0)

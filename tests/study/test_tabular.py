@@ -25,7 +25,7 @@ UNTRUNCATED = {"truncation": None, "clip": False}
 
 
 def error(actual, expected):
-    """Relative, in the Euclidean norm."""
+    """Returns the relative error in the Euclidean norm."""
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
@@ -35,14 +35,14 @@ def token_expectation(problem, advantages=None, **options):
 
 
 def numpy_weights(problem):
-    """π_θ/μ_old of every token of every sequence."""
+    """Returns π_θ/μ_old of every token of every sequence."""
     tables = [np.exp(logits) for logits in (problem.logits, problem.logits_rollout)]
     theta, rollout = (table / table.sum(-1, keepdims=True) for table in tables)
     return (theta / rollout)[problem.prefixes, problem.tokens]
 
 
 def numpy_token_expectation(problem, weight):
-    """Σ_y μ(y) R(y) Σ_t w_t ∇log π_θ(y_t|y_<t), sequence by sequence, token by token.
+    """Returns Σ_y μ(y) R(y) Σ_t w_t ∇log π_θ(y_t|y_<t), by sequence and token.
 
     `weight(p, p_old, p_rollout)` is w_t as a function of the three probabilities of the token.
     """
@@ -83,7 +83,7 @@ def test_every_sequence_and_every_prefix_once():
 
 @pytest.mark.fast
 def test_hand_computed_bandit():
-    """π = (½, ½), μ = (¼, ¾), R = (1, 0): ∇J = (¼, −¼), and one sequence has all the gradient."""
+    """π = (½, ½), μ = (¼, ¾), R = (1, 0): ∇J = (¼, −¼), and one sequence has the whole gradient."""
     tokens, prefixes = tabular.enumerate_sequences(2, 1)
     pi, mu = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
     problem = tabular.Problem(tokens, prefixes, np.array([1.0, 0.0]), pi, pi, mu)
@@ -128,7 +128,7 @@ def test_one_step_is_a_sequence():
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_all_estimators_are_the_true_gradient_when_the_policies_agree(size):
-    """Clipped and truncated ones too; only at equality is this no matter of first order."""
+    """This includes clipped and truncated estimators; it is exact only if the policies agree."""
     problem = random_problem(2, 0.0, 0.0, *size)
     truth = tabular.true_gradient(problem)
     for name, estimator in ESTIMATORS.items():
@@ -142,7 +142,7 @@ token_objective_gradient = jax.jit(jax.grad(tabular.token_objective))
 @pytest.mark.fast
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_library_loss_has_the_gradient_of_the_token_objective(size):
-    """Eq. 4 from eq. 3: the weight held constant and log π differentiated is ∇(π/μ)."""
+    """Eq. 4 follows from eq. 3: differentiating log π with a constant weight gives ∇(π/μ)."""
     for distances in DISTANCES:
         problem = random_problem(3, *distances, *size)
         with jax.enable_x64(True):
@@ -167,9 +167,9 @@ def test_token_level_bias_falls_linearly(direction):
 
 
 def test_objectives_agree_to_first_order():
-    """Π(1+δ_t) − 1 − Σδ_t is O(σ²), and with it J_seq against its expansion by J_token.
+    """Π(1+δ_t) − 1 − Σδ_t is O(σ²), and so is J_seq minus its expansion by J_token.
 
-    J_token sums T weights where the expansion has 1 + Σδ_t, so that it exceeds it by the constant
+    J_token sums T weights where the expansion has 1 + Σδ_t, so it is larger by the constant
     (T−1) E_μ[R]; the gradient does not see it.
     """
     sigmas = 0.01 / 2.0 ** np.arange(7)
@@ -196,7 +196,7 @@ def test_objectives_agree_to_first_order():
 
 @pytest.mark.fast
 def test_truncation_is_of_the_product_per_token_and_one_sided():
-    """min(π_θ/μ_old, C): against NumPy, where weights exceed C; without effect where none does."""
+    """Compares min(π_θ/μ_old, C) with NumPy if weights exceed C; without any, it has no effect."""
     for cap, distance in ((5.0, 0.25), (2.0, 0.1)):
         near = random_problem(4, distance, distance)
         assert 0.7 * cap < numpy_weights(near).max() < cap
@@ -213,7 +213,7 @@ def test_truncation_is_of_the_product_per_token_and_one_sided():
             "truncated": lambda p, _, m, cap=cap: min(p / m, cap),
             "excess": lambda p, _, m, cap=cap: max(p / m - cap, 0.0),
             "two-sided": lambda p, _, m, cap=cap: np.clip(p / m, 1 / cap, cap),
-            # What truncated importance sampling of the mismatch alone would be.
+            # What truncated importance sampling of the mismatch alone would give.
             "mismatch only": lambda p, old, m, cap=cap: min(old / m, cap) * p / old,
         }
         found = {name: numpy_token_expectation(far, w) for name, w in references.items()}
@@ -225,14 +225,14 @@ def test_truncation_is_of_the_product_per_token_and_one_sided():
 
 @pytest.mark.fast
 def test_mismatch_and_staleness_multiply_to_the_full_weight():
-    """Eq. 5: π_old/μ_old corrects the mismatch alone; the full weight does not look at π_old."""
+    """Eq. 5: π_old/μ_old corrects only the mismatch; the full weight does not depend on π_old."""
     both = random_problem(5, 0.4, 0.3)
     found = token_expectation(both, **UNTRUNCATED)
     product = numpy_token_expectation(both, lambda p, old, m: (old / m) * (p / old))
     assert error(found, product) < EXACT
     elsewhere = both._replace(logits_old=random_problem(6).logits)
     assert error(token_expectation(elsewhere, **UNTRUNCATED), found) < EXACT
-    # With one of the two distances at zero, the mismatch weight is the full one, or no weight.
+    # If one of the two distances is zero, the mismatch weight is the full weight, or 1.
     for problem, same in (
         (random_problem(5, 0.4, 0.0), "full"),
         (random_problem(5, 0.0, 0.4), "none"),
@@ -267,7 +267,7 @@ def test_estimators_are_what_their_names_say():
 
 @pytest.mark.fast
 def test_a_baseline_moves_no_expectation_of_weighted_estimators():
-    """E_μ[w_t ∇log π_θ(y_t|·)] = 0 needs the whole weight: truncated or without it, it is not."""
+    """E_μ[w_t ∇log π_θ(y_t|·)] = 0 holds with the full weight, not if truncated or missing."""
     problem = random_problem(7, 0.8, 0.3)
     raw, shifted = problem.rewards, problem.rewards - 0.7
     for estimator in (tabular.sequence_gradients, ESTIMATORS["token IS"]):
@@ -282,7 +282,7 @@ def test_a_baseline_moves_no_expectation_of_weighted_estimators():
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_group_mean_turns_no_gradient(size):
-    """All groups of G responses, through `centered`, `minirl` and `aggregate` as one batch.
+    """Passes all groups of G responses through `centered`, `minirl` and `aggregate` as one batch.
 
     The mean contains the sample itself, and takes exactly the share 1/G of the gradient with it:
     E[ĝ] = (1 − 1/G) ∇J. Nothing else happens to direction or weights.
@@ -342,7 +342,7 @@ def agrees(interval, theirs, seeds):
 
 
 def test_table_of_an_independent_program():
-    """Standard normal logits, fair-coin rewards and the centred reward are the setting of it."""
+    """That program used standard normal logits, fair-coin rewards and centred rewards."""
     seeds = 32
     columns = {name: ESTIMATORS[name] for name in COLUMNS}
     rows = tabular.table(INDEPENDENT, estimators=columns, seeds=range(seeds))
@@ -364,7 +364,7 @@ def test_table_of_an_independent_program():
         (1.0,), estimators={"sequence IS": columns["sequence IS"]}, seeds=range(seeds), length=4
     )
     assert agrees(row.noise, "51.4", seeds)
-    # Without centring the reward, the same estimator is another one.
+    # Without centring the reward, the estimator gives other figures.
     uncentered = {"no IS": lambda problem, _: columns["no IS"](problem, problem.rewards)}
     (row,) = tabular.table((0.2,), estimators=uncentered, seeds=range(seeds))
     assert not agrees(row.bias, ".258", seeds) and not agrees(row.noise, "7.98", seeds)
@@ -375,7 +375,7 @@ def test_table_splits_the_distance_and_reports_intervals():
     seen = []
 
     def constant(problem, advantages):
-        """Leaves a bias of 1, and records what it was called with."""
+        """Returns gradients with a bias of 1, and records its arguments."""
         seen.append((problem, advantages))
         return np.full((len(advantages), *problem.logits.shape), 1e-100)
 
@@ -416,4 +416,4 @@ def test_float64_is_kept_where_it_is_asked_for_only():
             assert half.loss.dtype == half.weight.dtype == jnp.float32
     problem = random_problem(0)
     assert tabular.true_gradient(problem).dtype == np.float64
-    assert jnp.zeros(1).dtype == jnp.float32  # the process is left as it was
+    assert jnp.zeros(1).dtype == jnp.float32  # the process is unchanged

@@ -1,4 +1,4 @@
-"""Run by test_packing.py: packed rows on four devices, against what padded rows gave on one.
+"""Run by test_packing.py: compares packed rows on four devices with padded rows on one.
 
 python -m tests.trainer.packed_on_mesh expected.pickle '[[2, 1, 2, 1, 1]]'
 
@@ -53,7 +53,7 @@ def results(sizes: list[int]) -> dict[str, object]:
 
 
 def check_places(batch: TrainBatch) -> None:
-    """Rows are packed where they lie: what travels is the number of micro-batches alone."""
+    """Rows are packed on their own device: only the number of micro-batches is communicated."""
 
     def there_and_back(batch):
         packing = plan(batch.real, SIZE)

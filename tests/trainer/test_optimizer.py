@@ -34,7 +34,7 @@ def ones(model):
 
 @pytest.mark.fast
 def test_warm_up_reaches_the_rate_in_the_stated_steps(model, ones):
-    """With a constant gradient an Adam step has the size of the rate: 1/4, 2/4, 3/4, 1, 1 of it."""
+    """With a constant gradient, Adam's steps have the size of the rate: 1/4, 2/4, 3/4, 1, 1."""
     config = Optimizer(learning_rate=1e-3, warmup_steps=4, clip_norm=1e9)
     positions = [np.asarray(model.norm.weight[...])[0]]
     for steps in range(1, 6):
@@ -64,7 +64,7 @@ def test_norm_is_reported_before_clipping(model, ones):
 
 
 def test_rates_can_be_mapped(model, ones):
-    """A study maps runs over learning rates, with warm-up and decay as they are."""
+    """A study maps runs over learning rates; warm-up and decay stay the same."""
     config = Optimizer(warmup_steps=1, decay_steps=4, clip_norm=1e9)
 
     def moved(rate):
@@ -103,7 +103,7 @@ def test_moments_are_float32_from_the_start(config):
 
 
 def test_master_weights_keep_what_bfloat16_would_lose(config):
-    """Forty steps of a thousandth of the spacing: lost without the float32 copy, exact with it."""
+    """Forty steps of 1/1000 of the spacing are lost without the float32 copy, exact with it."""
     half = init_model(dataclasses.replace(config, param_dtype="bfloat16"), 0)
     ones = jax.tree.map(lambda w: jnp.ones(w.shape, jnp.float32), half)
     settings = dict(learning_rate=1e-4, clip_norm=1e9)  # weights of norms are 1: spacing 2⁻⁷

@@ -1,4 +1,4 @@
-"""Packed rows give what padded rows give: log-probabilities, gradients and metrics."""
+"""Packed rows give the same log-probabilities, gradients and metrics as padded rows."""
 
 import dataclasses
 import os
@@ -55,7 +55,7 @@ CONFIG = tiny(
 
 
 def make_model(move=0.0):
-    """Drawn with NumPy: nothing is compiled for it. `move` changes every weight a little."""
+    """Draws weights with NumPy, so nothing is compiled. `move` changes every weight a little."""
     rng, moves = np.random.default_rng(0), np.random.default_rng(1)
 
     def draw(w):
@@ -66,7 +66,7 @@ def make_model(move=0.0):
 
 
 def make_rows(lengths=FIRST + SECOND):
-    """Rows of these lengths, with rubbish in their padding."""
+    """Returns rows of these lengths, with garbage in their padding."""
     rng = np.random.default_rng(0)
     prompt, response = (np.array(x)[:, None] for x in zip(*lengths))
     columns, shape = np.arange(T), (len(lengths), T)
@@ -102,7 +102,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def run(model, rows):
-    """`run(objective, packed, weights)`: the score pass, gradients and metrics of all updates."""
+    """`run(objective, packed, weights)` returns scores, gradients and metrics of all updates."""
 
     @cache
     def scored(replay, parts, packed):
@@ -157,7 +157,7 @@ CASES = [pytest.param(v, id=k) for k, v in OBJECTIVES.items()] + [
 
 @pytest.mark.parametrize("objective", CASES)
 def test_packed_rows_give_the_same(objective, run, rows):
-    """π_old, recorded routes, gradients and metrics of every update, on stale weights."""
+    """Compares π_old, recorded routes, gradients and metrics of every update on stale weights."""
     stale = make_model(move=0.05)
     (padded_score, padded), (packed_score, packed) = (
         run(objective, packed, stale) for packed in (False, True)
@@ -199,7 +199,7 @@ def test_ratio_is_one_right_after_score(run, model):
 
 @pytest.mark.fast
 def test_score_packs_the_rows_that_an_update_packs(model, rows, monkeypatch):
-    """Other neighbours would round in another way, and flip close choices of a router."""
+    """Other neighbours would change the rounding, and flip close choices of a router."""
     packed = []
     monkeypatch.setattr(
         "jaxrl_stable.trainer.score.plan",
@@ -222,7 +222,7 @@ def test_first_fit_decreasing():
 
 @pytest.fixture(scope="module")
 def packed_rows():
-    """Rows that fit into one micro-batch, and what the model sees of them."""
+    """Returns rows that fit into one micro-batch, and what the model sees of them."""
     rows = make_rows(FIRST)
     packing = jax.jit(plan, static_argnums=1)(rows.real, SIZE)
     return rows, packing, jax.jit(pack)(rows, packing.source[:SIZE])
@@ -230,7 +230,7 @@ def packed_rows():
 
 @pytest.mark.fast
 def test_segments_are_whole_rows(packed_rows):
-    """Every token once; prompt and response side by side, positions from 0, own ids."""
+    """Every token appears once; prompt and response adjoin, with positions from 0 and own ids."""
     rows, packing, seen = packed_rows
     assert packing.used == 1
     found = {}
@@ -278,7 +278,7 @@ def test_what_is_packed_amiss_is_noticed(packed_rows, model):
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_rows_of_other_micro_batches_add_nothing(name, rows):
-    """A loss of all rows is the sum of what it is with the responses of some taken out."""
+    """The loss of all rows is the sum of losses with some responses taken out."""
     published, mask = PUBLISHED[name], rows.response_mask
     functions = published.token_loss, *published.corrections
     if any(traits_of(function).whole_batch for function in functions):
@@ -303,7 +303,7 @@ def test_rows_of_other_micro_batches_add_nothing(name, rows):
 
 @pytest.mark.fast
 def test_empty_micro_batches_do_not_run(rows):
-    """The step is called where there are tokens, with their rows; elsewhere its result is 0."""
+    """The step is called with rows that have tokens; otherwise its result is 0."""
 
     def step(count, micro):
         seen, rows = micro.seen, micro.rows
@@ -320,7 +320,7 @@ def test_empty_micro_batches_do_not_run(rows):
 
 @pytest.fixture
 def on_meshes(run, tmp_path):
-    """Runs R2 packed on four devices: the same, and packing itself moves nothing between them."""
+    """Packed R2 on four devices gives the same, and packing moves nothing between devices."""
     scored, [(gradient, metrics), _] = run(OBJECTIVES["R2"], False, make_model(move=0.05))
     arrays = scored.logp_old, scored.routing.experts, jax.tree.leaves(gradient), metrics
     expected = tmp_path / "expected.pickle"

@@ -14,7 +14,7 @@ from jaxrl_stable.trainer.supervised import supervised_update
 
 
 def packed(rows):
-    """Rows of (prompt length, answer length) pairs, packed side by side in 16 columns."""
+    """Returns rows of (prompt length, answer length) pairs, packed side by side in 16 columns."""
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(4, 32, (len(rows), 16)),

@@ -1,4 +1,4 @@
-"""Score and update as a whole: the invariants of the method on a real model."""
+"""Score and update together: the invariants of the method on a real model."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def weights_of(state):
 
 
 def assert_same_step(a, b, rtol=2e-5):
-    """Same loss, gradient norm and weights after the step, but for rounding."""
+    """Checks that loss, gradient norm and weights after the step agree, up to rounding."""
     (state_a, metrics_a), (state_b, metrics_b) = a, b
     for name in LOSS:
         np.testing.assert_allclose(
@@ -44,7 +44,7 @@ def batch(model, quantized_trajectory, advantages, passes):
 
 @pytest.fixture(scope="module")
 def stepped(perturbed, batch, passes):
-    """One update on stale data: weights, clip and staleness are all at work."""
+    """One update on stale data, in which weights, clip and staleness are all active."""
     state, metrics = passes.step(passes.init(perturbed), batch)
     values = finalize(metrics)
     assert values["clip/high_share"] + values["clip/low_share"] > 0
@@ -54,7 +54,7 @@ def stepped(perturbed, batch, passes):
 
 @pytest.mark.fast
 def test_ratio_is_one_right_after_score(model, batch, passes):
-    """`score` and `update` are one program on the same weights: the gate of every start."""
+    """`score` and `update` agree on the same weights: every run checks this at its start."""
     _, metrics = passes.step(passes.init(model), batch)
     assert finalize(metrics)["staleness/ratio_deviation_max"] <= 1e-5
 
@@ -67,7 +67,7 @@ def assert_same_step_and_metrics(a, b):
 
 
 def test_micro_batches_recut(perturbed, batch, passes, stepped):
-    """One micro-batch of all rows gives what four of four rows give."""
+    """One micro-batch of all rows gives the same as four micro-batches of four rows."""
     again = passes.step(passes.init(perturbed), batch, micro_batch_size=16)
     assert_same_step_and_metrics(again, stepped)
 
@@ -84,7 +84,7 @@ def test_rows_permuted(perturbed, batch, passes, stepped):
 
 
 def with_padding_rows(batch, count):
-    """More rows, copies of others, without a real token."""
+    """Adds rows that copy others, but without a real token."""
     rows = np.arange(len(batch.tokens) + count) % len(batch.tokens)
     padded = take(batch, rows)
     real = np.arange(len(rows))[:, None] < len(batch.tokens)
@@ -97,7 +97,7 @@ def with_padding_rows(batch, count):
 
 
 def with_padding_columns(batch, count):
-    """More columns on the right, full of rubbish."""
+    """Adds columns on the right, full of garbage."""
     wide = lambda x, value: np.pad(x, ((0, 0), (0, count)), constant_values=value)  # noqa: E731
     more = (0, 0), (0, 0), (0, count), (0, 0)
     return dataclasses.replace(
@@ -124,7 +124,7 @@ def test_padding_rows_and_columns_added(perturbed, batch, passes, stepped):
 def test_r2_equals_r3_when_sampler_and_trainer_are_one(
     model, perturbed, trajectory, advantages, passes
 ):
-    """Same program and weights: the trainer records what the sampler used, and all follows."""
+    """With the same program and weights, the trainer records what the sampler used."""
     steps = []
     for replay in ("R2", "R3"):
         batch = passes.scored_batch(model, trajectory, advantages, replay)
@@ -171,7 +171,7 @@ def test_r2_is_the_identity_in_the_first_mini_batch(
 
 
 def test_r3_with_identical_policies_has_weight_one(model, trajectory, advantages, passes):
-    """Invariant d: nothing is left of the mismatch but rounding."""
+    """Invariant d: only rounding is left of the mismatch."""
     scored = passes.scored(model, trajectory, advantages, "R3")
     assert finalize(scored.metrics)["mismatch/abs_token_max"] < 1e-5
 
@@ -195,7 +195,7 @@ def test_one_token_shift_of_the_routing_is_noticed(model, trajectory, advantages
 
 
 def test_replay_reaches_the_update(perturbed, batch, passes, stepped):
-    """Other experts, other gradient: the objective's replay is not ignored."""
+    """Other experts give another gradient: the objective's replay is not ignored."""
     wrong = dataclasses.replace(batch, routing=shift(batch.routing, 1))
     _, metrics = passes.step(passes.init(perturbed), wrong)
     assert abs(finalize(metrics)["loss"] - finalize(stepped[1])["loss"]) > 1e-4
@@ -219,7 +219,7 @@ def test_router_has_gradient_under_replay(perturbed, batch, passes):
     ids=["R2", "several updates"],
 )
 def test_an_update_that_needs_a_score_pass_says_so(model, batch, passes, objective):
-    """Without one R2 would replay the sampler's experts, and no later update would clip."""
+    """Without a score pass, R2 would replay the sampler's experts, and no update would clip."""
     unscored = dataclasses.replace(batch, logp_old=None)
     with pytest.raises(ValueError, match="call score and with_old_policy first"):
         passes.step(passes.init(model), unscored, objective)

@@ -1,6 +1,6 @@
 """The results of a study: what its records say, and how they are shown.
 
-Reads what a study left in its directory; needs nothing that runs one.
+Reads the files that a study left in its directory, without any code that runs a study.
 
     analysis.py    curves, bands, collapse, one outcome per run
     survival.py    time to collapse

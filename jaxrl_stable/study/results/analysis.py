@@ -28,7 +28,7 @@ Record = Mapping[str, Any]
 
 # The share of the recorded points, counted from the end, that defines what a run "ends at".
 LAST = 0.25
-# In points. Evaluations are few, and each is a mean over many problems: a narrow mean suffices.
+# Points per running mean of evaluations: they are few, and each is a mean over many problems.
 EVALUATION_WIDTH = 3
 # A smaller KL is rounding error of float32 log-probabilities, and its logarithm is meaningless.
 KL_FLOOR = 1e-9
@@ -217,7 +217,7 @@ def collapse(run: Record, rule: Collapse) -> tuple[float, str]:
 def first_lasting(
     x: Points, bad: Bool[np.ndarray, "points"] | Shaped[np.ndarray, "0"], for_steps: int | float
 ) -> float:
-    """First x from which `bad` lasts `for_steps` or, with two points, to the end; else ∞."""
+    """Returns the first x from which `bad` lasts `for_steps`, or to the end (two points), or ∞."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], bad, [False])).astype(int)))
     for start, end in edges.reshape(-1, 2):
         if end - start >= 2 and (x[end - 1] - x[start] >= for_steps or end == len(x)):

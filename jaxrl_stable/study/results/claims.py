@@ -1,4 +1,4 @@
-"""The paper's claims, and what others dispute, as data: which cells to compare, and in what.
+"""The paper's claims, and what others dispute, as data: which cells to compare, by what outcome.
 
 Cells are chosen by their settings, never by name. A selector overrides `PAPER`, the settings of
 MiniRL, so it names only what the claim is about. Settings in neither (sampler format, task, cold
@@ -24,7 +24,7 @@ MARGIN = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence, and the comparisons that must support it, each by itself or all together.
+    """A sentence, and the comparisons that must support it, each on its own or all together.
 
     Attributes:
       id: short name.
@@ -131,7 +131,7 @@ ON_POLICY = (
 
 
 def _off_policy(n: int, figure: str) -> tuple[Claim, ...]:
-    """Returns the claims of Figs 2–4: what N mini-batches need, and which replay is better."""
+    """Returns the claims of Figs 2–4: what N mini-batches require, and which replay is better."""
     at = {"mini_batches": n}
     bare, unclipped = {**at, "clip": False}, {**at, **R2, "clip": False}
     r2, r3 = {**at, **R2}, {**at, **R3}

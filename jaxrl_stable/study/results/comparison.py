@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from jaxrl_stable.statistics import Estimate, mean_over_seeds
 
-# More than the 2^13 sign flips of 13 pairs: up to there the permutation test is exact.
+# More than the 2^13 sign flips of 13 pairs, so the permutation test is exact up to 13 pairs.
 PERMUTATIONS = 9_999
 
 
@@ -47,8 +47,8 @@ def paired(
 ) -> Paired:
     """Compares two cells over the same seeds, with the test that fits what is expected.
 
-    p is twice the smaller of two p values: that of the t test for the expectation and that of the
-    t test against it. So it agrees with the two-sided 95 % interval, in either direction:
+    p is twice the smaller of two p values, one of a t test for the expectation and one of a t test
+    against it. It therefore agrees with the two-sided 95 % interval, in either direction:
 
     expect         for it                          against it
     "higher"       difference > 0                  difference < 0

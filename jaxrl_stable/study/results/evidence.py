@@ -1,4 +1,4 @@
-"""The effect of replay on the mismatch in the first two rollouts, and the bytes it needs."""
+"""The effect of replay on the mismatch in the first two rollouts, and the bytes that it needs."""
 
 from __future__ import annotations
 

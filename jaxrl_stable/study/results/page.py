@@ -121,7 +121,7 @@ def cells_in(figure: str, cells: Iterable[CellRuns]) -> list[CellRuns]:
 
 
 def read_records(directory: pathlib.Path) -> list[dict]:
-    """Reads the records of a study, with the cells and figures of the present study.json.
+    """Reads the records of a study, limited to the cells and figures of the current study.json.
 
     Raises:
       ValueError: if there are no records.
@@ -236,7 +236,7 @@ def figure_section(
 
 
 def sample_viewer(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Shows responses of each cell token by token; all cells but the first are folded."""
+    """Shows responses of each cell token by token; all cells except the first are folded."""
     if not rows:
         return ""
     groups: dict[str, list[Mapping[str, Any]]] = {}

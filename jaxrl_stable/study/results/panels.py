@@ -1,6 +1,6 @@
 """The plots of a study: the paper's four panels, survival, and the final score of each seed.
 
-Every line has a number and a colour; from the seventh on, lines differ in their dashes too.
+Every line has a number and a colour. From the seventh line on, colours repeat with other dashes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jaxrl_stable.statistics import mean_over_seeds
 from jaxrl_stable.study.results.analysis import CellRuns, Outcome, band
 from jaxrl_stable.study.results.survival import survival
 
-# Okabe and Ito's hues, shifted until every pair stays apart for normal, red-, green- and blue-blind
-# eyes (CIE76 difference at least 19 under Machado's simulation) and each contrasts with both the
-# white and the dark page (ratio 2.9). INK is the colour of the page's text.
+# Okabe and Ito's hues, shifted until every pair can be told apart with normal, red-blind,
+# green-blind and blue-blind vision (CIE76 difference at least 19 under Machado's simulation) and
+# each contrasts with both the white and the dark page (ratio 2.9). INK is the page's text colour.
 COLORS = ("#3668cc", "#f47106", "#1a9569", "#d761a6", "#cf2f15", INK)
 DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1.2)))
 DRAWN_POINTS = 200

@@ -24,7 +24,7 @@ from jaxrl_stable.study.results.verdicts import (
 )
 from jaxrl_stable.study.results.wording import words
 
-# Mark and CSS class of each verdict; colour alone would not do.
+# Mark and CSS class of each verdict. The marks are for readers who cannot see the colours.
 MARKS = {
     REPRODUCED: ("✓", "good"),
     CONTRADICTED: ("✗", "bad"),
@@ -74,7 +74,7 @@ def mean_seconds(runs: Sequence[Outcome]) -> str:
 
 
 def claim_table(rows: Sequence[Row]) -> str:
-    """Returns the tested claims with their evidence; the others are folded away."""
+    """Returns a table of the tested claims with their evidence; the others are folded away."""
     widest: dict[str, float] = {}
     for row in rows:
         for entry in row.evidence:

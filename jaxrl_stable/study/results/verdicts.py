@@ -23,7 +23,7 @@ Comparisons = tuple[tuple[CellRuns, ...], ...]  # the cells of each comparison
 REPRODUCED, UNSEEN = "reproduced", "not visible at this scale"
 CONTRADICTED, NOT_RUN, OPEN = "contradicted", "not run", "no claim"
 ALPHA = 0.05
-# Cells that differ in one of these are never compared.
+# Cells that differ in one of these settings are never compared.
 CONTEXT = ("rollout_format", "task", "cold_start", "learning_rate")
 RULE = (
     "Reproduced: the 95 % Student interval of the difference over shared seeds excludes 0 in the "
@@ -45,7 +45,7 @@ class Evidence:
     """Figures of one comparison, or of several that are tested as one.
 
     Attributes:
-      names: the cell of each side; with several comparisons the first one, and how many more.
+      names: the cell of each side; of several comparisons, the first one and how many more.
       states: states of the runs on each side.
       stable, collapsed: shares of such runs on the first side, with exact intervals.
       paired: the two sides over the seeds they share; None for a single cell, or with fewer than
@@ -70,7 +70,7 @@ class Row:
       setting: values of the settings that vary over the study; "" if none does.
       evidence: one entry per comparison.
       verdict: verdict by `RULE`.
-      note: why it was not run or, for a question, what is seen; else "".
+      note: why the claim was not run or, for a question, which side is higher; else "".
     """
 
     claim: Claim
@@ -117,7 +117,7 @@ def evaluate(
 
 
 def verdict(expect: str, interval: Estimate, p_holm: float, margin: float) -> str:
-    """Applies `RULE` to one comparison; `interval` is that of the difference."""
+    """Applies `RULE` to one comparison; `interval` is the interval of the difference."""
     low, high = interval.low, interval.high
     if expect == "open":
         return OPEN
@@ -134,7 +134,7 @@ def verdict(expect: str, interval: Estimate, p_holm: float, margin: float) -> st
 
 
 def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fills in the paper's settings where none is given or where it makes no difference."""
+    """Fills in the paper's settings where they are missing or make no difference."""
     full = {**PAPER, **settings}
     if full["mini_batches"] == 1:  # π_θ is π_old ...
         if full["clip_anchor"] == "old":

@@ -1,4 +1,4 @@
-"""One comparison in words, without markup: report.html and claims.md say the same."""
+"""One comparison in words, without markup, so that report.html and claims.md say the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEANINGS = {
 
 
 class Words(NamedTuple):
-    """What is said about one comparison.
+    """The text about one comparison.
 
     Attributes:
       value: the difference with its 95 % interval; for one cell, the states of its runs; "–" if the

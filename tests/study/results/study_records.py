@@ -1,4 +1,4 @@
-"""Records of a study that never ran, with curves of a plausible shape."""
+"""Synthetic records of a study, with curves of a plausible shape."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ def record(
     seconds=12.5,
     **settings,
 ):
-    """A run that learns from `start` to `final`, and falls to 0 from `collapse_at` on."""
+    """Returns a run that learns from `start` to `final` and falls to 0 from `collapse_at` on."""
     rng = np.random.default_rng((seed, *map(ord, cell)))
     x = np.arange(0, steps + 1, every)
     level = start + (final - start) * (1 - np.exp(-4 * x / steps))
@@ -50,7 +50,7 @@ def record(
 
 
 def cell(name, seeds=8, **options):
-    """Runs of a cell over seeds; a list in an option has one entry a seed."""
+    """Returns the runs of a cell; a list in an option has one entry per seed."""
     chosen = [
         {k: v[seed] if isinstance(v, list) else v for k, v in options.items()}
         for seed in range(seeds)
@@ -59,7 +59,7 @@ def cell(name, seeds=8, **options):
 
 
 def study(seeds=8):
-    """Figures 1 and 3 of the paper as they might come out."""
+    """Returns records for figures 1 and 3 of the paper."""
     rng = np.random.default_rng(0)
     early, late = (rng.uniform(*ends, seeds).tolist() for ends in ((60, 160), (250, 390)))
     base = {"rollout_format": "int8", "task": "sum <b>", "learning_rate": 3e-4}

@@ -16,7 +16,7 @@ RULE = Collapse(score_share=0.5, margin=0.1, gain=0.05, kl_limit=0.5, for_steps=
 
 
 def made(reward=None, kl=None, score=None, step=10):
-    """A record of hand-written curves, one value every `step` gradient steps."""
+    """Returns a record of handwritten curves, with one value every `step` gradient steps."""
     curves = {k: v for k, v in (("reward", reward), ("kl", kl)) if v is not None}
     count = max(map(len, curves.values()), default=0)
     return {
@@ -55,7 +55,7 @@ def test_collapse_is_the_first_step_below_half_of_the_peak():
     # Under means of three 0.4 is not *below* half, and 0.39 at step 60 is.
     assert when(score=[0.8] * 5 + [0.4] * 5)[0] == math.inf
     assert when(score=[0.8] * 5 + [0.4] * 2 + [0.37] * 4) == (60, "score")
-    # The highest of what came before, not of all: a late start is no collapse.
+    # The peak is the highest earlier value, not of all: a late start is not a collapse.
     assert when(score=[0.3] * 6 + [0.9] * 6)[0] == math.inf
 
 
@@ -69,7 +69,7 @@ def test_losing_a_cold_start_is_a_collapse_and_noise_is_none():
 
 
 def test_noise_alone_is_neither_learning_nor_collapse():
-    """Evaluations of 256 problems at a constant accuracy; the rule's own limits."""
+    """Samples evaluations of 256 problems at a constant accuracy, with the rule's own limits."""
     rng = np.random.default_rng(0)
     for accuracy in (0.1, 0.5):
         scores = rng.binomial(256, accuracy, (200, 33)) / 256
@@ -175,7 +175,7 @@ def test_bands_of_few_runs_and_of_gaps():
 
 @pytest.mark.fast
 def test_kaplan_meier_of_freireich_1963():
-    """6-MP arm of the leukaemia trial, the textbooks' example (Cox and Oakes 1984)."""
+    """The 6-MP arm of the leukaemia trial, a textbook example (Cox and Oakes 1984)."""
     relapsed = [6, 6, 6, 7, 10, 13, 16, 22, 23]
     censored = [6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
     curve = survival.kaplan_meier(relapsed + censored, [True] * 9 + [False] * 12)

@@ -27,7 +27,7 @@ NORM = {"aggregation": "seq-mean-token-mean"}
 
 
 def judged(rows, *ids):
-    """Verdicts of the claims `ids` in their settings."""
+    """Returns the verdicts of the claims `ids` in their settings."""
     found = evaluate(cells_of(rows), claims=[CLAIM[i] for i in ids])
     return [row.verdict for row in found]
 
@@ -76,7 +76,7 @@ def test_the_study_comes_out_as_it_was_made():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_shuffled_labels_bear_out_nothing(seed):
-    """Within each seed the runs of the cells change places: no cell differs from another."""
+    """Within each seed the runs of the cells are permuted, so no cell differs from another."""
     rows = study()
     rng = np.random.default_rng(seed)
     for _, group in itertools.groupby(sorted(rows, key=lambda r: r["seed"]), lambda r: r["seed"]):
@@ -228,7 +228,7 @@ def main_effect(clipped, unclipped):
 
 @pytest.mark.fast
 def test_cells_taken_together_show_what_no_pair_of_them_does():
-    """In each of nine pairs two of eight runs collapse, other seeds each time; with a clip none."""
+    """In each of nine pairs, two of eight runs collapse without a clip, at varying seeds."""
     rng = np.random.default_rng(0)
     seeds = (rng.permutation(8)[:2] for _ in range(9))
     early = ([100 if i in chosen else None for i in range(8)] for chosen in seeds)
@@ -240,7 +240,7 @@ def test_cells_taken_together_show_what_no_pair_of_them_does():
     assert entry.names == ("2 none no clip and 8 more", "2 none and 8 more")
     assert [states.count("collapsed") for states in entry.states] == [18, 0]
     assert [len(states) for states in entry.states] == [72, 72]
-    # 18 of 72 runs end at a quarter of the run, more or less: they lose some seven tenths of it.
+    # 18 of 72 runs collapse after about a quarter: they lose some seven tenths of the run.
     assert entry.paired.difference.value == pytest.approx(-0.25 * 0.7, abs=0.03)
     assert entry.paired.pairs == 8
     assert judged(rows, "off-policy-r3") == [UNSEEN], "replay changes nothing here"
@@ -254,7 +254,7 @@ def test_cells_taken_together_show_what_no_pair_of_them_does():
 
 @pytest.mark.fast
 def test_survival_is_compared_up_to_the_shorter_record():
-    """A collapse at 300 of 400 steps says nothing against a run that was watched for 200."""
+    """A collapse at step 300 of 400 is no difference from a run that ended at step 200."""
     n2 = {"mini_batches": 2, "replay": "R2"}
     late = cell("late", 6, collapse_at=300, clip=False, **n2)
     for steps, expected in ((200, 0.0), (400, -0.24)):
@@ -266,7 +266,7 @@ def test_survival_is_compared_up_to_the_shorter_record():
 
 
 def test_markdown_says_what_was_found(tmp_path):
-    """A line for every claim in every setting, with its own cells, figures and verdict."""
+    """There is a line per claim and setting, with its own cells, figures and verdict."""
     rows = evaluate(cells_of(study()))
     _, _, *lines = claim_lines(rows)
     assert len(lines) == len(rows)
