@@ -154,7 +154,7 @@ def _common(content: Json) -> Json:
     )
 
 
-def _context(content: Json, scaling: Yarn | None) -> int:
+def _context(content: Json, scaling: Yarn | None) -> Any:
     """Returns the number of positions that a model was trained or stretched for; 0 if not known.
 
     YaRN stretches `original_max_position_embeddings` by its factor. DeepSeek's files have the
