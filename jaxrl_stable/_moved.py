@@ -72,6 +72,7 @@ NAMES = {
     ("dynamic_sampling", "fill_rows"): ("trajectory", "fill_rows"),
     ("metrics", "visible"): ("text", "visible"),
     ("metrics", "write_atomic"): ("files", "write_atomic"),
+    ("objective", "Decided"): ("objective", "LossDetails"),
     ("objective", "one_of"): ("checks", "one_of"),
     ("program", "configured"): ("gin_files", "configured"),
     ("program", "load_experiment"): ("gin_files", "load_experiment"),

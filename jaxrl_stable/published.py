@@ -1,9 +1,9 @@
-"""What each paper published: token loss and constants, advantages, reduction and corrections.
+"""Recipes as published: token loss and constants, advantages, reduction and corrections.
 
-`PUBLISHED["gspo"](logp, logp_old, logp_rollout, advantages, mask)` is the whole loss.
-`experiments/recipes/*.gin` has the same recipes as experiments, with what a run adds (a KL term,
-dynamic sampling, the number of updates). Constants are the source's; if it gives none, `note` names
-their origin.
+`PUBLISHED["gspo"](logp, logp_old, logp_rollout, advantages, mask)` computes the whole loss.
+`experiments/recipes/*.gin` has the same recipes as experiments, including settings of the run (a KL
+term, dynamic sampling, the number of updates). Constants are those of the source; if it gives none,
+`note` says where they come from.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Published(NamedTuple):
     """One recipe.
 
     Attributes:
-      source: paper, or the code that the form is from.
-      token_loss: function of `objectives` with the published constants.
-      advantages: function of `jaxrl_stable.advantages` with the published constants.
+      source: paper, or code from which the form is taken.
+      token_loss: function from `objectives` with the published constants.
+      advantages: function from `jaxrl_stable.advantages` with the published constants.
       aggregation: one of `objectives.MODES`; "seq-mean-token-sum-norm" needs a horizon.
-      corrections: functions of `jaxrl_stable.corrections` with the published constants.
-      note: parts that are not from the source.
+      corrections: functions from `jaxrl_stable.corrections` with the published constants.
+      note: origin of anything that is not from the source.
     """
 
     source: str
@@ -45,7 +45,7 @@ class Published(NamedTuple):
         mask: Bool[Array, "B T"],
         horizon: float | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Returns the (total, count) of the loss; see `objectives.aggregate`."""
+        """Returns total and count of the loss; see `objectives.aggregate`."""
         arrays = logp, logp_old, logp_rollout, advantages, mask
         out = self.token_loss(*arrays)
         for correction in self.corrections:

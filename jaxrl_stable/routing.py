@@ -1,8 +1,9 @@
-"""Routing: which experts each token used, as arrays that can be stored, compared and replayed.
+"""Routing: the experts that each token used, as arrays to store, compare and replay.
 
 Row `t` belongs to `tokens[b, t]` as an *input* of the model (it shaped the distribution of
 `tokens[b, t + 1]`). Rows without a choice have `valid=False`: padding, and the last sampled token,
-which was never fed. No expert id serves as a sentinel: `uint8` has no spare value at 256 experts.
+which was never fed to the model. No id marks a missing choice, since with 256 experts `uint8` has
+no spare value.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Routing:
       valid: True where a choice was made; elsewhere the live router decides on replay.
 
     Example:
-      One MoE layer, two of four experts per token. The second token was sampled last and never fed.
+      One MoE layer with two of four experts per token. The second token was sampled last, so it was
+      never fed to the model.
 
       >>> experts = jnp.array([[[[3, 1], [0, 0]]]], expert_dtype(4))
       >>> routing = Routing(experts, jnp.array([[True, False]]))
@@ -60,7 +62,7 @@ def overlap(a: Integer[Array, "*N K"], b: Integer[Array, "*N K"]) -> Float[Array
 
 
 def check_layout(routing: Routing, num_layers: int, num_experts: int) -> None:
-    """Checks that nothing would broadcast or index from the end; also works while tracing.
+    """Checks that no array would be broadcast or index from the end; also works while tracing.
 
     Raises:
       ValueError: if a shape, the layer count or a dtype is wrong.
@@ -74,7 +76,7 @@ def check_layout(routing: Routing, num_layers: int, num_experts: int) -> None:
     if experts.shape[0] != num_layers:
         raise ValueError(
             f"routing has {experts.shape[0]} layers but the model has {num_layers} MoE layers; "
-            "dense layers carry no routing"
+            "leave out dense layers, which have no router"
         )
     if experts.dtype != expert_dtype(num_experts):  # −1 would index the last expert
         raise ValueError(
@@ -86,11 +88,11 @@ def check_layout(routing: Routing, num_layers: int, num_experts: int) -> None:
 
 
 def validate(routing: Routing, num_layers: int, num_experts: int) -> None:
-    """Checks on the host that a routing from outside can be replayed.
+    """Checks on the host that routing from an external source can be replayed.
 
     Raises:
-      ValueError: if `check_layout` fails, an expert is out of range, or a choice names an expert
-        twice (which would count a token twice).
+      ValueError: if `check_layout` fails, an expert is out of range, or a token has the same expert
+        twice in one layer (which would count it twice).
     """
     check_layout(routing, num_layers, num_experts)
     experts, valid = np.asarray(routing.experts), np.asarray(routing.valid)
@@ -104,36 +106,36 @@ def validate(routing: Routing, num_layers: int, num_experts: int) -> None:
 
 
 def to_token_major(routing: Routing) -> Int32[Array, "B T L K"]:
-    """Returns the layout of other systems: a token's choices together, −1 where none was made.
+    """Converts to the layout of other systems: grouped by token, −1 where no choice was made.
 
-    MaxText takes this layout as `forced_routed_experts`. Its early versions assign no expert to a
-    token of −1; later ones, like this library, let the live router decide.
+    MaxText accepts this layout as `forced_routed_experts`. Its early versions assign no expert to a
+    token marked −1; later ones, like this library, let the live router decide.
     """
     experts = routing.experts.transpose(1, 2, 0, 3).astype(jnp.int32)
     return jnp.where(routing.valid[:, :, None, None], experts, -1)
 
 
 def from_token_major(experts: Int[Array, "B T L K"], num_experts: int) -> Routing:
-    """Reads routing that another system recorded: vLLM, SGLang, sglang-jax, Tunix, MaxText.
+    """Converts routing recorded by another system: vLLM, SGLang, sglang-jax, Tunix or MaxText.
 
     These systems report `[length, L, K]` per sequence, where `length` may be one less than the
-    number of tokens, since the last sampled one was never fed. First align it with the padded
-    tokens, with −1 wherever nothing was recorded: an offset of one row gives every token its
-    neighbor's experts, and nothing fails.
+    number of tokens, since the last sampled one was never fed to the model. First align the record
+    with the padded tokens and fill the gaps with −1. Align carefully: an offset of one row gives
+    every token its neighbour's experts without any error.
 
     Args:
-      experts: expert ids of a signed type; an unsigned one could not mark missing rows. Each token
-        has K different experts in each layer, or only negative values: −1 (no record) or −2 (no
-        token, in Tunix). `L` counts MoE layers only.
-      num_experts: E of the model.
+      experts: expert ids in a signed type, as an unsigned one could not mark missing rows. Each
+        token has K different experts in each layer, or only negative values: −1 (no record) or −2
+        (no token, in Tunix). `L` counts MoE layers only.
+      num_experts: E, number of experts of the model.
 
     Returns:
-      The routing; tokens of negative values are not valid.
+      The routing; tokens with negative values are marked as not valid.
 
     Raises:
-      ValueError: if the shape or dtype is wrong. NumPy arrays are also checked value by value:
-        tokens with only part of their choices, experts out of range, or an expert twice in one
-        choice. Arrays on a device and traced arrays are not; `validate` fetches and checks them
+      ValueError: if the shape or dtype is wrong. For NumPy arrays, also if a token lacks some of
+        its choices, an expert is out of range, or a token has the same expert twice in one layer.
+        The values of device arrays and traced arrays are not checked here; `validate` can do it
         later.
     """
     if experts.ndim != 4 or not jnp.issubdtype(experts.dtype, jnp.signedinteger):

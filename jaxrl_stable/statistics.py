@@ -1,10 +1,10 @@
 """Means with intervals: avg@k, pass@k and gains over problems, other figures over seeds.
 
-Also running means for smoothing curves.
+The module also has a running mean for smoothing curves.
 
-For accuracy the unit of resampling is the *problem*: the k samples of one problem share its
-difficulty, so they are not independent, and an interval that treated them as independent would be
-too narrow. Accuracies are fractions in [0, 1]. Needs numpy and scipy only.
+Accuracies are resampled by *problem*. The k samples of a problem share its difficulty, so they are
+not independent, and an interval that treated them as independent would be too narrow. Accuracies
+are fractions in [0, 1]. The module needs only numpy and scipy.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ def avg_at_k(
 ) -> Estimate:
     """Returns the mean over problems of the mean score over the k samples of each (avg@k).
 
-    avg@k = (1/P) Σ_p (1/k) Σ_j correct[p, j]. Fractional scores are allowed. A NaN is a sample
-    whose score is not known: it is left out, and so is a problem that has no other.
+    avg@k = (1/P) Σ_p (1/k) Σ_j correct[p, j]. Fractional scores are allowed. NaN marks a sample
+    whose score is unknown. Such samples are left out, and so are problems without any known score.
     """
     return bootstrap_mean(_means(_scores(correct))[1], seed=seed)
 
@@ -48,9 +48,9 @@ def pass_at_k(
 
     Unbiased estimator of Chen et al. 2021 (https://arxiv.org/abs/2107.03374, eq. 1), with c correct
     of n: pass@k = mean_p [1 − C(n−c, k) / C(n, k)] = mean_p [1 − Π_{i=n−c+1}^{n} (1 − k/i)].
-    The product form avoids the binomials, which overflow from n ≈ 60 on. A NaN is a sample whose
-    score is not known: n counts the other samples of a problem, and a problem with fewer than k of
-    them is left out.
+    The product form avoids the binomials, which overflow from n ≈ 60 on. NaN marks a sample whose
+    score is unknown: n counts only the known ones of a problem, and problems with fewer than k of
+    them are left out.
 
     Raises:
       ValueError: if no problem has k known samples, k is less than 1, or an entry is neither 0 nor
@@ -67,7 +67,7 @@ def pass_at_k(
         raise ValueError("pass_at_k: entries must be 0 or 1; threshold fractional scores first")
     i = np.arange(1, scores.shape[1] + 1)
     # Factor i is in the product if n − c < i ≤ n. With fewer than k wrong samples this includes
-    # i = k, whose factor is 0: each choice of k then has a correct sample, and pass@k is exactly 1.
+    # i = k, whose factor is 0, so pass@k is exactly 1: every k samples include a correct one.
     wrong = n - np.nansum(scores, axis=1)
     among = (i > wrong[:, None]) & (i <= n[:, None])
     factors = np.where(among, 1.0 - k / i, 1.0)
@@ -82,9 +82,9 @@ def gain(
 ) -> Estimate:
     """Returns avg@k after minus avg@k before on the same problems in the same order (paired).
 
-    Pairing removes the spread of difficulty between problems, which both separate scores' intervals
-    contain; so this interval is the one to read for "did it improve?". A problem without any known
-    score on one side is left out.
+    Pairing removes the differences in difficulty between problems, which widen the intervals of the
+    two separate scores. So to answer "did it improve?", read this interval. Problems without any
+    known score on one side are left out.
 
     Raises:
       ValueError: if the numbers of problems differ, or no problem is known on both sides.
@@ -92,7 +92,7 @@ def gain(
     first, second = _scores(before), _scores(after)
     if len(first) != len(second):
         raise ValueError(
-            f"gain: {len(first)} problems before, {len(second)} after; evaluate the same ones"
+            f"gain: {len(first)} problems before, {len(second)} after; evaluate the same problems"
         )
     (known_before, before), (known_after, after) = _means(first), _means(second)
     difference = np.full(len(first), np.nan)
@@ -107,8 +107,8 @@ def gain(
 def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> Estimate:
     """Returns the mean and its percentile bootstrap interval (Efron 1979).
 
-    It takes `DRAWS` resamples of the problems. Known limit: equal values give an interval of zero
-    width, so 0 of 30 says less than it seems to.
+    It draws `DRAWS` resamples of the problems. Known limitation: if all values are equal, the
+    interval has zero width, so a score of 0 out of 30 looks more certain than it is.
     """
     values = np.asarray(values, np.float64)
     # Problems with equal values are interchangeable: drawing how often each *distinct* value occurs
@@ -121,14 +121,14 @@ def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> E
 
 
 def mean_over_seeds(values: Iterable[float]) -> Estimate:
-    """Returns the mean of one figure per seed, with Student's t interval: seeds are few.
+    """Returns the mean over seeds with Student's t interval, which suits small samples.
 
     Raises:
       ValueError: if there are fewer than two seeds.
     """
     values = np.array(tuple(values), np.float64)
     if len(values) < 2:
-        raise ValueError(f"statistics: {len(values)} seeds; an interval needs at least 2")
+        raise ValueError(f"statistics: got {len(values)} seeds; an interval needs at least 2")
     mean = values.mean()
     half = stdtrit(len(values) - 1, 0.5 + LEVEL / 2) * values.std(ddof=1) / np.sqrt(len(values))
     return Estimate(float(mean), float(mean - half), float(mean + half))
@@ -139,11 +139,11 @@ def bootstrap_band(
 ) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
     """Returns the mean over runs with a pointwise 95 % bootstrap interval.
 
-    Whole runs are resampled, so a curve remains a curve. The plain percentile interval is too
-    narrow for few runs (for 5 normal ones it covers the mean in 84 % of cases), so the percentiles
-    are Hesterberg's "expanded" ones (https://arxiv.org/abs/1411.5279): the tail that Student's t
-    leaves over, Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). Up to 4 runs the interval spans the lowest to the
-    highest run. A NaN is excluded from its point; a point needs two runs for an interval.
+    Whole runs are resampled, so curves stay intact. The plain percentile interval is too narrow for
+    few runs (for 5 normal ones it covers the mean in 84 % of cases). We therefore use Hesterberg's
+    "expanded" percentiles (https://arxiv.org/abs/1411.5279), which match the tail to Student's t:
+    Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). With up to 4 runs the interval spans the lowest to the highest run.
+    A NaN is excluded from its point; a point needs two runs for an interval.
 
     Returns:
       (mean, low, high), NaN where undefined.
@@ -168,7 +168,7 @@ def bootstrap_band(
 
 
 def smooth(y: Float[np.ndarray, "points"], width: int | None = None) -> Float[np.ndarray, "points"]:
-    """Returns a centered running mean; NaNs are left out.
+    """Returns a centred running mean; NaNs are left out.
 
     Args:
       y: the curve.
@@ -201,7 +201,7 @@ def _scores(correct: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "problems k
 def _means(
     scores: Float[np.ndarray, "problems k"],
 ) -> tuple[Bool[np.ndarray, "problems"], Float[np.ndarray, "known"]]:
-    """Returns which problems have a known score, and the mean of each of these."""
+    """Returns a mask of the problems with a known score, and the mean score of each of them."""
     known = ~np.isnan(scores)
     some = known.any(axis=1)
     return some, np.nansum(scores[some], axis=1) / known[some].sum(axis=1)

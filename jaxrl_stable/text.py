@@ -51,9 +51,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def visible(text: str) -> str:
-    """Makes control characters visible (ESC, NUL, direction marks, …), so that they do not act.
+    """Makes control characters (ESC, NUL, direction marks, …) visible and thus harmless.
 
-    Newlines and tabs stay. C0 controls become their pictures (ESC → ␛), the rest \\u escapes.
+    Newlines and tabs are kept. C0 controls become their pictures (ESC → ␛), others \\u escapes.
     """
     return "".join(map(_visible_character, text))
 
@@ -67,7 +67,7 @@ def _visible_character(character: str) -> str:
     if code == 0x7F:
         return "\u2421"
     # Cc: C1 controls; Cf: direction marks and zero-width characters; Cs: lone surrogates; Zl, Zp:
-    # line breaks. The zero-width joiner stays: emoji and several scripts need it.
+    # line breaks. The zero-width joiner is kept because emoji and several scripts need it.
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and code != 0x200D:
         return f"\\u{code:04x}"
     return character

@@ -1,4 +1,4 @@
-"""Trajectory: what the sampler hands to the trainer."""
+"""Trajectory: the samples that the sampler passes to the trainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Trajectory:
       real: True on prompt and response tokens, False on padding.
       response_mask: True exactly on sampled tokens, EOS included.
       logp_rollout: log μ_old of each sampled token, 0 elsewhere.
-      routing: experts of every token that was an input: all except the last token of a response.
+      routing: experts of every token that was fed to the model, which is every token except the
+        last one of a response.
       finished: whether the response ended with a stop token; False if it was cut off.
       prompt_width: P, static.
     """
@@ -40,7 +41,7 @@ class Trajectory:
 
 
 def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
-    """Joins stacked trajectories whose rows `cut_rows` separated."""
+    """Joins stacked trajectories whose rows were split by `cut_rows`."""
     rows = partial(join_rows, over=over)
     routing = Routing(rows(parts.routing.experts, axis=1), rows(parts.routing.valid))
     others = jax.tree.map(rows, dataclasses.replace(parts, routing=None))
@@ -48,9 +49,9 @@ def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
 
 
 def fill_rows(old: Trajectory, new: Trajectory, rows: Int[Array, "B"]) -> Trajectory:
-    """Replaces row i of `old` by row `rows[i]` of `new`; −1 keeps the old row.
+    """Replaces row i of `old` with row `rows[i]` of `new`; −1 keeps the old row.
 
-    On a mesh, every device gathers all of `new`, which takes much memory for long responses.
+    On a mesh, every device gathers all of `new`, which needs much memory if responses are long.
     """
 
     def pick(axis: int):

@@ -37,7 +37,7 @@ def test_defaults_are_minirl():
         ({"aggregation": "mean"}, r"Objective\.aggregation is 'mean'"),
         ({"kl_estimator": "k4"}, r"Objective\.kl_estimator is 'k4'"),
         ({"mini_batches": 0}, r"Objective\.mini_batches is 0; it must be at least 1"),
-        ({"kl_weighted": True, "kl_estimator": "k2"}, "kl_weighted biases kl_estimator='k2'"),
+        ({"kl_weighted": True, "kl_estimator": "k2"}, "kl_weighted makes kl_estimator='k2' biased"),
     ],
 )
 def test_settings_that_make_no_sense(options, message):

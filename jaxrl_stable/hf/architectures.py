@@ -1,4 +1,7 @@
-"""Maps `config.json` of each supported architecture to the fields of `ModelConfig` and back."""
+"""Maps `config.json` of each supported architecture to the fields of `ModelConfig` and back.
+
+A new family also needs its tensor names (`names.py`) and the options that it refuses (`config.py`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architecture of the policy, and the repeating pattern of its layers.
+"""Architecture of the policy, and the repeating patterns of its layers.
 
 One set of fields covers Qwen3 (dense and MoE), OLMoE, Mixtral and DeepSeek-V3; `hf.architectures`
 reads them from a Hugging Face `config.json`.
@@ -12,9 +12,8 @@ import warnings
 from typing import Any
 
 # Fields that determine how a model is computed and used, not what it computes. Configs that differ
-# only in these can share a checkpoint.
+# only in these fields can share a checkpoint.
 EXECUTION_FIELDS = (
-    "max_positions",
     "dtype",
     "param_dtype",
     "scan_layers",
@@ -24,6 +23,7 @@ EXECUTION_FIELDS = (
     "experts_exchange",
     "experts_rows",
     "head_chunk",
+    "max_positions",
 )
 
 
@@ -34,8 +34,9 @@ class Yarn:
     Attributes:
       factor: ratio of the new context length to the original one.
       original_context: context length of the original training, in positions.
-      beta_fast, beta_slow: rotations over the original context above which a frequency is kept,
-        and below which it is divided by `factor`; frequencies between them follow a linear ramp.
+      beta_fast, beta_slow: numbers of rotations over the original context. A frequency that makes
+        more than `beta_fast` is kept, one that makes fewer than `beta_slow` is divided by `factor`;
+        a linear ramp covers those between.
       rotation_scale: factor on cosines and sines.
       softmax_mscale: m in the factor (0.1 m ln(factor) + 1)² on the scale of attention logits
         (DeepSeek-V3: `mscale_all_dim`); 0 leaves the scale unchanged.
@@ -61,10 +62,11 @@ class LatentSizes:
 
     Attributes:
       key_value_rank: width of the latent from which keys and values are computed.
-      rotary_dim: rotated dimensions of each query and key head; the others carry no position.
+      rotary_dim: number of rotated dimensions per query and key head; the rest carry no position.
       value_dim: size of one value head.
       query_rank: width of the queries' own latent; None projects queries directly.
-      interleaved: whether rotated pairs are neighbours (0, 1), (2, 3), … or half a head apart.
+      interleaved: if True, rotated pairs are neighbours (0, 1), (2, 3), …; if False, the members
+        of a pair are half a head apart.
     """
 
     key_value_rank: int
@@ -94,12 +96,12 @@ class ModelConfig:
       selection_bias: whether each expert has a bias that affects the choice but never the gates.
         It is not trained here (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
       expert_groups: number of equal groups into which the experts are divided.
-      chosen_groups: number of groups to choose experts from: those whose two best scores have the
-        largest sum.
+      chosen_groups: number of groups to choose experts from: the groups whose two best scores have
+        the largest sum.
       routed_scaling: factor on the gates.
-      num_shared_experts: experts applied to every token; computed as one dense layer of their total
-        width.
-      decoder_sparse_step: layer i (from 0) is MoE if (i + 1) is a multiple of it.
+      num_shared_experts: number of experts applied to every token; computed as one dense layer of
+        their total width.
+      decoder_sparse_step: layer i (from 0) is MoE if i + 1 is a multiple of this.
       mlp_only_layers: layers that are dense regardless of `decoder_sparse_step`.
       query_key_norm: RMSNorm of queries and keys over each "head" (Qwen3), over all heads of the
         "layer" (OLMoE), or "none" (Mixtral).
@@ -109,16 +111,13 @@ class ModelConfig:
       rope_scaling: YaRN stretching of the rotary embedding, or None.
       rms_norm_eps: epsilon of every norm.
       tie_embeddings: whether the output head is the transposed embedding.
-      max_positions: context that the model was trained for, in positions; a run with longer
-        sequences is refused. 0 if not known, which allows any length. It does not change what the
-        model computes.
-      dtype: type of activations and of weights in products. Router, norms, attention weights and
-        log-probabilities are always float32.
+      dtype: compute type, of activations and of weights in products. Router, norms, attention
+        weights and log-probabilities are always float32.
       param_dtype: storage type of parameters; the optimiser works in float32.
-      scan_layers: whether to scan over repeated layers (one compiled body) or to unroll them.
+      scan_layers: whether to scan over repeated layers (one compiled body) or unroll them.
       remat: activations that a block keeps for the backward pass: "none" keeps all of them,
-        "dots" keeps the most expensive products (queries, keys, values, attention, the experts'
-        hidden layer), "block" only its input, "offload" that input in host memory.
+        "dots" the most expensive products (queries, keys, values, attention, the experts' hidden
+        layer), "block" only its input, and "offload" that input in host memory.
       attention: "auto", "xla", "cudnn" or "splash".
       experts: grouped matrix product: "auto", "ragged", "blocked", "megablox", "tokamax", or
         "dense" (every expert on every token: the test oracle).
@@ -126,7 +125,11 @@ class ModelConfig:
         "ragged_all_to_all"; see `expert_parallel`.
       experts_rows: capacity of a device's buffer of (token, choice) pairs, in rows of D numbers;
         tokens that exceed it pass through the experts in several chunks.
-      head_chunk: tokens per device whose logits exist at a time; rounded to whole columns.
+      head_chunk: number of tokens per device whose logits are in memory at a time; rounded to whole
+        columns.
+      max_positions: context that the model was trained for, in positions; a run with longer
+        sequences is refused. 0 if not known, which allows any length. It does not change what the
+        model computes.
     """
 
     vocab_size: int
@@ -155,7 +158,6 @@ class ModelConfig:
     rope_scaling: Yarn | None = None
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    max_positions: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
@@ -165,6 +167,7 @@ class ModelConfig:
     experts_exchange: str = "all_gather"
     experts_rows: int = 262_144
     head_chunk: int = 2048
+    max_positions: int = 0
 
     def __post_init__(self) -> None:
         choices = {
@@ -196,8 +199,8 @@ class ModelConfig:
             )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
-                f"ModelConfig rotates {self.rotary_dim} of head_dim {self.head_dim}; use an even "
-                "number of at most head_dim"
+                f"ModelConfig rotates {self.rotary_dim} of {self.head_dim} dimensions per head; "
+                "use an even number, at most head_dim"
             )
         if any(not 0 <= layer < self.num_layers for layer in self.mlp_only_layers):
             raise ValueError(
@@ -221,7 +224,7 @@ class ModelConfig:
         size, rest = divmod(self.num_experts, self.expert_groups)
         if rest or size < 2:
             raise ValueError(
-                f"ModelConfig.expert_groups is {self.expert_groups}; it must cut num_experts "
+                f"ModelConfig.expert_groups is {self.expert_groups}; it must divide num_experts "
                 f"({self.num_experts}) into equal groups of two or more"
             )
         fewest = -(-self.num_experts_per_token // size)
@@ -250,13 +253,13 @@ class ModelConfig:
         return sum(map(self.is_moe, range(self.num_layers)))
 
     def architecture(self) -> dict[str, object]:
-        """Returns the fields that a checkpoint depends on."""
+        """Returns the fields on which a checkpoint depends."""
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS}
 
     @classmethod
     def from_architecture(cls, fields: dict[str, Any], **execution: Any) -> ModelConfig:
-        """Inverse of `architecture`; also accepts fields that went through JSON."""
+        """Inverse of `architecture`; also accepts fields that were stored as JSON."""
         nested = {"latent": LatentSizes, "rope_scaling": Yarn}
         built = {
             name: nested[name](**value) if name in nested and value else value
@@ -278,7 +281,7 @@ def layer_plan(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
     plan, start = [], 0
     while start < len(kinds):
         rest = kinds[start:]
-        best = (1, 1)  # (period, repeats) that covers the most layers; the shortest period wins
+        best = (1, 1)  # (period, repeats) that covers the most layers; the shortest wins ties
         for period in range(1, len(rest) // 2 + 1):
             repeats = 1
             while rest[repeats * period : (repeats + 1) * period] == rest[:period]:
@@ -351,7 +354,7 @@ def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
 
 
 def __getattr__(name: str) -> Any:
-    """Resolves the former name of `LatentSizes`, which older gin files bind."""
+    """Resolves the former name of `LatentSizes`, which older gin files use."""
     if name == "LatentAttention":
         warnings.warn(
             "model.config.LatentAttention is now called LatentSizes; write model.LatentSizes",

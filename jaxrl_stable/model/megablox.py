@@ -1,8 +1,8 @@
-"""Grouped products on TPU with kernels for all three products: forward and both gradients.
+"""Grouped products on TPU with a kernel for each of the three: forward and both gradients.
 
 XLA for TPU has a kernel for `jax.lax.ragged_dot` and for its gradient in the rows, but not for the
-gradient in the matrices: libtpu 0.0.42 multiplies all rows by a mask per expert, which for E
-experts costs E times the product. This module computes that gradient with JAX's
+gradient in the matrices. There, libtpu 0.0.42 multiplies all rows by a mask per expert, which for E
+experts costs E times as much. This module computes that gradient with JAX's
 `pallas.ops.tpu.megablox`.
 """
 
@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float, Int
 
 ROWS = 256  # rows of a tile
-WIDTH = 1024  # largest width of a tile; two tiles, product and copies share 16 MiB of VMEM
+WIDTH = 1024  # largest width of a tile; two tiles, their product and copies share 16 MiB of VMEM
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

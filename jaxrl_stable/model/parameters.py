@@ -1,8 +1,9 @@
-"""Parameters: shape, logical axes and initialiser of a weight, declared once and together.
+"""Parameters: shape, logical axes and initialiser of each weight, declared in one place.
 
 A weight is an `nnx.Param` with two pieces of metadata. `axes` are its logical axis names, which
-sharding rules map to mesh axes. `inputs` are the axes that a product with it sums over; they set
-the scale of its initialiser and the channels of its quantised copy. `inputs` is None for vectors.
+sharding rules map to mesh axes. `inputs` are the axes over which a product with the weight sums;
+they set the scale of its initialiser and the channels of its quantised copy. For vectors, `inputs`
+is None.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class Quantized:
 
     Attributes:
       values: grid values (int8, int4 or float8_e4m3fn), stored in that type or a wider one.
-      scale: scale per output channel; axes that a product sums over have size one.
-      products: static; "weight_only" dequantises the matrix, "native" and "emulated" put the
-        activations on the same grid, see `products`.
-      stored_wider: static; name of the grid if `values` has a wider type, see `quantize.expanded`.
+      scale: scale per output channel; axes over which a product sums have size one.
+      products: "weight_only" dequantises the matrix; "native" and "emulated" put the activations on
+        the same grid (see `products`). Static.
+      stored_wider: name of the grid if `values` has a wider type (see `quantize.expanded`). Static.
     """
 
     values: Num[Array, "..."]
@@ -67,7 +68,7 @@ def matrix(
     Args:
       rngs: source of the random key.
       axes: logical name and size of each axis, in order.
-      inputs: axes that a product sums over; their sizes multiply to fan_in.
+      inputs: axes over which a product sums; fan_in is the product of their sizes.
       stack: number of layers that share this declaration, or None.
       gain: factor on the standard deviation.
       dtype: storage type.

@@ -1,4 +1,4 @@
-"""Per-token terms that are added to the loss: distance to a reference policy."""
+"""Per-token terms added to the loss: the distance to a reference policy."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ def kl_penalty(
 ) -> Float[Array, "B T"]:
     """Per-token estimate of KL(π_θ ‖ π_ref), with d = log π_θ/π_ref of the sampled token.
 
-        estimator   value            gradient by log π_θ    on samples of π_θ that gradient is
-        k1          d                1                      0 in the mean: no penalty at all
+        estimator   value            gradient in log π_θ    expected gradient on samples of π_θ
+        k1          d                1                      0: no penalty
         k2          ½ d²             d                      unbiased
-        k3          e^−d − 1 + d     1 − e^−d               that of KL(π_ref ‖ π_θ)
+        k3          e^−d − 1 + d     1 − e^−d               gradient of KL(π_ref ‖ π_θ) instead
         k3+         e^−d − 1 + d     d                      unbiased (value of k3, gradient of k2)
 
     Source of the values: http://joschu.net/blog/kl-approx.html; GRPO
-    (https://arxiv.org/abs/2402.03300, eq. 4) uses k3. All are for samples of π_θ. With `logp_old`
-    the estimate is multiplied by r = π_θ/π_old, and the gradient also flows through r: for k1 and
+    (https://arxiv.org/abs/2402.03300, eq. 4) uses k3. All assume samples of π_θ. With `logp_old`,
+    the estimate is multiplied by r = π_θ/π_old, and the gradient also flows through r. For k1 and
     k3, value and gradient are then unbiased on samples of π_old (TRL's `use_bias_correction_kl`;
     DeepSeek-V3.2, arXiv:2512.02556).
 
     Args:
       logp: log π_θ; carries the gradient.
-      logp_reference: log π_ref; a constant.
+      logp_reference: log π_ref; treated as constant.
       mask: response tokens.
       estimator: one of `KL_ESTIMATORS`.
-      logp_old: log π_old, or None for no weight.
+      logp_old: log π_old, or None to leave the estimate unweighted.
 
     Returns:
       The estimate per token, 0 outside the mask. Reduce it like the loss.
 
     Raises:
-      ValueError: if the estimator is unknown, or is biased under a weight ("k2" and "k3+").
+      ValueError: if the estimator is unknown, or is "k2" or "k3+" (biased if weighted) and
+        `logp_old` is given.
     """
     check_same_shape(
         "kl_penalty", "B T", logp=logp, logp_reference=logp_reference, logp_old=logp_old, mask=mask

@@ -21,7 +21,7 @@ def policy_log_probs(
     replay: Routing | None,
     temperature: float,
 ) -> tuple[HeadOutput, RouterOutput]:
-    """Returns log-probability and entropy of each response token, 0 outside the mask."""
+    """Scores the response tokens (see `response_log_probs`) and returns the router's output too."""
     hidden, router = hidden_states(model, batch, replay)
     return response_log_probs(model, hidden, batch, temperature), router
 

@@ -25,12 +25,12 @@ from jaxrl_stable.sharding import constrain_state
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Input and output of an update step.
+    """Training state: input and output of an update step.
 
     Attributes:
       model: the policy π_θ.
-      opt_state: moments, shaped and sharded like the parameters.
-      step: number of attempted gradient steps, skipped ones included.
+      opt_state: optimiser moments, shaped and sharded like the parameters.
+      step: number of gradient steps attempted, including skipped ones.
       skipped: number of steps skipped because of a non-finite gradient.
       skipped_in_a_row: length of the current streak of skipped steps.
     """
@@ -43,7 +43,7 @@ class TrainState:
 
 
 def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
-    """Builds the optax chain of a config."""
+    """Builds the optax chain described by a config."""
     rate, warmup = config.learning_rate, max(config.warmup_steps, 1)
     schedule = optax.linear_schedule(0.0, rate, warmup)
     if config.decay_steps:
@@ -88,8 +88,9 @@ def in_float32(
 
     Args:
       inner: the transformation.
-      master_weights: keep a float32 copy of parameters that are stored in a narrower type. Without
-        it the stored values are treated as exact, and updates below their spacing are lost.
+      master_weights: whether to keep a float32 copy of parameters that are stored in a narrower
+        type. Without it the stored values are taken as exact, and updates smaller than their
+        spacing are lost.
     """
 
     def init(params: optax.Params) -> Float32State:
@@ -120,7 +121,7 @@ def in_float32(
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
-    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers, each donatable
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # separate buffers, each donatable
     return TrainState(model, optimizer.init(model), *counters)
 
 
@@ -139,7 +140,7 @@ def from_parts(parts: dict[str, Any]) -> TrainState:
 def apply_gradients(
     state: TrainState, gradients: Transformer, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """Takes one optimiser step; keeps weights and moments if any gradient is not finite.
+    """Takes one optimiser step; leaves weights and moments as they are if a gradient is non-finite.
 
     Returns:
       The new state, and the global norm of the gradient before clipping.
@@ -167,7 +168,7 @@ def apply_gradients(
 
 
 def _matrices(model: Transformer) -> Transformer:
-    """Returns True for parameters with weight decay: the matrices of products."""
+    """Marks the parameters that get weight decay: the matrices of products."""
 
     def is_matrix(param: nnx.Variable) -> bool:
         return param.get_metadata()["inputs"] is not None

@@ -2,16 +2,16 @@
 
 Responses of a rollout vary in length, and a padded row costs as much as a full one. A packed row of
 T columns holds several prompts with their responses, one after another, as segments that do not
-attend to each other. Only the model sees packed rows: its outputs are moved back to the positions
-of their tokens, so losses, corrections and metrics are unaffected.
+attend to each other. Only the model sees packed rows: its outputs are moved back to the tokens'
+original positions, so losses, corrections and metrics are unaffected.
 
-Each device packs its own rows by first fit decreasing (Johnson et al. 1974), so no data moves
-between devices. Shapes are fixed: a batch has as many packed rows as rows, filled from the front,
-and micro-batches that are empty on all devices are skipped. The plan depends only on the lengths,
-so `score` and `update` pack the same rows in the same way.
+Each device packs its own rows with first-fit decreasing (Johnson et al. 1974), so no data moves
+between devices. Shapes are fixed: there are as many packed rows as rows, filled from the front, and
+micro-batches that are empty on all devices are skipped. The plan depends only on the lengths, so
+`score` and `update` pack the same rows in the same way.
 
     packing/fill            share of the processed columns that hold a token
-    packing/columns_share   processed columns, as a share of the columns of padded rows
+    packing/columns_share   processed columns as a share of the columns without packing
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from jaxrl_stable.trainer.batch import TrainBatch, micro_batches
 class Packing:
     """Mapping between packed columns and columns of the batch.
 
-    Columns are numbered row by row over the rows of one device; one past the last means "empty".
+    Columns are numbered row by row within one device. The number after the last means "empty".
 
     Attributes:
-      source: column of the batch held by each packed column.
-      target: packed column that holds each column of the batch.
-      used: number of micro-batches, from the first, that hold a token on any device.
+      source: batch column that each packed column holds.
+      target: packed column that holds each batch column.
+      used: number of leading micro-batches that hold a token on any device.
     """
 
     source: Int[Array, "B T"]
@@ -57,11 +57,11 @@ class Packing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """Input of the model for a packed micro-batch; other fields as in `TrainBatch`.
+    """Input of the model for a packed micro-batch; the other fields are as in `TrainBatch`.
 
     Attributes:
-      positions: positions that start from 0 in each segment.
-      segment_ids: ids that are distinct within a row; 0 is padding.
+      positions: position of each token within its segment, from 0.
+      segment_ids: segment of each token, distinct within a row; 0 is padding.
     """
 
     tokens: Int[Array, "B T"]
@@ -76,7 +76,7 @@ class PackedRows:
 
     @property
     def prompt_width(self) -> int:
-        """Returns 1: a response may start in any column except the first."""
+        """Returns 1, since a response may start in any column except the first."""
         return 1
 
 
@@ -87,13 +87,14 @@ class Micro(NamedTuple):
       seen: input of the model.
       rows: input of the objective. For a packed micro-batch this is the whole batch, in which rows
         outside the micro-batch have no response tokens; like padding rows, they add nothing.
-      extra: arrays aligned with `rows`.
+      cotangents: gradients of the loss in the model's outputs, aligned with `rows`; None if the
+        loss is differentiated together with the model.
       source, target: part of `Packing` for this micro-batch; None if rows are not packed.
     """
 
     seen: TrainBatch | PackedRows
     rows: TrainBatch
-    extra: Any = None
+    cotangents: Any = None
     source: Int[Array, "b T"] | None = None
     target: Int[Array, "B T"] | None = None
 
@@ -117,7 +118,7 @@ def plan(real: Bool[Array, "B T"], micro_batch_size: int) -> Packing:
     where = layout(micro_batch_size, real.shape[1], sampling=False)
     if where.columns:
         raise ValueError(
-            "packed rows need all their columns on one device; set MeshShape.context = 1, or "
+            "packed rows need all their columns on one device; set MeshShape.context = 1 or "
             "Reinforcement.packed = False"
         )
     rows_here = micro_batch_size // where.size(where.rows)
@@ -142,7 +143,7 @@ def plan(real: Bool[Array, "B T"], micro_batch_size: int) -> Packing:
 def first_fit_decreasing(
     lengths: Int[Array, "b"], width: int
 ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
-    """Places each segment, longest first, into the first row with enough room.
+    """Places each segment, longest first, in the first row with enough room.
 
     Args:
       lengths: columns per segment, at most `width`.
@@ -169,25 +170,25 @@ def scan_micro_batches(
     batch: TrainBatch,
     micro_batch_size: int,
     packing: Packing | None = None,
-    extra: Any = None,
+    cotangents: Any = None,
 ) -> tuple[Any, Any]:
     """Runs `jax.lax.scan` over the micro-batches of a batch.
 
     Args:
-      step: maps carry and micro-batch to the new carry and an output.
+      step: maps a carry and a micro-batch to the new carry and an output.
       carry: initial carry.
       batch: rows of the batch.
       micro_batch_size: rows per micro-batch.
       packing: packing of the rows, or None.
-      extra: additional arrays `[B, T]` for `step`, passed as `Micro.extra`.
+      cotangents: arrays `[B, T]` that `step` gets as `Micro.cotangents`, or None.
 
     Returns:
-      The final carry, and the stacked outputs of `step`, 0 for micro-batches that did not run.
+      The final carry, and the stacked outputs of `step`; these are 0 for skipped micro-batches.
     """
     parts = batch.tokens.shape[0] // micro_batch_size
     cut = partial(cut_rows, parts=parts)
     if packing is None:
-        xs = micro_batches(batch, parts), jax.tree.map(cut, extra)
+        xs = micro_batches(batch, parts), jax.tree.map(cut, cotangents)
         return jax.lax.scan(lambda carry, x: step(carry, Micro(x[0], *x)), carry, xs)
 
     def packed(carry: Any, x: tuple[Int[Array, ""], Int[Array, "b T"]]) -> tuple[Any, Any]:
@@ -197,7 +198,7 @@ def scan_micro_batches(
         here = (target >= 0) & (target < columns)
         rows = dataclasses.replace(batch, response_mask=batch.response_mask & here)
         target = jnp.where(here, target, columns)
-        return step(carry, Micro(pack(batch, source), rows, extra, source, target))
+        return step(carry, Micro(pack(batch, source), rows, cotangents, source, target))
 
     return _scan_first(packed, carry, (jnp.arange(parts), cut(packing.source)), packing.used)
 
@@ -218,7 +219,7 @@ def pack(batch: TrainBatch, source: Int[Array, "b T"]) -> PackedRows:
 
 
 def joined(stacked: Array, packing: Packing | None, axis: int = 0) -> Array:
-    """Joins stacked outputs of `scan_micro_batches` to all rows; B is axis number `axis`."""
+    """Joins stacked outputs of `scan_micro_batches` into all rows; `axis` is the index of B."""
     x = join_rows(stacked, axis)
     return x if packing is None else _take(x, packing.target, axis)
 
@@ -228,8 +229,8 @@ def _scan_first(
 ) -> tuple[Any, Any]:
     """Like `jax.lax.scan`, but steps from `count` on do nothing and output 0.
 
-    Its length is static, unlike the length of a loop that ends at `count`. Ahead-of-time analysis
-    of a program then has an upper bound.
+    Its length is static, unlike that of a loop that ends at `count`, so ahead-of-time analysis of
+    the program has an upper bound.
     """
 
     def step_or_skip(carry: Any, x: tuple[Int[Array, ""], Any]) -> tuple[Any, Any]:
@@ -246,13 +247,13 @@ def _scan_first(
 
 
 def _columns_here(rows: Array) -> int:
-    """Returns the slots of `[B, T]` on one device, which is also the index meaning "empty"."""
+    """Returns the number of slots of `[B, T]` on one device, also the index meaning "empty"."""
     where = layout(*rows.shape, sampling=False)
     return rows.size // where.size(where.rows)
 
 
 def _take(x: Array, index: Int[Array, "b T"], axis: int = 0) -> Array:
-    """Picks columns of `[..., B, T, ...]` on each device; B is axis number `axis`."""
+    """Picks columns of `[..., B, T, ...]` on each device; `axis` is the index of B."""
     where = layout(*index.shape, sampling=False)
 
     def local(x: Array, index: Int[Array, "b T"]) -> Array:

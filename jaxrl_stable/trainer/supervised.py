@@ -17,7 +17,7 @@ from jaxrl_stable.trainer.optimizer import TrainState, apply_gradients
 def supervised_update(
     state: TrainState, batch: dict[str, Array], *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step on packed rows: mean negative log-likelihood of the answers' tokens.
+    """Takes one step on packed rows with the mean negative log-likelihood of the answer tokens.
 
         L = − Σ m_t log π_θ(y_t | y_<t) / Σ m_t
 
