@@ -54,10 +54,11 @@ def ending(tokenizer: Tokenizer, template: Template) -> Ending:
     ids = tokenizer.encode(text.strip())
     first = tokenizer.decode(ids[:1], special_tokens=True)
     if not ids or tokenizer.control_token(first) is None or tokenizer.encode(first) != ids[:1]:
-        written = repr(text[:40]) if text else "nothing"
+        written = (
+            f"{text[:40]!r}, which does not begin with a special token," if text else "nothing"
+        )
         return usual._replace(
-            note=f"the chat template writes {written} after an assistant's answer, which does not "
-            f"begin with a special token; {advice}"
+            note=f"the chat template writes {written} after an assistant's answer; {advice}"
         )
     return Ending(ids[0], tuple(dict.fromkeys([*usual.stop_ids, ids[0]])))
 

@@ -100,9 +100,9 @@ def test_system_message_and_variables_reach_the_template(tmp_path):
         ("<|im_end|>", "<|im_end|>", ""),
         (" <|im_end|>\n", "<|im_end|>", ""),  # Llama 2 writes a space
         ("", None, "writes nothing after an assistant's answer"),
-        ("\n### ", None, r"writes '\n### ' after an assistant's answer, which does not begin with"),
-        ("</think>", None, "writes '</think>' after"),  # a tag, which answers may contain
-        ("<|unknown|>", None, "writes '<|unknown|>' after"),  # several tokens
+        ("\n### ", None, r"writes '\n### ', which does not begin with a special token, after"),
+        ("</think>", None, "writes '</think>', which does not"),  # a tag, which answers may contain
+        ("<|unknown|>", None, "writes '<|unknown|>', which does"),  # several tokens
     ],
 )
 def test_templates_that_end_turns_otherwise_are_reported(tmp_path, after, token, note):
