@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxrl_stable.model.config import ModelConfig
 
 SCORE = "score"
-ABOUT = "about"  # metadata: architecture, array names of each part, data and position
+ABOUT = "about"  # metadata: architecture, array names of each part, data, settings and position
 DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
@@ -38,6 +39,8 @@ class Checkpointer:
       architecture: `ModelConfig.architecture()`; stored, and compared before anything is restored.
       keep: number of newest checkpoints to keep, in addition to the one with the best score.
       data: description of the data that positions refer to; compared before one is restored.
+      settings: further settings of the run, as JSON values by name; each is compared together with
+        the data, except those that the checkpoint does not have.
       reading: only read. If False, unfinished saves are deleted, even those of a running process.
     """
 
@@ -48,6 +51,7 @@ class Checkpointer:
         keep: int = 2,
         data: str = "",
         reading: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -56,6 +60,7 @@ class Checkpointer:
             keep_checkpoints_without_metrics=False,
         )
         self._architecture, self._data = _jsonable(architecture), data
+        self._settings = _jsonable(dict(settings or {}))
         self._orbax = ocp.training.Checkpointer(
             pathlib.Path(directory).resolve(),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -100,6 +105,7 @@ class Checkpointer:
         items = {name: _flat(tree) for name, tree in parts.items()}
         names = {name: list(leaves) for name, leaves in items.items()}
         about = {"architecture": self._architecture, "parts": names, "data": self._data}
+        about["settings"] = self._settings
         if dataset is not None:
             about["position"] = json.dumps(dataset.get_state())
         items[ABOUT] = about
@@ -120,7 +126,8 @@ class Checkpointer:
           The restored trees, or None if no checkpoint exists.
 
         Raises:
-          ValueError: if the checkpoint belongs to another architecture, data set or program.
+          ValueError: if the checkpoint belongs to another architecture, data set or program, or if
+            its settings differ.
         """
         if not self.steps:
             return None
@@ -175,6 +182,20 @@ class Checkpointer:
                 "original data, or start a new run with --gin.configs.Experiment.init_from and "
                 "another --workdir"
             )
+        if compare_data:
+            stored = about.get("settings", {})  # an older version stored none
+            differing = [
+                f"{name} is {value!r} there and {self._settings[name]!r} here"
+                for name, value in stored.items()
+                if name in self._settings and self._settings[name] != value
+            ]
+            if differing:
+                raise ValueError(
+                    f"{where} is of a run with other settings: {'; '.join(differing)}. Set them "
+                    "back, or start a new run with --gin.configs.Experiment.init_from and another "
+                    "--workdir"
+                )
+            self._settings = stored | self._settings  # later checkpoints keep all of them
         for name, leaves in flat.items():
             differing = sorted(leaves.keys() ^ set(about["parts"].get(name, ())))
             if differing:
@@ -217,7 +238,7 @@ def has_checkpoints(directory: str | pathlib.Path) -> bool:
     """Returns whether a directory holds a checkpoint, without opening it."""
     # Orbax names finished checkpoints by their step, and gives unfinished ones a suffix.
     directory = pathlib.Path(directory)
-    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+    return directory.is_dir() and any(path.name.isdecimal() for path in directory.iterdir())
 
 
 def stored_architecture(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -241,5 +262,5 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
-def _jsonable(architecture: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(architecture))
+def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(fields))

@@ -13,6 +13,7 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
+from jaxrl_stable.advantages import check_group_size, check_penalty
 from jaxrl_stable.checks import one_of, positive
 from jaxrl_stable.model.config import ModelConfig, tiny
 from jaxrl_stable.objective import Objective
@@ -83,6 +84,10 @@ class Optimizer:
         (`ModelConfig.param_dtype`). False saves that memory and loses updates below the spacing of
         the stored dtype.
       first_moment_dtype: dtype of Adam's first moment; the second is float32.
+      skip_zero_gradients: whether a step whose gradient is exactly 0 leaves weights, moments and
+        schedule as they are. False is usual in the field: Adam's momentum and the weight decay
+        still move the weights, by most of the last step at first (b1 = 0.9), although no response
+        taught anything. `gradient/zero_share` counts such steps either way.
     """
 
     learning_rate: float = 1e-6
@@ -95,6 +100,7 @@ class Optimizer:
     clip_norm: float = 1.0
     master_weights: bool = True
     first_moment_dtype: str = "float32"
+    skip_zero_gradients: bool = False
 
     def __post_init__(self):
         one_of(self, "first_moment_dtype", MOMENT_DTYPES)
@@ -133,14 +139,17 @@ class Reinforcement:
       steps: number of rollouts ("global steps"); each makes `objective.mini_batches` gradient
         steps.
       prompts: prompts per rollout batch.
-      group_size: responses per prompt.
+      group_size: responses per prompt; at least 2 if the group is the baseline of
+        `objective.advantages`.
       max_tokens: longest response, EOS included.
       overlong_buffer: share of `max_tokens`, at its end, over which the reward falls linearly by 1
         (DAPO's soft punishment, see `rewards.overlong_penalty`); 0 leaves the reward unchanged.
+        Estimators that read the reward as a score refuse it (`advantages.maxrl`) or take it apart
+        from the score (`advantages.gpg`).
       overlong_filter: whether responses cut at the limit get advantage 0. They still count in the
         baseline and in the denominators.
-      max_rounds: largest number of rollouts per step, drawn until the rewards of each group differ
-        (DAPO's dynamic sampling); 1 takes the first rollout as it is.
+      max_rounds: largest number of rollouts per step, drawn until each group is informative
+        (DAPO's dynamic sampling, see `run.dynamic_sampling`); 1 takes the first rollout as it is.
       temperature: temperature of the sampler, and hence of the policy that is trained.
       top_k, top_p: see `sampler.rollout.Sampling`; values other than 0 and 1 bias the gradient.
       rollout_format: number format of the sampler: "none" (the policy itself); weights in "int8",
@@ -199,6 +208,9 @@ class Reinforcement:
                 f"Reinforcement.overlong_buffer is {self.overlong_buffer}; it is a share of "
                 "max_tokens, use 0 to 1"
             )
+        if self.overlong_buffer:
+            check_penalty(self.objective.advantages, "Reinforcement.overlong_buffer")
+        check_group_size(self.objective.advantages, self.group_size, "Reinforcement.group_size")
         rows, parts = self.prompts * self.group_size, self.objective.mini_batches
         if self.prompts % parts:
             raise ValueError(
@@ -280,9 +292,11 @@ class Experiment:
       seed: seed of initialisation, data order and sampling.
       model: sizes of the policy.
       data: problems, tokenizer and reward.
-      cold_start: supervised training before reinforcement, if any.
-      init_from: weights to start from instead of a cold start: the working directory of an earlier
-        run, or a Hugging Face checkpoint (then `model` is usually `@hf.read_config()`).
+      cold_start: supervised training before reinforcement, if any; it starts from the weights of
+        `init_from` if both are set.
+      init_from: weights to start from instead of random ones: the working directory of an earlier
+        run, or a Hugging Face checkpoint (then `model` is usually `@hf.read_config()`). They are
+        read once: the run keeps what it needs of them.
       reinforcement: rollouts and updates.
       evaluation: held-out accuracy.
       mesh: shape of the device mesh.

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_stable import _moved
-from jaxrl_stable.advantages import centered
+from jaxrl_stable.advantages import centered, conditions_of
 from jaxrl_stable.array_types import Array, Bool, Float
 from jaxrl_stable.checks import one_of
 from jaxrl_stable.corrections import correct
@@ -177,9 +177,9 @@ class Objective:
         mask, ids = jax.ShapeDtypeStruct(row, bool), jax.ShapeDtypeStruct((1,), jnp.int32)
         row, valid = jax.ShapeDtypeStruct(row, jnp.float32), jax.ShapeDtypeStruct((1,), bool)
 
-        def tried(function: Callable, *arrays) -> object:
+        def tried(function: Callable, *arrays, **named) -> object:
             try:  # the new lambda avoids jax's cached traces, which ignore changed gin settings
-                return jax.eval_shape(lambda *x: function(*x), *arrays)
+                return jax.eval_shape(lambda *x, **y: function(*x, **y), *arrays, **named)
             except Exception as error:
                 if isinstance(error, ValueError):
                     raise
@@ -199,7 +199,8 @@ class Objective:
         for correction in self.corrections:
             check_result(correction, tried(correction, *arrays), row)
         check_result(self.loss, tried(self.loss, *arrays), TokenLoss(row, row, row, *[mask] * 3))
-        check_result(self.advantages, tried(self.advantages, one, ids, valid, ids), one)
+        named = {"penalty": one} if conditions_of(self.advantages).penalty == "separate" else {}
+        check_result(self.advantages, tried(self.advantages, one, ids, valid, ids, **named), one)
         jax.eval_shape(lambda *x: aggregate(*x, self.aggregation, self.horizon), row, mask)
 
     def token_loss(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,9 @@ from absl import app, flags, logging
 from jaxrl_stable import _moved, distributed
 from jaxrl_stable.distributed import watch
 from jaxrl_stable.gin_files import build_experiment, load, one_line, resolved_config
+from jaxrl_stable.hf.config import resuming
 from jaxrl_stable.run.describe import describe
+from jaxrl_stable.run.origin import model_of_run
 
 GIN_PREFIX = "--gin."
 
@@ -87,7 +91,8 @@ def run(main: Callable[[Any, str], None], kind: Kind | None = None) -> None:
             if jax.config.jax_compilation_cache_dir is None:  # a resumed run need not compile
                 cache = os.path.join(os.path.abspath(workdir), "xla_cache")
                 jax.config.update("jax_compilation_cache_dir", cache)
-            experiment = load(options.gin_file, bindings, kind.build)
+            with resuming(partial(model_of_run, pathlib.Path(workdir))):
+                experiment = load(options.gin_file, bindings, kind.build)
             if options.dry_run:
                 print(resolved_config(), kind.describe(experiment), sep="\n")
                 return

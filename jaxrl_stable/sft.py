@@ -1,11 +1,14 @@
 """Cold start alone: supervised training on prompt-answer pairs, packed.
 
+It starts from the weights of `Experiment.init_from`, or from random ones.
+
 python -m jaxrl_stable.sft --gin_file=… --workdir=runs/cold_start
 """
 
 from jaxrl_stable import _moved, program
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.run.cold_start import run_cold_start
+from jaxrl_stable.run.lock import locked
 from jaxrl_stable.run.task import load_task
 from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.sharding import make_mesh
@@ -16,7 +19,7 @@ def main(experiment: Experiment, workdir: str) -> None:
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     check_installed(experiment.wandb_project)
-    with load_task(experiment, workdir, cold_start=True) as task:
+    with locked(workdir), load_task(experiment, workdir, cold_start=True) as task:
         run_cold_start(experiment, task, mesh, workdir)
 
 

@@ -125,10 +125,16 @@ def broken(*arrays):
     return {}["key"]
 
 
+@estimators.with_conditions(penalty="separate")
+def no_penalty(rewards, group_ids, valid=None, lengths=None):
+    return rewards
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
+        (Objective(advantages=no_penalty), "no_penalty raised TypeError: .*'penalty'"),
         (Objective(loss=wrong_result), r"wrong_result returns .* instead of TokenLoss"),
         (Objective(corrections=[wrong_shape]), "wrong_shape returns"),
         (Objective(advantages=broken), "broken raised KeyError: 'key'"),

@@ -137,6 +137,8 @@ def test_run_leaves_everything_behind(finished):
         "validity/staleness_value_error",
         "gradient/norm",
         "gradient/skipped",
+        "gradient/zero_share",
+        "sampling/informative_share",
         "routing/agreement",
         "routing/agreement_layer_00",
         "routing/differing_tokens_share",
@@ -262,6 +264,7 @@ def test_run_with_a_dead_judge_names_its_exception_and_keeps_the_samples(
 def test_start_from_another_run(finished, tmp_path, environment):
     flags = (
         f"--gin.configs.Experiment.init_from='{finished}'",
+        "--gin.configs.Experiment.cold_start=None",
         "--gin.configs.Reinforcement.steps=1",
         "--gin.configs.Objective.mini_batches=1",
         "--gin.configs.Objective.replay='none'",

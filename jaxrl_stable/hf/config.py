@@ -5,18 +5,39 @@ An option that is not implemented is an error that names the option, never a sil
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxrl_stable.files import read_json
 from jaxrl_stable.hf.architectures import ARCHITECTURES, Architecture, Json, no_experts
 from jaxrl_stable.model.config import EXECUTION_FIELDS, ModelConfig, Yarn
 
+# Returns the model of the run that is being resumed, given execution fields, or None.
+ModelOfRun = Callable[..., ModelConfig | None]
+_model_of_run: contextvars.ContextVar[ModelOfRun] = contextvars.ContextVar(
+    "model_of_run", default=lambda **execution: None
+)
+
+
+@contextlib.contextmanager
+def resuming(model_of_run: ModelOfRun) -> Iterator[None]:
+    """Lets `read_config` answer for a directory that is gone, if the run knows its own model."""
+    token = _model_of_run.set(model_of_run)
+    try:
+        yield
+    finally:
+        _model_of_run.reset(token)
+
 
 def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
     """Reads the architecture of a checkpoint directory.
+
+    A resumed run does not need the directory: its checkpoints hold the architecture (`resuming`).
 
     Args:
       directory: directory with a `config.json`.
@@ -33,7 +54,10 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
             f"read_config got {wrong[0]}, which the checkpoint determines; give only "
             f"{', '.join(EXECUTION_FIELDS)}"
         )
-    content, file = read_config_json(directory), pathlib.Path(directory) / "config.json"
+    file = pathlib.Path(directory) / "config.json"
+    if not file.exists() and (model := _model_of_run.get()(**execution)) is not None:
+        return model
+    content = read_config_json(directory)
     try:
         return ModelConfig(**from_json(content) | execution)
     except KeyError as error:

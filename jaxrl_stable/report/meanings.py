@@ -160,7 +160,7 @@ METRICS = (
     Metric("reward/failed_share", "Samples whose checker timed out or failed.", "0", 0, 0.01),
     Metric(
         "reward/zero_variance_share",
-        "Groups whose scores are all equal, which give no gradient.",
+        "Groups whose scores are all equal: no gradient if the group is the baseline.",
         "well below 1; near 1, the problems are too easy or too hard",
     ),
     Metric(
@@ -242,9 +242,15 @@ METRICS = (
     Metric("correction/kl_k3_dropped", "Mismatch KL (k3) of dropped tokens."),
     Metric("correction/kl_k3_kept", "Mismatch KL (k3) of kept tokens."),
     Metric("sampling/rounds", "Rollouts drawn for the batch (dynamic sampling)."),
-    Metric("sampling/informative_share", "Groups of the batch whose scores differ."),
+    Metric(
+        "sampling/informative_share",
+        "Groups of the batch whose scores give an advantage other than 0, after the overlong "
+        "filter; penalties, KL and entropy do not count.",
+        "above 0; at 0 the scores teach nothing",
+    ),
     Metric("reference/kl", "KL to the reference policy, before its coefficient.", "grows slowly"),
     Metric("gradient/norm", "Global norm before clipping.", "finite, without spikes"),
+    Metric("gradient/zero_share", "Updates of a step whose gradient was exactly 0.", "near 0"),
     Metric("gradient/skipped", "Updates skipped so far because they were not finite.", "0", 0, 0),
     Metric(
         "routing/agreement",

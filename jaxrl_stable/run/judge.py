@@ -74,11 +74,8 @@ def judge(task: Task, problems: Sequence[Problem | None], trajectory: Trajectory
     return distributed.gather_rows(Judged(rewards, status, lengths, finished, unknown), owners)
 
 
-def informative(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:
-    """Returns a mask of the groups whose valid scores are not all equal.
-
-    The other groups give no gradient if the group is the baseline and only the score is rewarded.
-    """
+def scores_differ(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:
+    """Returns a mask of the groups whose valid scores are not all equal."""
     scores, valid = (x.reshape(-1, group_size) for x in (judged.rewards, judged.valid))
     highest = np.where(valid, scores, -np.inf).max(-1)
     return highest > np.where(valid, scores, np.inf).min(-1)
@@ -113,7 +110,7 @@ def reward_metrics(
     return scores | {
         "reward/invalid_share": float((judged.status == STATUSES.index("invalid")).mean()),
         "reward/failed_share": failed_share([judged]),
-        "reward/zero_variance_share": float(1.0 - informative(judged, group_size).mean()),
+        "reward/zero_variance_share": float(1.0 - scores_differ(judged, group_size).mean()),
         "response/length": float(judged.lengths.mean()),
         "response/tokens": float(judged.lengths.sum()),
         "response/truncated_share": float(1.0 - judged.finished.mean()),
@@ -122,14 +119,14 @@ def reward_metrics(
 
 
 def advantage_inputs(rl: Reinforcement, judged: Judged) -> tuple[np.ndarray, ...]:
-    """Builds the arguments of `Programs.advantages`.
+    """Builds the arguments of `Programs.advantages` and `Programs.informative`.
 
     Returns:
-      A mask of the rows that keep their advantage, then rewards (with DAPO's length penalty),
-      group ids, validity and lengths, each `[B]`.
+      A mask of the rows that keep their advantage, then scores, DAPO's length penalty, group ids,
+      validity and lengths, each `[B]`.
     """
     kept = judged.finished if rl.overlong_filter else np.ones_like(judged.finished)
     buffer = round(rl.overlong_buffer * rl.max_tokens)
     penalty = overlong_penalty(judged.lengths, rl.max_tokens, buffer)
     groups = np.repeat(np.arange(rl.prompts), rl.group_size)
-    return kept, judged.rewards + penalty, groups, judged.valid, judged.lengths
+    return kept, judged.rewards, penalty, groups, judged.valid, judged.lengths

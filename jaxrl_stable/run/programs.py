@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable import diagnostics
+from jaxrl_stable.advantages import compares_groups, group_statistics, with_penalty
 from jaxrl_stable.configs import Reinforcement
 from jaxrl_stable.diagnostics import Metrics
 from jaxrl_stable.model.transformer import Transformer
@@ -31,7 +32,8 @@ class Programs(NamedTuple):
       quantize: makes the sampler's (quantised) copy of the policy.
       rollout: samples responses to a batch of prompts.
       fill: `fill_rows`, for dynamic sampling.
-      advantages: computes advantages from rewards.
+      advantages: computes advantages from scores and length penalties.
+      informative: marks the groups that teach something.
       score: computes log π_old of a rollout batch.
       reference: computes log-probabilities under the reference policy of the KL term.
       update: takes one gradient step.
@@ -43,6 +45,7 @@ class Programs(NamedTuple):
     rollout: Callable[..., Trajectory]
     fill: Callable[..., Trajectory]
     advantages: Callable[..., Array]
+    informative: Callable[..., Array]
     score: Callable[..., Scored]
     reference: Callable[..., Array]
     update: Callable[..., tuple[TrainState, Metrics]]
@@ -76,8 +79,27 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         **passes,
     )
 
-    def advantages(kept: Bool[Array, "B"], *rewards: Array) -> Float[Array, "B"]:
-        return jnp.where(kept, rl.objective.advantages(*rewards), 0.0)
+    estimator = rl.objective.advantages
+    grouped = compares_groups(estimator)
+
+    def advantages(kept: Bool[Array, "B"], *judged: Array) -> Float[Array, "B"]:
+        return jnp.where(kept, with_penalty(estimator, *judged), 0.0)
+
+    def informative(
+        kept: Bool[Array, "B"],
+        scores: Float[Array, "B"],
+        penalty: Float[Array, "B"],
+        group_ids: Int[Array, "B"],
+        *judged: Array,
+    ) -> Bool[Array, "groups"]:
+        # By the score alone, as in DAPO: a group that is all wrong is not kept for its lengths.
+        found = with_penalty(estimator, scores, jnp.zeros_like(penalty), group_ids, *judged)
+        found = found.reshape(-1, rl.group_size)
+        taught = (jnp.where(kept.reshape(found.shape), found, 0.0) != 0).any(-1)
+        if grouped:  # whitening can give equal rewards equal advantages other than 0
+            statistics = group_statistics("informative", scores, group_ids, *judged)
+            taught &= ~statistics.equal.reshape(found.shape).all(-1)
+        return taught
 
     def reference(model: Transformer, batch: TrainBatch) -> Array:
         return scoring(model, batch, replay="none").logp_old  # its own routing
@@ -87,6 +109,7 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         rollout=jax.jit(sample),
         fill=jax.jit(fill_rows),
         advantages=jax.jit(advantages),
+        informative=jax.jit(informative),
         score=jax.jit(partial(scoring, replay=rl.objective.replay)),
         reference=jax.jit(reference),
         update=jax.jit(step, donate_argnums=0),

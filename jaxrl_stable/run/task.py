@@ -29,6 +29,7 @@ from jaxrl_stable.data.records import check_characters
 from jaxrl_stable.data.sources import Remembered
 from jaxrl_stable.data.tokenizer import special_tokens
 from jaxrl_stable.rewards import Reward, check_references, load_reward, try_reward
+from jaxrl_stable.run.origin import find_tokenizer, has_started, keep_files
 from jaxrl_stable.sampler.rollout import Sampling
 
 TOKENIZER_PROBLEMS = 20_000  # read per source to train a tokenizer
@@ -104,6 +105,8 @@ def load_task(
       workdir: directory of the run.
       cold_start: whether the cold start's demonstrations are opened and checked too.
 
+    A run that has started reads the tokenizer and chat template that it keeps (`run.origin`).
+
     Raises:
       ValueError, FileNotFoundError: if a source or the chat template is missing, a prompt or a
         demonstration is invalid or too long, a reference answer cannot be read, the reward fails on
@@ -122,13 +125,14 @@ def load_task(
             f"Evaluation.problems is {evaluation.problems} but {heldout!r} has {len(heldout)}; "
             "lower it, or give a larger held-out set"
         )
-    path = _tokenizer_path(experiment, pathlib.Path(workdir))
+    workdir = pathlib.Path(workdir)
+    path = find_tokenizer(experiment, workdir)
     template: Template = data.template
     if data.chat:
         template = load_chat_template(
             path, words=data.template, system=data.system, variables=data.chat_variables
         )
-    if not data.tokenizer and distributed.is_main() and not path.exists():
+    if path == workdir / "tokenizer.model" and distributed.is_main() and not path.exists():
         _train_tokenizer(experiment, (train, heldout), path)
     distributed.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(path)
@@ -155,6 +159,8 @@ def load_task(
     except BaseException:
         reward.close()
         raise
+    if distributed.is_main() and not has_started(workdir):
+        keep_files(experiment, path, workdir)
     task = Task(
         train,
         heldout,
@@ -185,27 +191,6 @@ def _checksum(path: pathlib.Path) -> int:
     if model in files and any(both.get(field) != one.get(field) for field in fields):
         files.append(directory / "special_tokens_map.json")
     return zlib.crc32(b"".join(file.read_bytes() for file in files if file.exists()))
-
-
-def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Path:
-    """Returns the tokenizer's path: as configured, from `init_from`, or this run's own.
-
-    Raises:
-      ValueError: if `init_from` has no tokenizer; a new one would change what its embeddings mean.
-    """
-    if experiment.data.tokenizer:
-        return pathlib.Path(experiment.data.tokenizer)
-    if not experiment.init_from:
-        return workdir / "tokenizer.model"
-    origin = pathlib.Path(experiment.init_from).resolve()
-    for directory in (origin, origin.parent):  # a cold start uses its run's tokenizer
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (directory / name).exists():
-                return directory / name
-    raise ValueError(
-        f"Experiment.init_from {experiment.init_from} has no tokenizer; name the one of its "
-        "weights in Data.tokenizer"
-    )
 
 
 def _train_tokenizer(

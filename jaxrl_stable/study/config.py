@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from jaxrl_stable.advantages import centered
+import numpy as np
+
+from jaxrl_stable.advantages import centered, check_group_size, conditions_of
 from jaxrl_stable.array_tasks import ArrayTask
 from jaxrl_stable.checks import one_of
 from jaxrl_stable.configs import FORMATS, Optimizer
@@ -212,7 +214,7 @@ class Study:
       seeds: runs per cell.
       first_seed: the first seed; the others follow it.
       prompts: prompts per mini-batch.
-      group_size: responses per prompt.
+      group_size: responses per prompt; at least 2 if the group is a cell's baseline.
       gradient_steps: gradient steps per run.
       evaluations: evenly spaced evaluations per run, not counting the one before the first step.
       heldout_problems, heldout_samples: problems per evaluation and responses per problem, sampled
@@ -289,7 +291,14 @@ class Study:
                 raise ValueError(
                     f"Grid.rollout_formats has {cell.rollout_format!r}; use one of {FORMATS}"
                 )
-
+            estimator = cell.objective.advantages
+            check_group_size(estimator, self.group_size, "Study.group_size")
+            conditions = conditions_of(estimator)
+            if conditions.outside(np.array([0.0, 1.0])).any():
+                raise ValueError(
+                    f"Grid.advantages: {name_of(estimator)} needs rewards of {conditions.bounds}, "
+                    f"but array tasks give 0 to 1; use {conditions.instead}"
+                )
         for name in self.show:
             if name not in self.cells():
                 raise ValueError(f"Study.show names {name!r}; the cells are {list(self.cells())}")

@@ -1,5 +1,7 @@
 """Training state, optimiser, and an update step that skips non-finite gradients.
 
+A gradient of exactly 0 is not skipped by default: see `Optimizer.skip_zero_gradients`.
+
 The optimiser works in float32 regardless of the storage type of the parameters: an update at a
 learning rate of 1e-6 is smaller than the spacing of bfloat16 and would be lost.
 """
@@ -14,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model.transformer import Transformer
@@ -52,7 +54,7 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
         share = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, whole, 0.1)
         schedule = lambda count: rate * share(count)  # noqa: E731
     # optax counts from 0; the shift by one gives the first update a non-zero rate.
-    return in_float32(
+    optimizer = in_float32(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
             optax.adamw(
@@ -67,6 +69,29 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
         ),
         config.master_weights,
     )
+    return skip_zero_gradients(optimizer) if config.skip_zero_gradients else optimizer
+
+
+def skip_zero_gradients(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Wraps a transformation so that a gradient of exactly 0 changes neither weights nor state.
+
+    The state is that of `inner`, so checkpoints fit with and without the wrapper.
+    """
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, new_state = inner.update(gradients, state, params)
+        zero = all_zero(gradients)
+        updates = jax.tree.map(lambda x: jnp.where(zero, 0.0, x).astype(x.dtype), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(zero, old, new), new_state, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def all_zero(gradients: optax.Updates) -> Bool[Array, ""]:
+    """Returns True if every entry is 0. (A norm of 0 could be an underflow of the squares.)"""
+    return ~jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients)]).any()
 
 
 class Float32State(NamedTuple):

@@ -21,7 +21,7 @@ from jaxrl_stable.objectives import divide
 from jaxrl_stable.sharding import constrain_state, expert_parts
 from jaxrl_stable.trainer.batch import TrainBatch
 from jaxrl_stable.trainer.forward import agreement, policy_log_probs
-from jaxrl_stable.trainer.optimizer import TrainState, apply_gradients
+from jaxrl_stable.trainer.optimizer import TrainState, all_zero, apply_gradients
 from jaxrl_stable.trainer.packing import Micro, Packing, joined, plan, scan_micro_batches
 
 
@@ -63,7 +63,10 @@ def update(
     metrics |= measure(details, scored, batch)
     gradients = jax.tree.map(lambda g: divide(g, metrics["loss"].count), gradients)
     state, norm = apply_gradients(state, gradients, optimizer)
-    return state, metrics | {"gradient/norm": Mean(norm, jnp.ones(()))}
+    one = jnp.ones(())
+    metrics["gradient/norm"] = Mean(norm, one)
+    metrics["gradient/zero_share"] = Mean(all_zero(gradients).astype(jnp.float32), one)
+    return state, metrics
 
 
 def _check(batch: TrainBatch, objective: ObjectiveLike) -> None:

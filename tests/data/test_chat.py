@@ -259,7 +259,7 @@ def test_all_programs_use_the_same_rendering(saved, tmp_path, monkeypatch):
         model=tiny(vocab_size=512),
         data=settings,
         cold_start=Supervised(steps=1, batch_size=1),
-        reinforcement=Reinforcement(prompts=4, group_size=1, micro_batch_size=1),
+        reinforcement=Reinforcement(prompts=4, group_size=2, micro_batch_size=2),
         evaluation=Evaluation(problems=1, samples=1),
     )
     told = {"enable_thinking": False, "add_generation_prompt": True}

@@ -47,7 +47,7 @@ def experiment(tmp_path, tokenizer_path):
             tokenizer=tokenizer_path,
         ),
         cold_start=Supervised(steps=1, batch_size=1, length=48),
-        reinforcement=Reinforcement(prompts=4, group_size=1, micro_batch_size=1),
+        reinforcement=Reinforcement(prompts=4, group_size=2, micro_batch_size=1),
         evaluation=Evaluation(problems=5, samples=1),
     )
 
