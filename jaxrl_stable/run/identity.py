@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxrl_stable.configs import Experiment
-from jaxrl_stable.data import Source
+from jaxrl_stable.data import Source, open_source
 from jaxrl_stable.rewards import Reward
-from jaxrl_stable.run.task import open_source
 
 Settings = dict[str, Any]  # field → value, as JSON
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the default `repr` of an object
@@ -53,9 +52,9 @@ def settings_of_start(experiment: Experiment) -> Settings:
     settings["Experiment.cold_start"] = None if cold_start is None else "Supervised"
     if cold_start is not None:
         source = cold_start.demonstrations
-        if not isinstance(source, str):
-            settings["Supervised.demonstrations"] = _plain(source)
-        elif os.path.exists(source):  # needed to start a run, not to resume it
+        files = source if isinstance(source, list | tuple) else [source]
+        # Files are needed to start a run, not to resume it.
+        if all(os.path.exists(file) for file in files if isinstance(file, str | os.PathLike)):
             settings["Supervised.demonstrations"] = _plain(open_source(source))
         settings |= _fields(
             "Supervised", cold_start, without=("demonstrations", "checkpoint_every")

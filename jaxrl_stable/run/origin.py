@@ -19,7 +19,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrl_stable import hf
-from jaxrl_stable.checkpoint import load_model, stored_architecture
+from jaxrl_stable.checkpoint import has_checkpoints, load_model, stored_architecture
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.files import read_json, write_atomic
 from jaxrl_stable.hf.save import companions
@@ -54,12 +54,7 @@ def load_origin(experiment: Experiment, mesh: Mesh) -> Transformer:
 
 def has_started(workdir: pathlib.Path) -> bool:
     """Returns whether a run, or its cold start, has a checkpoint to resume from."""
-    return any(
-        path.name.isdecimal()
-        for folder in _checkpoint_folders(workdir)
-        if folder.is_dir()
-        for path in folder.iterdir()
-    )
+    return any(map(has_checkpoints, _checkpoint_folders(workdir)))
 
 
 def model_of_run(workdir: pathlib.Path, **execution: Any) -> ModelConfig | None:
@@ -70,7 +65,7 @@ def model_of_run(workdir: pathlib.Path, **execution: Any) -> ModelConfig | None:
       **execution: fields of `ModelConfig` that a checkpoint does not specify.
     """
     for folder in _checkpoint_folders(workdir):
-        if folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir()):
+        if has_checkpoints(folder):
             return ModelConfig.from_architecture(stored_architecture(folder), **execution)
     return None
 

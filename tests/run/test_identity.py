@@ -104,13 +104,16 @@ def test_the_cold_start_is_part_of_a_run():
 
 def test_demonstrations_that_are_gone_say_nothing(tmp_path):
     """A run that has started does not need them."""
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(PROBLEMS[0]) + "\n")
-    experiment = changed(cold_start=Supervised(demonstrations=str(path)))
-    before = settings_of_start(experiment)
-    assert "crc32" in before.pop("Supervised.demonstrations")
-    path.unlink()
-    assert settings_of_start(experiment) == before
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for given, files in ((str(path), 1), ([str(path), str(other)], 2)):
+        for file in (path, other):
+            file.write_text(json.dumps(PROBLEMS[0]) + "\n")
+        experiment = changed(cold_start=Supervised(demonstrations=given))
+        before = settings_of_start(experiment)
+        content = before.pop("Supervised.demonstrations")
+        assert content.count("crc32") == files and str(tmp_path) not in content
+        path.unlink()
+        assert settings_of_start(experiment) == before
 
 
 def test_an_object_without_a_name_is_the_same_in_every_process():
