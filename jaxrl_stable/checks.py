@@ -1,4 +1,4 @@
-"""Validation of config fields. Each check raises one line: which field, its value, what to use.
+"""Validation in one idiom: one line that says which field or record, what is wrong, what to do.
 
 A config is a frozen dataclass. It checks itself in `__post_init__`: first the types of all fields
 against their annotations (`field_types`), then their ranges (`within`, `positive`) and choices
@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+PATHS = str | os.PathLike
 WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a text in quotes"}
 
 
@@ -131,33 +132,48 @@ def local_path(field: str, path: str | os.PathLike[str]) -> str:
 
 
 def expand_paths(config: Any, *fields: str) -> None:
-    """Replaces texts in fields of a frozen config, alone or in lists, by their `local_path`."""
+    """Replaces paths in fields of a frozen config, alone or in lists, by their `local_path`."""
     for field in fields:
         value, name = getattr(config, field), f"{type(config).__name__}.{field}"
-        if isinstance(value, str):
+        if isinstance(value, PATHS):
             object.__setattr__(config, field, local_path(name, value))
-        elif isinstance(value, list | tuple) and any(isinstance(each, str) for each in value):
-            expanded = [local_path(name, each) if isinstance(each, str) else each for each in value]
+        elif isinstance(value, list | tuple) and any(isinstance(x, PATHS) for x in value):
+            expanded = [local_path(name, x) if isinstance(x, PATHS) else x for x in value]
             object.__setattr__(config, field, type(value)(expanded))
 
 
 def sources(config: Any, *fields: str) -> None:
-    """Checks that fields are None, a path, paths, problems, or a source of problems.
+    """Checks that fields are None, a path, a source of problems, or a list of either.
 
     Raises:
       ValueError: if one is anything else; names the field.
     """
     for field in fields:
         value, name = getattr(config, field), f"{type(config).__name__}.{field}"
-        several = isinstance(value, list | tuple)
-        if several and value and any(all(isinstance(x, k) for x in value) for k in (str, Mapping)):
-            continue
-        source = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-        if value is not None and (several or isinstance(value, Mapping) or not source):
+        if value is not None and not _is_source(value):
             raise ValueError(
                 f"{name} is {_shown(value)}; use the path of a JSONL file or a source such as "
                 "@data.JsonlSource()"
             )
+
+
+def _is_source(value: Any) -> bool:
+    if isinstance(value, list | tuple):  # of problems, or of sources
+        problems = all(isinstance(each, Mapping) for each in value)
+        return bool(value) and (problems or all(map(_is_source, value)))
+    if isinstance(value, Mapping | os.PathLike):
+        return not isinstance(value, Mapping)
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__")
+
+
+def record_name(source: Any, index: int) -> str:
+    """Returns the name of a record in error messages.
+
+    That is the source's own `where(index)` if it has one, such as a file and a line, else the
+    source and the index.
+    """
+    where = getattr(source, "where", None)
+    return f"{source!r}[{index}]" if where is None else where(index)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -185,7 +186,7 @@ def test_paths(monkeypatch):
 
 def test_paths_of_a_config(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    config = Config(name="~/a", anything=["~/b", "c"], words={"a": 1})
+    config = Config(name="~/a", anything=["~/b", pathlib.Path("c")], words={"a": 1})
     checks.expand_paths(config, "name", "anything", "words", "limit")
     assert (config.name, config.anything) == ("/home/me/a", ["/home/me/b", "c"])
     assert config.words == {"a": 1} and config.limit is None
@@ -204,5 +205,6 @@ def test_what_is_no_source(value):
 
 
 def test_sources():
-    for value in (None, "a.jsonl", ["a.jsonl", "b.jsonl"], [{"prompt": "1+1?"}], range(3)):
+    paths = ["a.jsonl", pathlib.Path("b.jsonl")]
+    for value in (None, *paths, paths, [*paths, range(3)], [{"prompt": "1+1?"}], range(3)):
         checks.sources(Config(anything=value), "anything")

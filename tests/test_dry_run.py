@@ -214,13 +214,27 @@ def test_weights_of_another_model(dry_run, tmp_path):
     assert status == 2 and "old holds another model: num_layers is 2 there and 1 here" in errors
 
 
+def test_a_run_that_ended_in_its_cold_start(dry_run, tmp_path):
+    """It has a checkpoint, but none to resume from in training."""
+    assert dry_run()[0] == 0
+    (tmp_path / "run" / "cold_start" / "checkpoints" / "4").mkdir(parents=True)
+    with load_task(load_experiment([GIN]), tmp_path / "run"):
+        before = sorted(tmp_path.rglob("*"))
+    status, _, errors = dry_run()
+    assert status == 0, errors
+    status, _, errors = dry_run("--gin.configs.Supervised.length=20")
+    assert status == 2 and "Supervised.length" in errors
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_run_that_would_not_resume(dry_run, tmp_path):
     """A dry run in the working directory of a run compares it with its newest checkpoint."""
     assert dry_run()[0] == 0
     experiment = load_experiment([GIN])
     (tmp_path / "run").mkdir()
     with load_task(experiment, tmp_path / "run") as task:
-        data, settings = data_of_run(experiment, task), settings_of_run(experiment, task)
+        data = data_of_run(experiment, task.identity)
+        settings = settings_of_run(experiment, task.heldout, task.reward)
     architecture = experiment.model.architecture()
     with Checkpointer(
         tmp_path / "run" / "checkpoints", architecture, data=data, settings=settings

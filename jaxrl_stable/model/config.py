@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxrl_stable.checks import field_types, one_of, positive, within
 
-# Fields that determine how a model is computed, not what it computes. Configs that differ only in
-# these fields can share a checkpoint.
+# Fields that determine how a model is computed and used, not what it computes. Configs that differ
+# only in these fields can share a checkpoint.
 EXECUTION_FIELDS = (
     "dtype",
     "param_dtype",
@@ -25,6 +25,7 @@ EXECUTION_FIELDS = (
     "experts_exchange",
     "experts_rows",
     "head_chunk",
+    "max_positions",
 )
 
 
@@ -147,6 +148,9 @@ class ModelConfig:
         tokens that exceed it pass through the experts in several chunks.
       head_chunk: number of tokens per device whose logits are in memory at a time; rounded to whole
         columns.
+      max_positions: context that the model was trained for, in positions; a run with longer
+        sequences is refused. 0 if not known, which allows any length. It does not change what the
+        model computes.
     """
 
     vocab_size: int
@@ -184,6 +188,7 @@ class ModelConfig:
     experts_exchange: str = "all_gather"
     experts_rows: int = 262_144
     head_chunk: int = 2048
+    max_positions: int = 0
 
     def __post_init__(self) -> None:
         field_types(self)
@@ -206,7 +211,7 @@ class ModelConfig:
         positive(self, "head_dim", "decoder_sparse_step", "expert_groups", "chosen_groups")
         positive(self, "experts_rows", "head_chunk")
         within(self, "intermediate_size", "num_experts", "num_experts_per_token", at_least=0)
-        within(self, "num_shared_experts", at_least=0)
+        within(self, "num_shared_experts", "max_positions", at_least=0)
         within(self, "clip_qkv", "rope_theta", "rms_norm_eps", "routed_scaling", above=0)
         if self.num_experts:
             positive(self, "moe_intermediate_size")
@@ -344,6 +349,7 @@ def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
         num_experts=128,
         num_experts_per_token=8,
         moe_intermediate_size=768,
+        max_positions=40_960,
         dtype="bfloat16",
         remat="block",
     )
@@ -363,6 +369,7 @@ def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
         num_experts=128,
         num_experts_per_token=8,
         moe_intermediate_size=1_536,
+        max_positions=40_960,
         dtype="bfloat16",
         remat="block",
     )

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxrl_stable import hf
-from jaxrl_stable.checkpoint import Checkpointer, stored_architecture
+from jaxrl_stable.checkpoint import Checkpointer, has_checkpoints, stored_architecture
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.run.identity import data_of_run, settings_of_run
@@ -39,7 +39,8 @@ def rehearse(experiment: Experiment, workdir: str, resumes: bool = False) -> Non
     experiment.check_mesh(planned_mesh(experiment.mesh))
     check_installed(experiment.wandb_project)
     if has_started(pathlib.Path(workdir)):  # then `load_task` writes nothing
-        with load_task(experiment, workdir) as task:
+        resumes = resumes and has_checkpoints(pathlib.Path(workdir, "checkpoints"))
+        with load_task(experiment, workdir, cold_start=not resumes) as task:
             if resumes:
                 check_checkpoint(experiment, task, workdir)
         return
@@ -48,7 +49,7 @@ def rehearse(experiment: Experiment, workdir: str, resumes: bool = False) -> Non
         trained = pathlib.Path(workdir) / "tokenizer.model"
         if trained.exists():
             shutil.copy(trained, scratch)
-        with load_task(experiment, scratch):
+        with load_task(experiment, scratch, cold_start=True):
             pass
 
 
@@ -58,10 +59,12 @@ def check_checkpoint(experiment: Experiment, task: Task, workdir: str) -> None:
     Raises:
       ValueError: if the checkpoint is of another model, data set or setting.
     """
-    architecture, data = experiment.model.architecture(), data_of_run(experiment, task)
-    settings, directory = settings_of_run(experiment, task), pathlib.Path(workdir, "checkpoints")
     with Checkpointer(
-        directory, architecture, data=data, settings=settings, reading=True
+        pathlib.Path(workdir, "checkpoints"),
+        experiment.model.architecture(),
+        data=data_of_run(experiment, task.identity),
+        settings=settings_of_run(experiment, task.heldout, task.reward),
+        reading=True,
     ) as checkpoints:
         checkpoints.check()
 
