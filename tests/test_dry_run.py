@@ -55,6 +55,7 @@ def data(kind, line, *message):
     return Broken(kind, arguments, ("bad.jsonl", *message), {"bad.jsonl": f"{GOOD}\n{line}\n"})
 
 
+REWARDS = "tests.rewards.user_rewards"
 MESH = "--gin.configs.Experiment.mesh=@configs.MeshShape()"
 CHAT = "--gin.configs.Data.chat=True"
 WRONG_TYPES = (
@@ -99,6 +100,16 @@ BROKEN = (
     setting("configs.Objective.replay='R4'", "Objective.replay is 'R4'"),
     setting("configs.Reinforcement.micro_batch_size=3", "Reinforcement.micro_batch_size (3)"),
     setting("configs.Reinforcement.prompts=1", "Reinforcement.prompts (1) must be a multiple of"),
+    setting("configs.Reinforcement.group_size=1", "Reinforcement.group_size is 1", "at least 2"),
+    setting("model.tiny.max_positions=50", "Reinforcement.max_tokens is 48 + 8", "50 positions"),
+    Broken(
+        "a penalty that the advantages do not know",
+        (
+            "--gin.configs.Objective.advantages=@advantages.maxrl",
+            "--gin.configs.Reinforcement.overlong_buffer=0.5",
+        ),
+        ("Reinforcement.overlong_buffer", "maxrl"),
+    ),
     Broken("rows", (MESH, "--gin.configs.MeshShape.fsdp=3"), ("Reinforcement.", "multiple of 3")),
     # --- Names
     setting("configs.Reinforcement.stepz=3", "stepz", "configs.Reinforcement"),
@@ -115,11 +126,17 @@ BROKEN = (
     data("no answer", '{"prompt": "x"}', "line 2", "'answer' is missing"),
     data("a reference that cannot be read", '{"prompt": "x", "answer": "two"}', "two"),
     setting("configs.Data.prompt_width=5", "prompt width of 5", "records affected"),
+    setting("configs.Supervised.length=20", "Supervised.length", "records affected"),
+    data("half a character", r'{"prompt": "\ud83d 1+1?", "answer": "2"}', "line 2", "half of a"),
+    setting("configs.Data.train=[]", "Data.train is []"),
     setting("configs.Data.template='no place'", "{prompt}"),
     setting("configs.Evaluation.problems=9", "Evaluation.problems is 9"),
     setting("model.tiny.vocab_size=64", "ModelConfig.vocab_size is 64"),
     setting("configs.Data.tokenizer='absent.model'", "absent.model"),
     setting("configs.Data.reward='absent_module:f'", "absent_module"),
+    setting(f"configs.Data.reward='{REWARDS}:batched'", "batched(prompts, completions, answer)"),
+    setting(f"configs.Data.reward='{REWARDS}:asynchronous'", "asynchronous is async"),
+    setting(f"configs.Data.reward='{REWARDS}:indexes_the_response'", "indexes_the_response"),
     Broken("chat without a template", (CHAT,), ("chat",)),
     # --- Paths and origin
     Broken("bucket", ("--workdir=gs://bucket/run",), ("--workdir is 'gs://bucket/run'", "gcsfuse")),
