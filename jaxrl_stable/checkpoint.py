@@ -236,6 +236,13 @@ def load_model(
     return loaded["model"]
 
 
+def has_checkpoints(directory: str | pathlib.Path) -> bool:
+    """Returns whether a directory holds a checkpoint, without opening it."""
+    # Orbax names finished checkpoints by their step, and gives unfinished ones a suffix.
+    directory = pathlib.Path(directory)
+    return directory.is_dir() and any(path.name.isdecimal() for path in directory.iterdir())
+
+
 def stored_architecture(directory: str | pathlib.Path) -> dict[str, Any]:
     """Returns the architecture in a run's newest checkpoint.
 

@@ -1,4 +1,4 @@
-"""Validation of config fields. Each check raises one line: which field, its value, what to use."""
+"""Validation in one idiom: one line that says which field or record, what is wrong, what to do."""
 
 from __future__ import annotations
 
@@ -20,3 +20,13 @@ def positive(config: Any, *fields: str) -> None:
         if getattr(config, field) < 1:
             name = f"{type(config).__name__}.{field}"
             raise ValueError(f"{name} is {getattr(config, field)}; use at least 1")
+
+
+def record_name(source: Any, index: int) -> str:
+    """Returns the name of a record in error messages.
+
+    That is the source's own `where(index)` if it has one, such as a file and a line, else the
+    source and the index.
+    """
+    where = getattr(source, "where", None)
+    return f"{source!r}[{index}]" if where is None else where(index)

@@ -29,8 +29,9 @@ class Data:
     """Problems, tokenizer and reward.
 
     Attributes:
-      train: source of training problems (`data.JsonlSource`, `data.ReasoningGymSource`, …).
-      heldout: source of held-out problems.
+      train: source of training problems: path of a JSONL file, a list of paths, or an object
+        (`data.ReasoningGymSource`, …).
+      heldout: source of held-out problems, likewise.
       tokenizer: path of a SentencePiece model or of a Hugging Face `tokenizer.json`. If empty, the
         tokenizer of `Experiment.init_from`, or else a SentencePiece model that is trained on the
         problems and kept in the working directory.
@@ -110,7 +111,8 @@ class Supervised:
     """Cold start: supervised training on prompt-answer pairs, packed.
 
     Attributes:
-      demonstrations: source of prompt-answer pairs; the training problems by default.
+      demonstrations: source of prompt-answer pairs, like `Data.train`; the training problems by
+        default.
       steps: gradient steps.
       batch_size: packed rows per step.
       length: tokens per row.
@@ -319,6 +321,22 @@ class Experiment:
                 f"Reinforcement.packed needs all columns of a row on one device, but "
                 f"MeshShape.context is {self.mesh.context}; set it to 1, or packed = False"
             )
+        self._check_context()
+
+    def _check_context(self) -> None:
+        context, width = self.model.max_positions, self.data.prompt_width
+        limits = {
+            "Reinforcement.max_tokens": self.reinforcement.max_tokens,
+            "Evaluation.max_tokens": self.evaluation.max_tokens or 0,
+        }
+        for field, limit in limits.items():
+            if context and width + limit > context:
+                raise ValueError(
+                    f"Data.prompt_width + {field} is {width} + {limit} = {width + limit}, but the "
+                    f"model was trained for {context} positions (ModelConfig.max_positions); lower "
+                    "one of them, or set max_positions (hf.read_config.max_positions) if you know "
+                    "that the model works beyond it, 0 to allow any length"
+                )
 
     def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
         """Checks that rows and columns of every batch divide evenly over the mesh.

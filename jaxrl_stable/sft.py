@@ -19,7 +19,7 @@ def main(experiment: Experiment, workdir: str) -> None:
     mesh = make_mesh(experiment.mesh)
     experiment.check_mesh(mesh)
     check_installed(experiment.wandb_project)
-    with locked(workdir), load_task(experiment, workdir) as task:
+    with locked(workdir), load_task(experiment, workdir, cold_start=True) as task:
         run_cold_start(experiment, task, mesh, workdir)
 
 

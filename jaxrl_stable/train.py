@@ -21,7 +21,7 @@ from absl import flags
 from jaxtyping import Bool
 
 from jaxrl_stable import _moved, diagnostics, distributed, program
-from jaxrl_stable.checkpoint import Checkpointer
+from jaxrl_stable.checkpoint import Checkpointer, has_checkpoints
 from jaxrl_stable.configs import Experiment, Reinforcement
 from jaxrl_stable.data import prompt_iterator
 from jaxrl_stable.diagnostics import Metrics
@@ -95,14 +95,15 @@ def train(
         # --- Data, checkpoints, and agreement between processes -----------------------------------
         stack.enter_context(locked(workdir))
         stack.enter_context(jax.set_mesh(mesh))
-        task = stack.enter_context(load_task(experiment, workdir))
+        cold_start = not has_checkpoints(workdir / "checkpoints")  # else it is over
+        task = stack.enter_context(load_task(experiment, workdir, cold_start))
         checkpoints = stack.enter_context(
             Checkpointer(
                 workdir / "checkpoints",
                 experiment.model.architecture(),
                 rl.keep_checkpoints,
                 data=f"{task.identity}, {rl.prompts} prompts a step, seed {experiment.seed}",
-                settings=settings_of_run(experiment, task),
+                settings=settings_of_run(experiment, task.heldout, task.reward),
             )
         )
         known = f"{resolved_config()} {task.identity} {checkpoints.steps}"

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from jaxrl_stable.data.sources import Problem
+from jaxrl_stable.data.records import Problem
 
 # One key in eight is held out.
 _HELDOUT_MODULUS = 8

@@ -42,7 +42,7 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
     Args:
       directory: directory with a `config.json`.
       **execution: fields of `ModelConfig` that a checkpoint does not specify, such as `dtype`,
-        `param_dtype`, `remat` or `head_chunk`.
+        `param_dtype`, `remat` or `head_chunk`; or `max_positions`, in place of what it says.
 
     Raises:
       FileNotFoundError: if `config.json` does not exist.
@@ -59,7 +59,7 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
         return model
     content = read_config_json(directory)
     try:
-        return ModelConfig(**from_json(content), **execution)
+        return ModelConfig(**from_json(content) | execution)
     except KeyError as error:
         raise ValueError(f"{file}: {error.args[0]} is missing; restore it") from None
     except (ValueError, TypeError) as error:
@@ -174,7 +174,20 @@ def _common(content: Json) -> Json:
         tie_embeddings=content.get("tie_word_embeddings", False),
         rope_theta=theta,
         rope_scaling=scaling,
+        max_positions=_context(content, scaling),
     )
+
+
+def _context(content: Json, scaling: Yarn | None) -> Any:
+    """Returns the number of positions that a model was trained or stretched for; 0 if not known.
+
+    YaRN stretches `original_max_position_embeddings` by its factor. DeepSeek's files have the
+    product in `max_position_embeddings`; Qwen's instructions leave the original value there.
+    """
+    context = content.get("max_position_embeddings") or 0
+    if scaling is None or not isinstance(context, int):
+        return context
+    return max(context, int(scaling.factor * scaling.original_context))
 
 
 def _common_json(config: ModelConfig) -> Json:
@@ -198,6 +211,8 @@ def _common_json(config: ModelConfig) -> Json:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         rope_theta=config.rope_theta,
     )
+    if config.max_positions:
+        content["max_position_embeddings"] = config.max_positions
     yarn = config.rope_scaling
     if yarn is not None:
         # Version 4 derives the factor from this field; 5.23 reads the one below.

@@ -11,8 +11,8 @@ import math
 import warnings
 from typing import Any
 
-# Fields that determine how a model is computed, not what it computes. Configs that differ only in
-# these fields can share a checkpoint.
+# Fields that determine how a model is computed and used, not what it computes. Configs that differ
+# only in these fields can share a checkpoint.
 EXECUTION_FIELDS = (
     "dtype",
     "param_dtype",
@@ -23,6 +23,7 @@ EXECUTION_FIELDS = (
     "experts_exchange",
     "experts_rows",
     "head_chunk",
+    "max_positions",
 )
 
 
@@ -126,6 +127,9 @@ class ModelConfig:
         tokens that exceed it pass through the experts in several chunks.
       head_chunk: number of tokens per device whose logits are in memory at a time; rounded to whole
         columns.
+      max_positions: context that the model was trained for, in positions; a run with longer
+        sequences is refused. 0 if not known, which allows any length. It does not change what the
+        model computes.
     """
 
     vocab_size: int
@@ -163,6 +167,7 @@ class ModelConfig:
     experts_exchange: str = "all_gather"
     experts_rows: int = 262_144
     head_chunk: int = 2048
+    max_positions: int = 0
 
     def __post_init__(self) -> None:
         choices = {
@@ -188,6 +193,10 @@ class ModelConfig:
         for field in positive:
             if getattr(self, field) < 1:
                 raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")
+        if self.max_positions < 0:
+            raise ValueError(
+                f"ModelConfig.max_positions is {self.max_positions}; use 0 if it is not known"
+            )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"ModelConfig rotates {self.rotary_dim} of {self.head_dim} dimensions per head; "
@@ -317,6 +326,7 @@ def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
         num_experts=128,
         num_experts_per_token=8,
         moe_intermediate_size=768,
+        max_positions=40_960,
         dtype="bfloat16",
         remat="block",
     )
@@ -336,6 +346,7 @@ def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
         num_experts=128,
         num_experts_per_token=8,
         moe_intermediate_size=1_536,
+        max_positions=40_960,
         dtype="bfloat16",
         remat="block",
     )

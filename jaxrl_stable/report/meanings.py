@@ -171,6 +171,13 @@ METRICS = (
     Metric("response/length", "Response length in tokens.", "no jumps, below the limit"),
     Metric("response/tokens", "Response tokens per rollout batch."),
     Metric("response/truncated_share", "Responses cut at the length limit.", "near 0", 0, 0.1),
+    Metric(
+        "response/unknown_share",
+        "Response tokens whose id the tokenizer does not have; the reward sees U+FFFD.",
+        "0, or falls to 0 as the policy learns to avoid them",
+        0,
+        0.01,
+    ),
     Metric("weight/raw_mean", "Mean of the objective's ratio w, before any bound.", "near 1"),
     Metric("weight/raw_max", "Largest w of a token.", "a single token; look at ESS"),
     Metric("weight/raw_min", "Smallest w of a token."),

@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 from jaxrl_stable import diagnostics, distributed
 from jaxrl_stable.checkpoint import Checkpointer
 from jaxrl_stable.configs import Experiment
-from jaxrl_stable.data import packed_iterator
+from jaxrl_stable.data import open_source, packed_iterator
 from jaxrl_stable.distributed.preemption import Stopped, StopRequest
 from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.run.fingerprint import fingerprint
 from jaxrl_stable.run.gates import check_finite
 from jaxrl_stable.run.identity import settings_of_origin
 from jaxrl_stable.run.origin import load_origin, write_record
-from jaxrl_stable.run.task import Task, open_source
+from jaxrl_stable.run.task import Task
 from jaxrl_stable.run.writer import open_writer
 from jaxrl_stable.sharding import abstract_state, shard_rows, sharded_init, state_shardings
 from jaxrl_stable.trainer.optimizer import (
@@ -65,7 +65,9 @@ def run_cold_start(
     if config is None:
         raise ValueError("Experiment.cold_start is missing; bind it to @configs.Supervised()")
     optimizer = make_optimizer(config.optimizer)
-    source = task.train if config.demonstrations is None else open_source(config.demonstrations)
+    source = task.demonstrations
+    if source is None:
+        source = task.train if config.demonstrations is None else open_source(config.demonstrations)
     identity = f"{source!r} with {task.identity}, seed {experiment.seed}"
     batches = packed_iterator(
         source,

@@ -14,8 +14,10 @@ are dropped, as in DAPO.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -71,7 +73,7 @@ def collect(
         batch = Round(
             _fill(batch.index, fresh.index, rows),
             fill(batch.trajectory, fresh.trajectory, rows),
-            Judged(*(_fill(a, b, rows) for a, b in zip(batch.judged, fresh.judged))),
+            jax.tree.map(partial(_fill, rows=rows), batch.judged, fresh.judged),
         )
     return batch, verdicts
 

@@ -16,27 +16,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxrl_stable.configs import Experiment
-from jaxrl_stable.data import Source
-from jaxrl_stable.run.task import Task, open_source
+from jaxrl_stable.data import Source, open_source
+from jaxrl_stable.rewards import Reward
 
 Settings = dict[str, Any]  # field → value, as JSON
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the default `repr` of an object
 
 
-def settings_of_run(experiment: Experiment, task: Task) -> Settings:
+def settings_of_run(experiment: Experiment, heldout: Source, reward: Reward) -> Settings:
     """Returns the settings of a run that do not change.
 
     Args:
       experiment: the experiment.
-      task: reward and held-out problems; those that are evaluated count by their content.
+      heldout: held-out problems; those that are evaluated count by their content.
+      reward: the reward.
     """
-    evaluation, rl = experiment.evaluation, experiment.reinforcement
-    data = experiment.data
+    data, evaluation, rl = experiment.data, experiment.evaluation, experiment.reinforcement
     settings: Settings = {
-        "Data.heldout": _content(task.heldout, evaluation.problems),
+        "Data.heldout": _content(heldout, evaluation.problems),
         "Data.reward": data.reward,
         "Data.reward_special_tokens": data.reward_special_tokens,
-        "right_at of the reward": task.reward.right_at,
+        "right_at of the reward": reward.right_at,
     }
     # `batch_size` decides which random numbers a response gets; `every` only when it is drawn.
     settings |= _fields("Evaluation", evaluation, without=("every",))
@@ -52,9 +52,9 @@ def settings_of_start(experiment: Experiment) -> Settings:
     settings["Experiment.cold_start"] = None if cold_start is None else "Supervised"
     if cold_start is not None:
         source = cold_start.demonstrations
-        if not isinstance(source, str):
-            settings["Supervised.demonstrations"] = source and _plain(source)
-        elif os.path.exists(source):  # needed to start a run, not to resume it
+        files = source if isinstance(source, list | tuple) else [source]
+        # Files are needed to start a run, not to resume it.
+        if all(os.path.exists(file) for file in files if isinstance(file, str | os.PathLike)):
             settings["Supervised.demonstrations"] = _plain(open_source(source))
         settings |= _fields(
             "Supervised", cold_start, without=("demonstrations", "checkpoint_every")

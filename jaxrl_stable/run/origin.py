@@ -19,7 +19,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrl_stable import hf
-from jaxrl_stable.checkpoint import load_model, stored_architecture
+from jaxrl_stable.checkpoint import has_checkpoints, load_model, stored_architecture
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.files import read_json, write_atomic
 from jaxrl_stable.hf.save import companions
@@ -28,8 +28,9 @@ from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.sharding import abstract_state, sharded_init
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-# Read from the directory of a tokenizer that is not part of a model directory.
-COMPANIONS = (*TOKENIZERS, "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+# Kept from the directory of a tokenizer if that is not a model directory.
+SPECIAL_TOKENS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+COMPANIONS = (*TOKENIZERS, *SPECIAL_TOKENS, "chat_template.jinja")
 
 
 def load_origin(experiment: Experiment, mesh: Mesh) -> Transformer:
@@ -53,12 +54,7 @@ def load_origin(experiment: Experiment, mesh: Mesh) -> Transformer:
 
 def has_started(workdir: pathlib.Path) -> bool:
     """Returns whether a run, or its cold start, has a checkpoint to resume from."""
-    return any(
-        path.name.isdecimal()
-        for folder in _checkpoint_folders(workdir)
-        if folder.is_dir()
-        for path in folder.iterdir()
-    )
+    return any(map(has_checkpoints, _checkpoint_folders(workdir)))
 
 
 def model_of_run(workdir: pathlib.Path, **execution: Any) -> ModelConfig | None:
@@ -69,7 +65,7 @@ def model_of_run(workdir: pathlib.Path, **execution: Any) -> ModelConfig | None:
       **execution: fields of `ModelConfig` that a checkpoint does not specify.
     """
     for folder in _checkpoint_folders(workdir):
-        if folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir()):
+        if has_checkpoints(folder):
             return ModelConfig.from_architecture(stored_architecture(folder), **execution)
     return None
 
@@ -172,9 +168,9 @@ def _same(given: pathlib.Path, kept: pathlib.Path) -> bool:
     files = [_file(given), _file(kept)]
     if not all(file.is_file() for file in files):
         return False
-    beside = ("tokenizer_config.json", "generation_config.json")
     ours, theirs = (
-        [file.read_bytes(), *(read_json(file.with_name(name)) for name in beside)] for file in files
+        [file.read_bytes(), *(read_json(file.with_name(name)) for name in SPECIAL_TOKENS)]
+        for file in files
     )
     return ours == theirs
 

@@ -213,7 +213,7 @@ def test_conversations_in_jsonl(tmp_path, tokenizer):
     assert source[0] == {"prompt": "2+2", "answer": "4", "messages": turns}
     assert source[1] == lines[1]
     with pytest.raises(
-        ValueError, match=r"\[0\]: the prompt is a list of messages; turn on Data.chat"
+        ValueError, match=r"line 1: the prompt is a list of messages; turn on Data.chat"
     ):
         data.check_prompts(source, tokenizer, 99)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import data
+from jaxrl_stable.data import prompts
 
 
 class Letters:
@@ -164,3 +165,39 @@ def test_faulty_sizes(source, tokenizer):
         iterate([], tokenizer)
     one = [{"prompt": "a", "answer": "b"}]
     np.testing.assert_array_equal(next(iterate(one, tokenizer))["index"], np.zeros(8))
+
+
+@pytest.mark.fast
+def test_all_prompts_are_checked_in_chunks(source, tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "CHECKED_TOGETHER", 7)
+    longest = max(len(data.prompt_ids(problem, tokenizer)) for problem in source)
+    assert data.check_prompts(source, tokenizer, longest) == longest
+    with pytest.raises(ValueError, match=r"\[0\]: .*affected: 60 of 60; longest"):
+        data.check_prompts(source, tokenizer, 1)
+    problems = [source[i] for i in range(20)]
+    problems[9] = {"prompt": "9 \ud83d", "answer": "1"}
+    problems[17] = {"prompt": "9", "answer": "\udc00"}
+    message = r"\]\[9\]: field 'prompt' has half of a surrogate pair, .*affected: 2 of 20"
+    with pytest.raises(ValueError, match=message):
+        data.check_prompts(problems, tokenizer, 99)
+
+
+@pytest.mark.fast
+def test_prompts_in_both_sets_are_counted(source):
+    def asked(*prompts):
+        return [{"prompt": prompt, "answer": str(i)} for i, prompt in enumerate(prompts)]
+
+    heldout = asked("1+1?", "2+2?", "3+3?", "1+1?")
+    line = "{} of {} held-out prompts are in the training set"
+    assert data.overlap(asked("1+1?", "5"), heldout, 4) == line.format(2, 4)
+    assert data.overlap(asked("5", " 3+3? \n"), heldout, 4) == line.format(1, 4)  # white space
+    assert data.overlap(asked("3+3?"), heldout, 2) == ""  # only those that are evaluated
+    assert data.overlap(asked("1+1"), heldout, 4) == ""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}]
+    chat = {
+        "prompt": "1+1?",
+        "answer": "",
+        "messages": [*turns, {"role": "user", "content": "1+1?"}],
+    }
+    assert data.overlap([chat], heldout, 4) == ""  # another conversation
+    assert data.overlap([chat], [chat], 1) == line.format(1, 1)

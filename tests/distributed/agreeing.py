@@ -33,7 +33,7 @@ seen = []
 
 
 class Words:
-    eos_ids, pad_id = (9,), 0
+    vocab_size, eos_id, eos_ids, pad_id = 64, 9, (9,), 0
 
     def decode(self, ids):
         return "".join(f"<{i}>" for i in ids)

@@ -33,6 +33,7 @@ def make_round(number, scores, valid=None):
         np.where(valid, STATUSES.index("ok"), STATUSES.index("timeout")),
         ids,
         ids % 2 == 0,
+        ids,
     )
     return Round(ids, trajectory, judged)
 
@@ -64,6 +65,7 @@ def test_rows_of_a_later_round_move_together():
     rows = [0, 1, 106, 107, 200, 201, 6, 7]
     assert batch.index.tolist() == rows
     np.testing.assert_array_equal(batch.judged.lengths, rows)
+    np.testing.assert_array_equal(batch.judged.unknown, rows)
     np.testing.assert_array_equal(batch.judged.rewards, [1, 0, 1, 0, 1, 0, 0, 1])
     trajectory = batch.trajectory
     np.testing.assert_array_equal(np.asarray(trajectory.tokens)[:, 0], rows)

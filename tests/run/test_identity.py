@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import types
 
 import pytest
 
 from jaxrl_stable.configs import Data, Evaluation, Experiment, Optimizer, Reinforcement, Supervised
 from jaxrl_stable.data import JsonlSource
+from jaxrl_stable.rewards import Reward
 from jaxrl_stable.run.identity import settings_of_run, settings_of_start
 
 pytestmark = pytest.mark.fast
@@ -18,8 +18,7 @@ EXPERIMENT = Experiment(evaluation=EVALUATION)
 
 
 def settings(experiment=EXPERIMENT, heldout=PROBLEMS, right_at=1.0):
-    reward = types.SimpleNamespace(right_at=right_at)
-    return settings_of_run(experiment, types.SimpleNamespace(heldout=heldout, reward=reward))
+    return settings_of_run(experiment, heldout, Reward("numeric", list, right_at=right_at))
 
 
 def changed(**fields):
@@ -105,13 +104,16 @@ def test_the_cold_start_is_part_of_a_run():
 
 def test_demonstrations_that_are_gone_say_nothing(tmp_path):
     """A run that has started does not need them."""
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(PROBLEMS[0]) + "\n")
-    experiment = changed(cold_start=Supervised(demonstrations=str(path)))
-    before = settings_of_start(experiment)
-    assert "crc32" in before.pop("Supervised.demonstrations")
-    path.unlink()
-    assert settings_of_start(experiment) == before
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for given, files in ((str(path), 1), ([str(path), str(other)], 2)):
+        for file in (path, other):
+            file.write_text(json.dumps(PROBLEMS[0]) + "\n")
+        experiment = changed(cold_start=Supervised(demonstrations=given))
+        before = settings_of_start(experiment)
+        content = before.pop("Supervised.demonstrations")
+        assert content.count("crc32") == files and str(tmp_path) not in content
+        path.unlink()
+        assert settings_of_start(experiment) == before
 
 
 def test_an_object_without_a_name_is_the_same_in_every_process():

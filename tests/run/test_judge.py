@@ -56,6 +56,26 @@ def test_responses_are_decoded_without_prompt_stop_token_and_padding(trajectory)
         assert judged.lengths[i] == length
     assert len(seen) == len(judged.rewards) == rows
     np.testing.assert_array_equal(judged.finished, trajectory.finished[:rows])
+    assert not judged.unknown.any()
+
+
+@pytest.mark.fast
+def test_ids_that_the_tokenizer_does_not_have_are_counted(trajectory):
+    """Only those that were sampled count, not those in prompts."""
+
+    class Fewer(Words):
+        vocab_size, gaps = 30, {7}
+
+    unknown = [7, 30, 31]
+    reward = Reward("test", lambda problems, responses: [Verdict(1.0, "ok")] * len(responses))
+    judged = judge(Task([], [], Fewer(), reward), [{}] * 8, trajectory)
+    tokens, mask = (np.asarray(x)[:8] for x in (trajectory.tokens, trajectory.response_mask))
+    expected = (np.isin(tokens, unknown) & mask).sum(-1)
+    assert expected.sum() and (np.isin(tokens, unknown) & ~mask).any()
+    np.testing.assert_array_equal(judged.unknown, expected)
+    metrics = reward_metrics(judged, group_size=2)
+    assert metrics["response/unknown_share"] == pytest.approx(expected.sum() / mask.sum())
+    assert reward_metrics(judged._replace(unknown=None), 2)["response/unknown_share"] == 0
 
 
 @pytest.mark.fast
@@ -67,8 +87,9 @@ def test_special_tokens_are_shown_to_the_reward_only_if_asked_for(trajectory):
             asked.append(special_tokens)
             return super().decode(ids)
 
+    unused = Reward("test", lambda problems, responses: [])
     for shown in (False, True):
-        task = Task([], [], Special(), None, special_tokens=shown)
+        task = Task([], [], Special(), unused, special_tokens=shown)
         task.decode(trajectory.tokens[:1], trajectory.response_mask[:1])
     assert asked == [False, True]
 

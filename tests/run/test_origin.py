@@ -14,6 +14,7 @@ from jaxrl_stable.configs import Data, Experiment
 from jaxrl_stable.hf.config import resuming
 from jaxrl_stable.model import init_model, tiny
 from jaxrl_stable.run.origin import (
+    SPECIAL_TOKENS,
     find_tokenizer,
     has_started,
     keep_files,
@@ -33,7 +34,7 @@ def origin(tmp_path):
     directory = tmp_path / "origin"
     directory.mkdir()
     shutil.copy(FROZEN / "config.json", directory)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", *SPECIAL_TOKENS):
         (directory / name).write_text(json.dumps({"file": name}))
     (directory / "chat_template.jinja").write_text("{{ messages }}")
     (directory / "merges.txt").write_text("a b")
@@ -97,9 +98,8 @@ def test_a_lone_file_is_kept_with_what_names_its_special_tokens(origin, tmp_path
     assert names(tmp_path / "run") == {
         "mine.json",
         "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
         "chat_template.jinja",
+        *SPECIAL_TOKENS,
     }
     assert kept_tokenizer(tmp_path / "run").name == "mine.json"
 
@@ -119,7 +119,7 @@ def test_another_tokenizer_is_refused(origin, tmp_path):
     for path in (copy, copy / "tokenizer.json"):
         moved = Experiment(data=Data(tokenizer=str(path)))
         assert find_tokenizer(moved, workdir) == workdir / "origin" / "files"
-    for name in ("tokenizer.json", "generation_config.json"):
+    for name in ("tokenizer.json", *SPECIAL_TOKENS):
         before = (origin / name).read_text()
         (origin / name).write_text('{"other": 1}')
         with pytest.raises(ValueError, match="is not the tokenizer that this run started with"):
