@@ -232,13 +232,13 @@ def load_model(
         step = checkpointer.best_step if best else None
         loaded = checkpointer.restore({"model": template}, step=step)
     if loaded is None:
-        raise ValueError(f"{directory} contains no checkpoint; pass those of a finished run")
+        raise ValueError(f"{directory} contains no checkpoint; pass a finished run's directory")
     return loaded["model"]
 
 
 def has_checkpoints(directory: str | pathlib.Path) -> bool:
-    """Returns whether a directory holds a checkpoint, without opening it."""
-    # Orbax names finished checkpoints by their step, and gives unfinished ones a suffix.
+    """Returns whether a directory contains a finished checkpoint, without opening any."""
+    # Orbax names finished checkpoints by step, and adds a suffix to unfinished ones.
     directory = pathlib.Path(directory)
     return directory.is_dir() and any(path.name.isdecimal() for path in directory.iterdir())
 

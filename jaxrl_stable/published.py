@@ -87,7 +87,7 @@ PUBLISHED: Mapping[str, Published] = {
         "arXiv:2602.04879", partial(objectives.dppo, divergence="kl", threshold=0.05), _centered
     ),
     "m2po": Published("arXiv:2510.01161", objectives.m2po, note="AReaL's form, our threshold"),
-    "vespo": Published("arXiv:2602.10693", objectives.vespo, note="constants in the authors' code"),
+    "vespo": Published("arXiv:2602.10693", objectives.vespo, note="constants from authors' code"),
     "minpro": Published("arXiv:2601.22718", objectives.minpro, note="our bounds (CISPO's)"),
     "bapo": Published("arXiv:2510.18927", objectives.bapo, note="form from a note on the paper"),
     "bapo_code": Published(

@@ -127,8 +127,8 @@ class ModelConfig:
         tokens that exceed it pass through the experts in several chunks.
       head_chunk: number of tokens per device whose logits are in memory at a time; rounded to whole
         columns.
-      max_positions: context that the model was trained for, in positions; a run with longer
-        sequences is refused. 0 if not known, which allows any length. It does not change what the
+      max_positions: context length that the model was trained for, in positions; runs with longer
+        sequences are refused. 0 means unknown and allows any length. It does not change what the
         model computes.
     """
 
@@ -195,7 +195,7 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")
         if self.max_positions < 0:
             raise ValueError(
-                f"ModelConfig.max_positions is {self.max_positions}; use 0 if it is not known"
+                f"ModelConfig.max_positions is {self.max_positions}; use 0 if it is unknown"
             )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(

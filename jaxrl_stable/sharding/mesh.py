@@ -62,7 +62,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     wanted = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"MeshShape({wanted}) does not fit {len(devices)} devices; make the product equal"
+            f"MeshShape({wanted}) does not fit {len(devices)} devices; the sizes must multiply to "
+            "that number"
         )
     options = dict(devices=devices, allow_split_physical_axes=True)
     slices = len({getattr(device, "slice_index", 0) for device in devices})

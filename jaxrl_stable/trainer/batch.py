@@ -27,7 +27,8 @@ class TrainBatch:
       advantages: advantage of each response.
       routing: experts to replay, or the rollout's experts for comparison.
       logp_old: log π_old; None if there is one update per rollout, which uses its own log π_θ.
-      logp_reference: log-probabilities under the KL term's reference policy; None without a term.
+      logp_reference: log-probabilities under the reference policy of the KL penalty, or None if
+        there is no penalty.
       prompt_width: P, the number of prompt columns; static.
     """
 

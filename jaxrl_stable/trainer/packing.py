@@ -41,8 +41,8 @@ from jaxrl_stable.trainer.batch import TrainBatch, micro_batches
 class Packing:
     """Mapping between the slots of the packed rows and the slots of the batch.
 
-    A slot is one entry of `[B, T]`. Slots are numbered row by row within one device, and the number
-    of slots itself serves as the index of an empty slot.
+    A slot is one entry of `[B, T]`. Slots are numbered row by row within one device. An index equal
+    to the number of slots means "empty".
 
     Attributes:
       source: batch slot whose token each packed slot holds.
