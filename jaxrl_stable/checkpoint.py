@@ -1,7 +1,7 @@
 """Checkpoints with Orbax: weights, optimiser, key, data position and step, written atomically.
 
-All processes save and restore together, each the shards of its own devices. The number of processes
-and the mesh may change in between: restored arrays take the shardings of their templates.
+All processes save and restore together; each handles the shards on its own devices. The number of
+processes and the mesh may change in between: restored arrays take the shardings of their templates.
 
 A checkpoint has named parts ("model", "optimizer", …) that can be restored separately. Each part is
 stored flat, with one entry per array under its tree path, so it can be read without the classes
@@ -35,13 +35,14 @@ class Checkpointer:
     """Saves and restores the state of one run.
 
     Args:
-      directory: directory of the checkpoints of this run.
+      directory: the run's checkpoint directory.
       architecture: `ModelConfig.architecture()`; stored, and compared before anything is restored.
       keep: number of newest checkpoints to keep, in addition to the one with the best score.
-      data: description of the data that positions refer to; compared before one is restored.
-      settings: further settings of the run, as JSON values by name; each is compared together with
-        the data, except those that the checkpoint does not have.
-      reading: only read. If False, unfinished saves are deleted, even those of a running process.
+      data: description of the data that positions refer to; compared before a position is restored.
+      settings: further settings of the run, JSON values by name; compared together with the data.
+        Settings that the checkpoint lacks are not compared.
+      reading: whether to only read. If False, unfinished saves are deleted, even if a running
+        process is still writing them.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Checkpointer:
         about = self._about(step)
         if "position" not in about:
             raise ValueError(
-                f"checkpoint {self._orbax.directory}/{step} holds no position in the data; start "
+                f"checkpoint {self._orbax.directory}/{step} lacks a position in the data; start "
                 "a new run from its weights with --gin.configs.Experiment.init_from and another "
                 "--workdir"
             )
@@ -173,7 +174,7 @@ class Checkpointer:
     def _check(self, step: int, flat: dict[str, dict[str, Any]], compare_data: bool) -> None:
         about = self._about(step)
         where = f"checkpoint {self._orbax.directory}/{step}"
-        # Fields that an older version lacked had their present default values.
+        # Fields that older versions lacked behaved like today's defaults.
         stored = DEFAULTS | about["architecture"]
         differing = [
             f"{name} is {stored.get(name)!r} there and {self._architecture.get(name)!r} here"
@@ -182,8 +183,8 @@ class Checkpointer:
         ]
         if differing:
             raise ValueError(
-                f"{where} is of another model: {'; '.join(differing)}. Use its configuration or "
-                "another --workdir"
+                f"{where} holds a different model: {'; '.join(differing)}. Use its configuration "
+                "or another --workdir"
             )
         if compare_data and about["data"] != self._data:
             raise ValueError(
@@ -192,7 +193,7 @@ class Checkpointer:
                 "another --workdir"
             )
         if compare_data:
-            stored = about.get("settings", {})  # an older version stored none
+            stored = about.get("settings", {})  # older versions stored none
             differing = [
                 f"{name} is {value!r} there and {self._settings[name]!r} here"
                 for name, value in stored.items()
@@ -200,17 +201,18 @@ class Checkpointer:
             ]
             if differing:
                 raise ValueError(
-                    f"{where} is of a run with other settings: {'; '.join(differing)}. Set them "
-                    "back, or start a new run with --gin.configs.Experiment.init_from and another "
-                    "--workdir"
+                    f"{where} is from a run with other settings: {'; '.join(differing)}. Change "
+                    "them back, or start a new run with --gin.configs.Experiment.init_from and "
+                    "another --workdir"
                 )
             self._settings = stored | self._settings  # later checkpoints keep all of them
         for name, leaves in flat.items():
             differing = sorted(leaves.keys() ^ set(about["parts"].get(name, ())))
             if differing:
                 raise ValueError(
-                    f"{where} does not match this program: {name}{differing[0]} exists on one side "
-                    "only. Another program or version wrote it; use another --workdir"
+                    f"{where} does not match this program: only one of them has "
+                    f"{name}{differing[0]}. Another program or version wrote the checkpoint; use "
+                    "another --workdir"
                 )
 
 
@@ -221,31 +223,31 @@ def load_model(
     *,
     best: bool = False,
 ) -> Any:
-    """Reads the model of another run from its newest checkpoint, or its best one (`best`).
+    """Reads another run's model from its newest checkpoint, or from its best one if `best`.
 
     Args:
-      directory: directory of the checkpoints.
+      directory: that run's checkpoint directory.
       architecture: `ModelConfig.architecture()` of the expected model.
       template: model with `jax.ShapeDtypeStruct` leaves.
-      best: read the checkpoint with the best score.
+      best: whether to read the checkpoint with the best score.
 
     Raises:
       ValueError: if no checkpoint exists, or if it holds another model.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory} does not exist; give the checkpoints of a finished run")
+        raise ValueError(f"{directory} is not a directory; pass the checkpoints of a finished run")
     with Checkpointer(directory, architecture, reading=True) as checkpointer:
         step = checkpointer.best_step if best else None
         loaded = checkpointer.restore({"model": template}, step=step)
     if loaded is None:
-        raise ValueError(f"{directory} holds no checkpoint; give the checkpoints of a finished run")
+        raise ValueError(f"{directory} contains no checkpoint; pass a finished run's directory")
     return loaded["model"]
 
 
 def has_checkpoints(directory: str | pathlib.Path) -> bool:
-    """Returns whether a directory holds a checkpoint, without opening it."""
-    # Orbax names finished checkpoints by their step, and gives unfinished ones a suffix.
+    """Returns whether a directory contains a finished checkpoint, without opening any."""
+    # Orbax names finished checkpoints by step, and adds a suffix to unfinished ones.
     directory = pathlib.Path(directory)
     return directory.is_dir() and any(path.name.isdecimal() for path in directory.iterdir())
 
@@ -263,7 +265,7 @@ def stored_architecture(directory: str | pathlib.Path) -> dict[str, Any]:
         with Checkpointer(directory, {}, reading=True) as checkpointer:
             if checkpointer.steps:
                 return checkpointer.architecture(checkpointer.steps[-1])
-    raise ValueError(f"{directory} holds no checkpoint; give the working directory of a run")
+    raise ValueError(f"{directory} contains no checkpoint; pass the working directory of a run")
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a JSON object; returns an empty one if the file does not exist.
 
     Raises:
-      ValueError: if the file does not hold a JSON object.
+      ValueError: if the file is not a JSON object.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -59,7 +59,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # without a newline: cut short
+            if number == len(lines):  # no newline at the end: the line was cut short
                 break
             raise ValueError(
                 f"{path}, line {number}: not JSON ({error}); fix or delete the line"
@@ -96,7 +96,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def _mode(path: pathlib.Path) -> int:
-    """Returns the permissions of the file, or if it is missing, the default for new files."""
+    """Returns the file's permissions, or the default for new files if it is missing."""
     try:
         return path.stat().st_mode & 0o777
     except FileNotFoundError:

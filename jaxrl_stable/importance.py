@@ -1,8 +1,8 @@
-"""Importance weights between the three policies, and the clip mask. Arrays in, arrays out.
+"""Importance weights between the three policies, and PPO's clip masks; arrays in, arrays out.
 
-`logp` is π_θ (current weights, carries the gradient), `logp_old` is π_old (training program,
-weights of the rollout), `logp_rollout` is μ_old (computed by the sampler). The weight decomposes
-(https://arxiv.org/abs/2512.01374, eq. 5):
+`logp` is log π_θ (current weights; carries the gradient), `logp_old` is log π_old (training
+program, with the weights used for the rollout), and `logp_rollout` is log μ_old (recorded by the
+sampler). The weight factors into two parts (https://arxiv.org/abs/2512.01374, eq. 5):
 
     π_θ / μ_old  =  π_old / μ_old  ×  π_θ / π_old
     log_weight   =  mismatch       +  staleness
@@ -22,7 +22,7 @@ LOG_RATIO_BOUND = 20.0
 
 
 def at_least_float32(x: Shaped[Array, "*n"]) -> Float[Array, "*n"]:
-    """Casts to float32, or keeps float64 (which JAX uses only on request)."""
+    """Casts to float32; keeps float64, which JAX uses only on request."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -40,10 +40,10 @@ def response_mean(x: Shaped[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Ar
 def log_ratio(
     numerator: Float[Array, "B T"], denominator: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Returns the log-ratio of two policies in float32 or better; exactly 0 where `mask` is False.
+    """Returns the log-ratio of two policies, at least in float32; exactly 0 outside the mask.
 
-    It masks before any `exp`, so a value such as ±1e4 or NaN in padding reaches neither loss nor
-    gradient. (Masking afterwards would leave 0 · inf in the backward pass.)
+    Masking precedes any `exp`, so a value such as ±1e4 or NaN in padding reaches neither the loss
+    nor the gradient. (Masking afterwards would leave 0 · inf in the backward pass.)
     """
     numerator = jnp.where(mask, at_least_float32(numerator), 0.0)
     denominator = jnp.where(mask, at_least_float32(denominator), 0.0)
@@ -53,12 +53,12 @@ def log_ratio(
 def importance_weight(
     log_weight: Float[Array, "B T"], cap: float | None = None
 ) -> Float[Array, "B T"]:
-    """Returns sg[min(exp(log_weight), cap)], a constant (truncated importance sampling, one-sided).
+    """Returns sg[min(exp(log_weight), cap)]: one-sided truncated importance sampling.
 
     Args:
       log_weight: log of the weight.
-      cap: upper bound of the weight. None does not truncate; a bound of exp(±20) then only prevents
-        overflow.
+      cap: upper bound on the weight. If None, the weight is not truncated; clipping its log to ±20
+        then only prevents overflow.
     """
     upper = LOG_RATIO_BOUND if cap is None else math.log(cap)
     weight = jnp.exp(jnp.clip(log_weight, min=-LOG_RATIO_BOUND, max=upper))
@@ -72,11 +72,11 @@ def clip_masks(
     low: float,
     high: float,
 ) -> tuple[Bool[Array, "B T"], Bool[Array, "B T"]]:
-    """Returns masks of the tokens whose gradient PPO's clip zeroes (M_t = 0), above and below.
+    """Returns masks of the tokens whose gradient is zero under PPO's clipping (M_t = 0).
 
         above:  A > 0 and r > 1 + high        below:  A < 0 and r < 1 − low
 
-    Source: https://arxiv.org/abs/2512.01374, eq. 7. The comparison is in log space, where
+    Source: https://arxiv.org/abs/2512.01374, eq. 7. Ratios are compared in log space, where
     nothing can overflow.
 
     Args:

@@ -1,11 +1,11 @@
-"""The objective of a run, as bound by gin: loss, advantages, corrections, terms and reduction.
+"""A run's objective, as configured by gin: loss, corrections, advantages, penalties and reduction.
 
-Functions are bound by reference and configured where they are defined:
+Functions are bound by reference, and their options are set under the function's own name:
 
     configs.Objective.loss = @objectives.gspo
     objectives.gspo.clip_high = 4e-4
 
-so your own function with the same signature needs no registration.
+A function of your own with the same signature therefore needs no registration.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def name_of(function: Callable) -> str:
 
 @runtime_checkable
 class ObjectiveLike(Protocol):
-    """Interface of an objective for `update`: an `Objective`, or a choice between several."""
+    """Interface that `update` requires: an `Objective`, or a choice between several."""
 
     @property
     def replay(self) -> str: ...
@@ -72,26 +72,26 @@ class Objective:
     """What the updates minimise; the defaults are MiniRL (https://arxiv.org/abs/2512.01374, eq. 7).
 
     Attributes:
-      mini_batches: N, gradient steps per rollout batch.
-      replay: routing replayed in training: "none", "R2" (the training router's old choice) or "R3"
-        (the sampler's choice).
+      mini_batches: N, number of gradient steps per rollout batch.
+      replay: routing that training replays: "none", "R2" (the training router's old choice) or
+        "R3" (the sampler's choice).
       loss: a function from `objectives`, or any other with the same signature.
       corrections: functions from `corrections`; their factors are multiplied.
       advantages: a function from `advantages`.
       aggregation: one of `objectives.MODES`; "seq-mean-token-sum" is the paper's choice and
         "seq-mean-token-mean" its length-normalised ablation.
-      horizon: constant length of "seq-mean-token-sum-norm"; None means `Reinforcement.max_tokens`.
+      horizon: constant length for "seq-mean-token-sum-norm"; None means `Reinforcement.max_tokens`.
       policies: which of the three policies the loss sees: "all" (decoupled: π_θ, π_old, μ_old),
         "recomputed" (π_old in place of μ_old: staleness is corrected, the mismatch is not) or
         "bypass" (μ_old in place of π_old: ratio and trust region are relative to the sampler).
         Metrics always see all three.
-      kl_coefficient: β, weight of the distance to the initial policy. If 0, no copy of that policy
-        is kept in memory. The copy routes its own tokens, as in verl and ROLL, so under replay the
-        distance is not quite 0 even if the weights are equal.
+      kl_coefficient: β, weight of the KL penalty towards the initial policy. If 0, no copy of that
+        policy is kept in memory. The copy does not replay any routing, as in verl and ROLL, so
+        under replay the penalty is not exactly 0 even if the weights are equal.
       kl_estimator: one of `objectives.KL_ESTIMATORS`; see `kl_penalty`.
-      kl_weighted: whether to multiply that distance by π_θ/π_old, including the ratio's gradient
+      kl_weighted: whether to multiply the KL penalty by π_θ/π_old, including the ratio's gradient
         ("k1" and "k3" only).
-      entropy_coefficient: weight of the entropy bonus (nats per token).
+      entropy_coefficient: weight of the entropy bonus (entropy in nats per token).
     """
 
     mini_batches: int = 4
@@ -126,17 +126,17 @@ class Objective:
 
     @property
     def needs_score(self) -> bool:
-        """True if π_old needs its own pass.
+        """True if log π_old needs a separate scoring pass.
 
-        Only a single update without replay, with `policies` "all", can do without it.
+        Only a single update without replay and with `policies` "all" can do without it.
         """
         return self.needs_old_policy or self.replay != "none" or self.policies != "all"
 
     @property
     def needs_old_policy(self) -> bool:
-        """True if updates would be wrong without that pass.
+        """True if updates would be wrong without log π_old from a scoring pass.
 
-        With a single update, π_θ can replace π_old.
+        With a single update per rollout, π_θ can replace π_old.
         """
         recomputed = self.policies == "recomputed"
         return self.mini_batches > 1 or self.replay == "R2" or recomputed
@@ -156,15 +156,15 @@ class Objective:
 
         Raises:
           ValueError: if an option has the wrong type, if the mismatch would be counted twice, if a
-            function needs it but `policies` replaces it by 1, or if `try_functions` fails.
+            function needs it but `policies` replaces it with 1, or if `try_functions` fails.
         """
         self.check_options()
         functions = (self.loss, *self.corrections)
         weights = [name_of(f) for f in functions if traits_of(f).weighs_mismatch]
         if len(weights) > 1:
             raise ValueError(
-                f"Objective: {' and '.join(weights)} both weigh the mismatch of sampler and "
-                "trainer, which would count it twice; keep one of them and use masks for the rest"
+                f"Objective: {' and '.join(weights)} each weight by the mismatch between sampler "
+                "and trainer, which would count twice; keep one and use masks for the rest"
             )
         needing = [name_of(f) for f in functions if traits_of(f).needs_mismatch]
         if needing and self.policies != "all":
@@ -185,7 +185,7 @@ class Objective:
         row, valid = jax.ShapeDtypeStruct(row, jnp.float32), jax.ShapeDtypeStruct((1,), bool)
 
         def tried(function: Callable, *arrays, **named) -> object:
-            try:  # the new lambda avoids jax's cached traces, which ignore changed gin settings
+            try:  # a new lambda avoids JAX's cached traces, which ignore changed gin settings
                 return jax.eval_shape(lambda *x, **y: function(*x, **y), *arrays, **named)
             except Exception as error:
                 if isinstance(error, ValueError):
@@ -221,8 +221,8 @@ class Objective:
         """Computes the corrected loss per token.
 
         Returns:
-          The loss after all corrections, and the product of their factors, or None without
-          corrections.
+          The loss after all corrections, and the product of their factors (None without
+          corrections).
         """
         if self.policies == "recomputed":
             logp_rollout = logp_old
@@ -245,11 +245,11 @@ class Objective:
 
         Args:
           logp: log π_θ; carries a gradient.
-          entropy: entropy of the policy at each response token; carries a gradient.
+          entropy: policy entropy at each response token; carries a gradient.
           batch: a `batch.TrainBatch`.
 
         Returns:
-          The total of the loss, and details for the metrics.
+          The summed loss, and details for the metrics.
         """
         mask = batch.response_mask
         out, factor = self.token_loss(
@@ -267,17 +267,18 @@ class Objective:
         return total, jax.lax.stop_gradient(LossDetails(total, count, out, factor, kl))
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossDetails:
-    """Values of one mini-batch from which the metrics are computed.
+    """Mini-batch values from which the metrics are computed.
 
     Attributes:
       total, count: sum of the loss, and its denominator.
       token_loss: loss per token, after corrections.
       factor: product of the corrections' factors, or None without corrections.
-      kl: penalty per token before its coefficient, or None without a penalty.
+      kl: KL penalty per token, before the coefficient; None without a penalty.
     """
 
     total: Float[Array, ""]

@@ -1,10 +1,10 @@
-"""Means with intervals: avg@k, pass@k and gains over problems, other figures over seeds.
+"""Means with confidence intervals: avg@k, pass@k and gains over problems, and means over seeds.
 
 The module also has a running mean for smoothing curves.
 
 Accuracies are resampled by *problem*. The k samples of a problem share its difficulty, so they are
-not independent, and an interval that treated them as independent would be too narrow. Accuracies
-are fractions in [0, 1]. The module needs only numpy and scipy.
+not independent, and an interval that treats them as independent is too narrow. Accuracies are
+fractions in [0, 1]. The module needs only numpy and scipy.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ class Estimate:
 def avg_at_k(
     correct: Num[np.ndarray, "problems k"] | Bool[np.ndarray, "problems k"], *, seed: int = 0
 ) -> Estimate:
-    """Returns the mean over problems of the mean score over the k samples of each (avg@k).
+    """Returns avg@k: the mean over problems of each problem's mean score over k samples.
 
     avg@k = (1/P) Σ_p (1/k) Σ_j correct[p, j]. Fractional scores are allowed. NaN marks a sample
-    whose score is unknown. Such samples are left out, and so are problems without any known score.
+    whose score is unknown. Such samples are excluded, and so are problems without any known score.
     """
     return bootstrap_mean(_means(_scores(correct))[1], seed=seed)
 
@@ -46,15 +46,16 @@ def pass_at_k(
 ) -> Estimate:
     """Returns the probability that at least one of k samples is correct, from n ≥ k samples.
 
-    Unbiased estimator of Chen et al. 2021 (https://arxiv.org/abs/2107.03374, eq. 1), with c correct
-    of n: pass@k = mean_p [1 − C(n−c, k) / C(n, k)] = mean_p [1 − Π_{i=n−c+1}^{n} (1 − k/i)].
+    This is the unbiased estimator of Chen et al. 2021 (https://arxiv.org/abs/2107.03374, eq. 1).
+    With c of n samples correct,
+    pass@k = mean_p [1 − C(n−c, k) / C(n, k)] = mean_p [1 − Π_{i=n−c+1}^{n} (1 − k/i)].
     The product form avoids the binomials, which overflow from n ≈ 60 on. NaN marks a sample whose
-    score is unknown: n counts only the known ones of a problem, and problems with fewer than k of
-    them are left out.
+    score is unknown: n counts only a problem's known samples, and problems with fewer than k known
+    samples are excluded.
 
     Raises:
-      ValueError: if no problem has k known samples, k is less than 1, or an entry is neither 0 nor
-        1 nor NaN.
+      ValueError: if no problem has k known samples, k is less than 1, or an entry is not 0, 1 or
+        NaN.
     """
     scores = _scores(correct)
     known = ~np.isnan(scores)
@@ -80,14 +81,14 @@ def gain(
     *,
     seed: int = 0,
 ) -> Estimate:
-    """Returns avg@k after minus avg@k before on the same problems in the same order (paired).
+    """Returns the paired gain in avg@k, after minus before, over the same problems in order.
 
     Pairing removes the differences in difficulty between problems, which widen the intervals of the
-    two separate scores. So to answer "did it improve?", read this interval. Problems without any
-    known score on one side are left out.
+    two separate scores. To answer "did it improve?", read this interval. Problems without a known
+    score on either side are excluded.
 
     Raises:
-      ValueError: if the numbers of problems differ, or no problem is known on both sides.
+      ValueError: if the numbers of problems differ, or no problem has a known score on both sides.
     """
     first, second = _scores(before), _scores(after)
     if len(first) != len(second):
@@ -107,8 +108,8 @@ def gain(
 def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> Estimate:
     """Returns the mean and its percentile bootstrap interval (Efron 1979).
 
-    It draws `DRAWS` resamples of the problems. Known limitation: if all values are equal, the
-    interval has zero width, so a score of 0 out of 30 looks more certain than it is.
+    The interval uses `DRAWS` resamples of the problems. Known limitation: if all values are equal,
+    it has zero width, so a score of 0 out of 30 looks more certain than it is.
     """
     values = np.asarray(values, np.float64)
     # Problems with equal values are interchangeable: drawing how often each *distinct* value occurs
@@ -140,10 +141,11 @@ def bootstrap_band(
     """Returns the mean over runs with a pointwise 95 % bootstrap interval.
 
     Whole runs are resampled, so curves stay intact. The plain percentile interval is too narrow for
-    few runs (for 5 normal ones it covers the mean in 84 % of cases). We therefore use Hesterberg's
-    "expanded" percentiles (https://arxiv.org/abs/1411.5279), which match the tail to Student's t:
-    Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). With up to 4 runs the interval spans the lowest to the highest run.
-    A NaN is excluded from its point; a point needs two runs for an interval.
+    few runs (with 5 normally distributed runs, it covers the mean in only 84 % of cases). We
+    therefore use Hesterberg's "expanded" percentiles (https://arxiv.org/abs/1411.5279), which match
+    the tail to Student's t: Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). With up to 4 runs, the interval spans the
+    lowest to the highest run. NaNs are excluded point by point. A point needs two runs for an
+    interval.
 
     Returns:
       (mean, low, high), NaN where undefined.
@@ -168,11 +170,11 @@ def bootstrap_band(
 
 
 def smooth(y: Float[np.ndarray, "points"], width: int | None = None) -> Float[np.ndarray, "points"]:
-    """Returns a centred running mean; NaNs are left out.
+    """Returns a centred running mean that ignores NaNs.
 
     Args:
       y: the curve.
-      width: odd number of points; by default 1/20 of the curve, at least 5.
+      width: window width, an odd number of points; by default 1/20 of the curve, at least 5.
     """
     if not len(y):
         return y
@@ -201,7 +203,7 @@ def _scores(correct: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "problems k
 def _means(
     scores: Float[np.ndarray, "problems k"],
 ) -> tuple[Bool[np.ndarray, "problems"], Float[np.ndarray, "known"]]:
-    """Returns a mask of the problems with a known score, and the mean score of each of them."""
+    """Returns a mask of the problems with a known score, and the mean score of each of these."""
     known = ~np.isnan(scores)
     some = known.any(axis=1)
     return some, np.nansum(scores[some], axis=1) / known[some].sum(axis=1)

@@ -1,4 +1,4 @@
-"""Text for people: byte counts, durations, tables, safe text, and errors of a command line."""
+"""Text for people: byte counts, durations, tables, safe text, and command-line errors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import NoReturn
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong command line in one line, without the usage.
+    """An argument parser that reports errors on one line, without the usage text.
 
     Attributes:
-      label: first word of the line.
+      label: first word of that line.
     """
 
     label = "error"
 
     def error(self, message: str) -> NoReturn:
-        """Exits with status 2."""
+        """Prints the error and exits with status 2."""
         self.exit(2, f"{self.label}: {message} ({self.prog} --help lists the arguments)\n")
 
 

@@ -58,7 +58,7 @@ def test_a_checkpoint_without_a_position_is_not_resumed(tmp_path, config, state,
     """Starting the data over would silently repeat prompts."""
     with Checkpointer(tmp_path, config.architecture()) as checkpoints:
         checkpoints.save(1, to_parts(state))
-        with pytest.raises(ValueError, match="holds no position in the data"):
+        with pytest.raises(ValueError, match="lacks a position in the data"):
             checkpoints.restore(to_parts(template), numbers())
 
 
@@ -100,7 +100,7 @@ def test_another_model_is_refused_before_anything_is_read(tmp_path, config, stat
         checkpoints.restore(to_parts(template))
     with (
         Checkpointer(tmp_path, config.architecture()) as checkpoints,
-        pytest.raises(ValueError, match="on one side only"),
+        pytest.raises(ValueError, match="only one of them has"),
     ):
         checkpoints.restore({"optimizer": {"other": jnp.zeros(())}})
 
@@ -178,5 +178,5 @@ def test_missing_checkpoints_are_named(tmp_path, config, template):
     with pytest.raises(ValueError, match="does not exist"):
         load_model(tmp_path / "absent", config.architecture(), template.model)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="contains no checkpoint"):
         load_model(tmp_path / "empty", config.architecture(), template.model)

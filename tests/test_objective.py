@@ -52,16 +52,16 @@ TIS, ICEPOP = corrections.token_tis, corrections.icepop
 @pytest.mark.parametrize(
     ("together", "message"),
     [
-        ({"corrections": [TIS]}, "minirl and token_tis both weigh the mismatch"),
-        ({"corrections": [ICEPOP]}, "minirl and icepop both weigh"),
+        ({"corrections": [TIS]}, "minirl and token_tis each weight by the mismatch"),
+        ({"corrections": [ICEPOP]}, "minirl and icepop each weight by"),
         ({"corrections": [partial(ICEPOP, weigh=False)]}, None),
         ({"corrections": [corrections.veto, corrections.geometric_mask]}, None),
         ({"loss": partial(objectives.minirl, weight="none"), "corrections": [TIS]}, None),
-        ({"loss": objectives.ppo, "corrections": [TIS, ICEPOP]}, "token_tis and icepop both weigh"),
+        ({"loss": objectives.ppo, "corrections": [TIS, ICEPOP]}, "token_tis and icepop each"),
         ({"loss": objectives.vespo, "corrections": [corrections.sequence_tis]}, None),
         (
             {"loss": partial(objectives.vespo, tis_cap=2.0), "corrections": [TIS]},
-            "vespo and token_tis both weigh",
+            "vespo and token_tis each weight by",
         ),
         (
             {"corrections": [corrections.geometric_mask], "policies": "bypass"},
@@ -142,7 +142,7 @@ def no_penalty(rewards, group_ids, valid=None, lengths=None):
         (Objective(corrections=[partial(TIS, cap=0.0)], loss=objectives.ppo), "token_tis: cap=0.0"),
         (
             Objective(corrections=[partial(ICEPOP, low=5.0, high=0.5, weigh=False)]),
-            "icepop: low=5.0, high=0.5 bounds a ratio",
+            "icepop: low=5.0, high=0.5 must bound a ratio",
         ),
         (Objective(loss=partial(objectives.gspo, form="x")), "form 'x' is unknown"),
         (Objective(loss=partial(objectives.minirl, clip_low=1.2)), "clip_low=1.2"),

@@ -79,7 +79,7 @@ def test_wrong_dtypes_are_refused(dtype, num_experts):
 def test_experts_out_of_range_are_refused():
     one = routing()
     bad = dataclasses.replace(one, experts=one.experts.at[1, 0, 2, 1].set(255))  # a stored −1
-    with pytest.raises(ValueError, match="names expert 255; the model has 8"):
+    with pytest.raises(ValueError, match="contains expert 255; the model has 8"):
         validate(bad, 2, 8)
 
 
@@ -158,8 +158,8 @@ def test_conversions_inside_jit_are_those_outside():
         ((0, 1, 1), -1, r"row 0, position 1 is incomplete: -1 at layer 1, choice 0.*dense"),
         ((1, 0, 0, 1), -1, r"row 1, position 0 is incomplete: -1 at layer 0, choice 1"),
         ((0, 0, 0, 0), 5, r"row 0, position 0 is incomplete: -1 at layer 0, choice 1"),
-        ((1, 1, 0, 0), 8, "names expert 8; the model has 8"),
-        ((1, 1, 0, 0), 259, "names expert 259"),  # 3 once it is stored in eight bits
+        ((1, 1, 0, 0), 8, "contains expert 8; the model has 8"),
+        ((1, 1, 0, 0), 259, "contains expert 259"),  # 3 once it is stored in eight bits
         ((0, 2, 1, 1), 6, "twice at layer 1, row 0, position 2"),
     ],
 )

@@ -223,7 +223,7 @@ def test_finished_run_only_writes_its_report(finished, environment):
 def test_checkpoint_of_another_model(finished, environment):
     result = run(finished, environment, "--gin.model.tiny.num_heads=2")
     assert result.returncode == 2
-    assert "is of another model: num_heads is 4 there and 2 here" in result.stderr
+    assert "holds a different model: num_heads is 4 there and 2 here" in result.stderr
     assert result.stderr.strip().count("\n") == 0
 
 

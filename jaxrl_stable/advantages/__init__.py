@@ -1,16 +1,17 @@
-"""Advantages: from one reward per response to one advantage per response.
+"""Advantage estimators: one reward per response in, one advantage per response out.
 
 All share one signature, `f(rewards, group_ids, valid=None, lengths=None, *, …) -> advantages`.
-Responses with equal ids answer the same prompt; ids are in [0, B). Where `valid` is False the
-reward is missing (a checker that failed is not a wrong answer): such a response is excluded from
-every statistic and gets advantage 0. If the group is the baseline, a group of one has advantage 0.
+Responses with equal ids answer the same prompt; ids are in [0, B). Where `valid` is False, the
+reward is missing (a checker failed, which does not make the answer wrong). Such a response is
+excluded from every statistic and gets advantage 0. If the group is the baseline, a group of one has
+advantage 0.
 
-Rewards of a group that differ only by the rounding of float32 (`groups.ROUNDING`) count as equal,
-so that no division can blow such a difference up.
+Rewards in a group that differ only by float32 rounding (`groups.ROUNDING`) count as equal, so that
+no division can blow up the difference.
 
-What an estimator asks of the rewards, and how it takes the length penalty, is declared next to it
-with `@with_conditions`. The functions themselves are pure and check shapes alone: in your own loop,
-call `check_rewards` on the host before the update.
+An estimator declares with `@with_conditions` what it requires of the rewards and how it accepts a
+length penalty. The functions themselves are pure and check only shapes: in your own loop, call
+`check_rewards` on the host before the update.
 """
 
 from jaxrl_stable.advantages.baselines import (

@@ -34,7 +34,7 @@ def centered(
       ValueError: if an array is not [B].
 
     Example:
-      A group of four and a group of one; then the same with two rewards missing.
+      A group of four and a group of one; then the same groups with two rewards missing.
 
       >>> rewards, group_ids = jnp.array([1.0, 0.0, 0.0, 1.0, 0.0]), jnp.array([0, 0, 0, 0, 1])
       >>> print(centered(rewards, group_ids))
@@ -59,7 +59,7 @@ def standardized(
     """Returns Â_i = (R_i − group mean) / (std + eps), as in GRPO.
 
     Source: https://arxiv.org/abs/2402.03300, §4.1.2. The paper leaves ddof and eps open. All
-    systems that we checked use ddof 1; eps is 1e-6 (verl, SkyRL, slime) or 1e-4 (TRL).
+    frameworks that we checked use ddof 1; eps is 1e-6 (verl, SkyRL, slime) or 1e-4 (TRL).
 
     Args:
       rewards, group_ids, valid, lengths: see `centered`.
@@ -100,17 +100,18 @@ def leave_one_out(
     """Returns Â_i = R_i − mean_{j≠i} R_j = G/(G − 1) (R_i − group mean), as in RLOO.
 
     Source: https://arxiv.org/abs/2402.14740. The baseline does not depend on the sample, so the
-    gradient is unbiased at any group size; `centered` is (1 − 1/G) times it.
+    gradient is unbiased at any group size. `centered` equals this estimate times (1 − 1/G).
 
     Args:
       rewards, group_ids, valid, lengths: see `centered`.
-      standardize: divide by the std (ddof 1) of the *others*, plus eps, as NeMo RL does with its
-        leave-one-out baseline. If the others are all equal, the difference is not divided.
+      standardize: whether to divide by the std (ddof 1) of the *others*, plus eps, as NeMo RL does
+        with its leave-one-out baseline. If the others are all equal, the difference is not divided.
       eps: added to that std.
-      floor: the others also count as equal if their std is below this share of the group's range,
-        max R − min R. R_i is not part of that std, so the quotient has no other bound: NeMo RL
-        reports advantages of −2,000 where the others differ by rounding. With `floor` no advantage
-        exceeds 1/floor. Rewards of 0 and 1 never reach it in groups of up to 1/floor².
+      floor: share of the group's range, max R − min R. If the std of the others is below it, they
+        also count as equal. R_i is not part of that std, so nothing else bounds the quotient: NeMo
+        RL reports advantages of −2,000 where the others differ only by rounding. With `floor`, no
+        advantage exceeds 1/floor in magnitude. With rewards of 0 and 1, the std never falls below
+        the floor in groups of up to 1/floor².
 
     Returns:
       One advantage per response; 0 where the reward is missing.
@@ -127,7 +128,8 @@ def leave_one_out(
     if not standardize:
         return difference
     squares = group.sum(jnp.square(group.deviation)) - jnp.square(group.deviation)
-    # Move the squares to the mean of the others, which is deviation / others from the group's.
+    # Shift the squares to the mean of the others, which differs from the group's by
+    # deviation / others.
     squares -= jnp.square(group.deviation) / others
     std = jnp.sqrt(jnp.maximum(squares, 0.0) / jnp.maximum(others - 1, 1.0))
     equal = group.equal | (group.count < 3) | (std < floor * (group.highest - group.lowest))
@@ -152,7 +154,7 @@ def reinforce_plus_plus(
     Args:
       rewards, group_ids, valid: see `centered`.
       lengths: response tokens; None counts each response once.
-      baseline: subtract the group's mean first (REINFORCE++-baseline).
+      baseline: whether to subtract the group's mean first (REINFORCE++-baseline).
       eps: added to the variance.
 
     Returns:
@@ -164,7 +166,7 @@ def reinforce_plus_plus(
     count = weight.sum()
     mean = (weight * x).sum() / jnp.maximum(count, 1.0)
     variance = (weight * jnp.square(x - mean)).sum() / jnp.maximum(count - 1, 1.0)
-    # Rounding of the mean over many tokens would be multiplied by up to 1/√eps.
+    # A rounding error in the mean over many tokens would be multiplied by up to 1/√eps.
     highest = jnp.where(group.keep > 0, x, -jnp.inf).max()
     lowest = jnp.where(group.keep > 0, x, jnp.inf).min()
     difference = jnp.where(nearly_equal(highest, lowest), 0.0, x - mean)

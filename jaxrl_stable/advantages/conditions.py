@@ -1,4 +1,4 @@
-"""What an estimator asks of the rewards, declared next to it, and the checks that read it."""
+"""Conditions that an advantage estimator declares for its rewards, and the checks that use them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PENALTIES = ("added", "separate", "refused")
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """Conditions of an advantage estimator.
+    """Conditions that an advantage estimator needs.
 
     Attributes:
-      lowest, highest: range of the rewards that the formula is right for; None = no bound.
-      penalty: how the estimator takes a length penalty such as DAPO's: "added" to the rewards,
-        "separate" in its keyword argument `penalty`, or "refused" because the formula reads the
-        reward as a score and its source has no penalty.
-      instead: what to use if the conditions do not hold; completes the advice of an error.
+      lowest, highest: range of rewards for which the formula is valid; None means no bound.
+      penalty: how the estimator accepts a length penalty such as DAPO's: "added" to the rewards,
+        "separate" in its keyword argument `penalty`, or "refused" because the formula interprets
+        the reward as a score and its source has no penalty.
+      instead: what to use if the conditions do not hold; completes an error message.
     """
 
     lowest: float | None = None
@@ -62,7 +62,7 @@ def with_conditions(
     penalty: str = "added",
     instead: str = "another estimator",
 ) -> Callable[[F], F]:
-    """Declares the `Conditions` of the estimator that it decorates; `conditions_of` reads them.
+    """Declares the `Conditions` of the decorated estimator; `conditions_of` reads them.
 
     >>> @with_conditions(lowest=0.0)
     ... def share(rewards, group_ids, valid=None, lengths=None):
@@ -84,7 +84,7 @@ or change the reward
 def conditions_of(estimator: Callable) -> Conditions:
     """Returns the conditions of an estimator, or of the function inside a `functools.partial`.
 
-    Without a declaration there are none.
+    An estimator without a declaration has the default `Conditions`, which accept all rewards.
     """
     while isinstance(estimator, functools.partial) and not hasattr(estimator, "conditions"):
         estimator = estimator.func
@@ -104,7 +104,7 @@ def check_rewards(
       valid: False where the reward is missing; such rewards are not checked.
 
     Raises:
-      ValueError: if a reward is outside; names the first one.
+      ValueError: if a reward is outside the range; the error names the first one.
     """
     conditions, rewards = conditions_of(estimator), np.asarray(rewards)
     outside = conditions.outside(rewards)
@@ -119,10 +119,10 @@ def check_rewards(
 
 
 def check_penalty(estimator: Callable, field: str) -> None:
-    """Checks that an estimator takes a length penalty; `field` is the setting that turns it on.
+    """Checks that an estimator accepts a length penalty; `field` is the setting that enables it.
 
     Raises:
-      ValueError: if the estimator refuses it.
+      ValueError: if the estimator refuses a penalty.
     """
     conditions = conditions_of(estimator)
     if conditions.penalty == "refused":
@@ -142,7 +142,7 @@ def with_penalty(
 ) -> Float[Array, "B"]:
     """Calls an estimator with scores and a length penalty, combined as the estimator declares.
 
-    An estimator that refuses penalties gets the scores alone; `check_penalty` comes first.
+    An estimator that refuses penalties gets only the scores; call `check_penalty` first.
     """
     how = conditions_of(estimator).penalty
     if how == "separate":
@@ -154,8 +154,8 @@ def with_penalty(
 def compares_groups(estimator: Callable[..., Array]) -> bool:
     """Returns True if the group is the baseline: groups of one have advantage 0 for any reward.
 
-    The estimator is tried on four groups of one, because that depends on its options
-    (`reinforce_plus_plus` with `baseline=False` compares the whole batch).
+    The answer depends on the estimator's options (`reinforce_plus_plus` with `baseline=False`
+    compares the whole batch), so the estimator is tried on four groups of one.
     """
     conditions = conditions_of(estimator)
     low, high = conditions.lowest, conditions.highest
@@ -164,7 +164,7 @@ def compares_groups(estimator: Callable[..., Array]) -> bool:
     rewards = (low + (high - low) * np.array([0.0, 1.0, 0.25, 1.0])).astype(np.float32)
     ids, valid = np.arange(4, dtype=np.int32), np.ones(4, bool)
     with jax.ensure_compile_time_eval():
-        # The new lambda avoids jax's cached traces, which ignore changed gin settings.
+        # A new lambda avoids JAX's cached traces, which ignore changed gin settings.
         tried = jax.jit(lambda *x: estimator(*x))(rewards, ids, valid, ids + 1)
     return not np.any(np.nan_to_num(np.asarray(tried)))
 
@@ -175,7 +175,7 @@ def check_group_size(estimator: Callable[..., Array], size: int, field: str) -> 
     Args:
       estimator: the estimator.
       size: responses per prompt.
-      field: the setting with that size, for the error.
+      field: name of the setting with that size, for the error.
 
     Raises:
       ValueError: if the size is 1 and the group is the baseline, so that nothing would be learned.
@@ -183,7 +183,7 @@ def check_group_size(estimator: Callable[..., Array], size: int, field: str) -> 
     if size == 1 and compares_groups(estimator):
         raise ValueError(
             f"{field} is 1, but {_name(estimator)} compares the responses of a group: all "
-            "advantages would be 0 and the rewards would teach nothing; use at least 2, or "
+            "advantages would be 0, so nothing would be learned; use at least 2, or "
             "advantages.reinforce_plus_plus with baseline = False"
         )
 

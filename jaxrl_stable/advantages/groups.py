@@ -27,7 +27,7 @@ class Groups(NamedTuple):
       count, mean, highest, lowest: statistics over the group's responses that have a reward.
       equal: True if these rewards are all equal, up to rounding.
       deviation: rewards − mean, 0 where missing. Exactly 0 if the group's rewards are `equal`; a
-        floating-point mean would be off by its last digit, and a division would blow that up.
+        floating-point mean would be off in its last digit, and a division would blow up the error.
     """
 
     rewards: Float[Array, "B"]
@@ -52,7 +52,7 @@ def group_statistics(
     valid: Bool[Array, "B"] | None,
     lengths: Int[Array, "B"] | None,
 ) -> Groups:
-    """Computes the statistics of an estimator's arguments; `function` is its name, for errors.
+    """Computes group statistics from an estimator's arguments; `function` is its name, for errors.
 
     Raises:
       ValueError: if an array is not [B].
@@ -78,7 +78,7 @@ def group_statistics(
 def nearly_equal(
     highest: Float[Array, "*shape"], lowest: Float[Array, "*shape"]
 ) -> Bool[Array, "*shape"]:
-    """Returns True where the highest and the lowest of some rewards differ by rounding alone."""
+    """Returns True where the highest and lowest rewards differ only by rounding."""
     bound = ROUNDING * jnp.maximum(jnp.abs(highest), jnp.abs(lowest))
     return (highest - lowest <= bound) & jnp.isfinite(bound)
 

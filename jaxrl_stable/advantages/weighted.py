@@ -1,4 +1,4 @@
-"""Advantages that weigh the difference from the group's mean by how hard the problems are."""
+"""Advantages that weight the difference from the group's mean by how hard the problems are."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def maxrl(
 ) -> Float[Array, "B"]:
     """Returns Â_i = (R_i − group mean) / (group mean + eps): maximum likelihood RL.
 
-    Source: https://arxiv.org/abs/2602.02710; the form is from SkyRL's code, the paper was not read.
-    For rewards of 0 and 1: hard problems weigh 1/p, as in a likelihood.
+    Source: https://arxiv.org/abs/2602.02710. We have not read the paper; the form is from SkyRL's
+    code. With rewards of 0 and 1, a problem with success rate p counts for 1/p, as in a likelihood.
 
-    The mean is taken for a probability of success. A negative reward, such as a punishment or the
-    −1 of a wrong answer, moves it to 0 or below: [1, −1, 0, 0] would give ±10⁶, and [1, −1, −1, −1]
-    would punish the right answer. The source has no length penalty either. With rewards of at
-    least 0 no advantage exceeds G − 1.
+    The formula interprets the mean as a success rate. A negative reward, such as a penalty or −1
+    for a wrong answer, can move it to 0 or below: [1, −1, 0, 0] would give ±10⁶, and
+    [1, −1, −1, −1] would penalise the correct answer. The source has no length penalty either. If
+    all rewards are at least 0, no advantage exceeds G − 1.
 
     Args:
       rewards, group_ids, valid, lengths: see `centered`; rewards are at least 0.
@@ -57,14 +57,14 @@ def gpg(
 ) -> Float[Array, "B"]:
     """Returns Â_i = (R_i − group mean) · B / #{j: R_j ≠ 0}, as in GPG.
 
-    Source: https://arxiv.org/abs/2504.02546, in the form of verl's code. It counts right answers,
-    so it is for rewards that are 0 where the answer is wrong; with rewards of ±1 the factor is 1.
+    Source: https://arxiv.org/abs/2504.02546, in the form of verl's code. The factor counts correct
+    answers, so a wrong answer must have a reward of 0; with rewards of ±1, the factor is always 1.
 
     Args:
       rewards, group_ids, valid, lengths: see `centered`.
-      penalty: length penalty, added to the rewards in the difference from the group's mean but not
-        in the count: a punished wrong answer is not a right one. If all rewards are 0, the factor
-        is 1.
+      penalty: length penalty. It is added to the rewards in the difference from the group's mean
+        but not in the count, since a penalised wrong answer is not correct. If all rewards are 0,
+        the factor is 1.
 
     Returns:
       One advantage per response; 0 where the reward is missing.
@@ -86,8 +86,9 @@ def clip_filter(
 ) -> Float[Array, "B"]:
     """Returns Â_i = (R_i − group mean) · min(cap, groups / groups with spread), as in CPGD.
 
-    Source: https://arxiv.org/abs/2505.12504; the form is from siiRL's code, the paper was not read.
-    Groups of equal rewards give no gradient; the factor lets the other groups make up for them.
+    Source: https://arxiv.org/abs/2505.12504. We have not read the paper; the form is from siiRL's
+    code. Groups of equal rewards have no gradient; the factor lets the other groups make up for
+    them.
 
     Args:
       rewards, group_ids, valid, lengths: see `centered`.

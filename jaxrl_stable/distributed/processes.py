@@ -19,20 +19,20 @@ import numpy as np
 from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
-# Set by `launch/local.py`; if one is missing, jax asks the cluster (TPU, Slurm, Open MPI).
+# Set by `launch/local.py`; if they are missing, JAX asks the cluster (TPU, Slurm, Open MPI).
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # process counts of known launchers
 
-# Seconds without a heartbeat after which jax's own service ends all processes, without a readable
+# Seconds without a heartbeat after which JAX's own service ends all processes, without a readable
 # message. Heartbeats come twice per period, so it acts 30 to 60 s after a death; `watch` is faster.
 SERVICE_DEAD = 60
-BARRIER = 3600  # seconds for which processes wait for each other on the host
+BARRIER = 3600  # maximum time that processes wait for each other on the host, in seconds
 
 
 def initialize() -> None:
     """Connects the processes of a run. Must be called before any code uses a device.
 
-    On Cloud TPU, and under Slurm or Open MPI, jax finds the other processes. Elsewhere, three
+    On Cloud TPU, and under Slurm or Open MPI, JAX finds the other processes. Elsewhere, three
     environment variables give the address of process 0 ("host:port", ADDRESS), the number of
     processes (COUNT) and the index of this process (INDEX). Without a cluster and without these
     variables, the function does nothing.
@@ -48,8 +48,8 @@ def initialize() -> None:
         missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
         if missing or not (given[COUNT] + given[INDEX]).isdecimal():
             raise ValueError(
-                f"the environment has {given}; processes need all of {ADDRESS} (host:port of "
-                f"process 0), {COUNT} and {INDEX} (from 0)"
+                f"the environment has {given}; set all of {ADDRESS} (host:port of process 0), "
+                f"{COUNT} and {INDEX} (numbered from 0)"
             )
         if given[COUNT] == "1":
             return
@@ -62,7 +62,7 @@ def initialize() -> None:
     elif not _of_a_cluster():
         return
     # The processes agree between two steps whether SIGTERM asked for a stop (see `preemption`);
-    # jax's own service would swallow the signal.
+    # JAX's own service would swallow the signal.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=SERVICE_DEAD, **arguments)
@@ -73,9 +73,9 @@ def initialize() -> None:
 
 
 def _of_a_cluster() -> bool:
-    """Returns whether jax can be expected to find several processes. TPUs take precedence."""
+    """Returns whether JAX can be expected to find several processes. TPUs take precedence."""
     tasks = max(int(os.environ.get(name, 1)) for name in TASKS)
-    # Set on GKE; on a TPU VM jax asks the metadata server instead.
+    # Set on GKE; on a TPU VM, JAX asks the metadata server instead.
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
     one_host = hosts is not None and "," not in hosts and "MEGASCALE_NUM_SLICES" not in os.environ
     return tasks > 1 or ("tpu" in (jax.config.jax_platforms or "") and not one_host)
@@ -130,8 +130,8 @@ def check_same(what: str, text: str) -> None:
     others = np.flatnonzero(every != every[0]).tolist()
     if others:
         raise ValueError(
-            f"processes {others} have a different {what} from process 0; give all hosts the same "
-            "files and the same command"
+            f"processes {others} have a different {what} from process 0; use the same files and "
+            "the same command on all hosts"
         )
 
 
@@ -160,6 +160,6 @@ def check_shared(directory: str | os.PathLike) -> None:
         marker.unlink()
     if blind:
         raise ValueError(
-            f"processes {blind} do not see what process 0 writes in {directory}; give a --workdir "
+            f"processes {blind} do not see what process 0 writes in {directory}; use a --workdir "
             "on a file system that all hosts share"
         )

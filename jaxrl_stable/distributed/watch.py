@@ -1,6 +1,6 @@
 """Joint shutdown of the processes of a run, each of which prints the reason in one line.
 
-A process that fails reports why through jax's coordination service, which runs in process 0. A
+A process that fails reports why through JAX's coordination service, which runs in process 0. A
 process that dies stops sending heartbeats. In both cases every other process prints one line and
 exits, even if its main thread is blocked in a collective operation that will never finish. Exit
 status 2 means that the user has to fix something, 1 that the same command can continue the run.
@@ -27,7 +27,7 @@ from jaxrl_stable.distributed.processes import BARRIER, is_main, several, wait_f
 BEAT = 2.0  # seconds between heartbeats
 DEAD = 20.0  # seconds without a heartbeat after which a process counts as dead
 BROKEN_DEAD = 3 * BEAT  # like DEAD, once a process has reported a broken connection
-GRACE = 2.0  # seconds that a process has to notice the error that another one reports
+GRACE = 2.0  # seconds that a process has to notice another process's error
 FAILED, BROKEN, ALIVE, PORT = (
     f"jaxrl_stable/{name}" for name in ("failed", "broken", "alive", "port")
 )
@@ -76,7 +76,7 @@ def together() -> Iterator[None]:
 def report(message: str, status: int = 2) -> bool:
     """Tells the other processes that this one is ending, and why.
 
-    An error that only follows from the end of another process is delayed: meanwhile the watch
+    An error that is only a consequence of another process's end is held back. Meanwhile, the watch
     thread learns the real reason and ends this process with it.
 
     Args:
@@ -151,7 +151,7 @@ def _look_for_the_dead(client: Any, beats: dict[str, tuple[str, float]]) -> None
 def _line_to_process_0(over: threading.Event) -> contextlib.AbstractContextManager:
     """Connects every process to process 0, so that the others notice at once when it ends.
 
-    When process 0 ends, jax's service aborts the others with a long traceback. Thanks to this
+    When process 0 ends, JAX's service aborts the others with a long traceback. Thanks to this
     connection, our one-line message comes first. No data is sent; if the connection fails, only the
     traceback appears.
     """

@@ -1,4 +1,4 @@
-"""Grouped-query attention (Qwen3, OLMoE, Mixtral), its norms, and inputs that all layers share.
+"""Grouped-query attention (Qwen3, OLMoE, Mixtral), its norms, and the inputs that layers share.
 
 Latent attention (DeepSeek-V3) is in `latent_attention` and has the same call signature.
 """
@@ -51,9 +51,9 @@ def make_frame(
 ) -> Frame:
     """Builds rotations and mask: a token attends to columns of its segment, up to its own column.
 
-    Causality follows columns, not positions, so left padding and packing need no special case. The
-    splash kernel builds the mask itself if all columns are new (training and prefill), so none is
-    built here then.
+    Causality follows columns, not positions, so left padding and packing need no special case. If
+    all columns are new (training and prefill), the splash kernel builds its own mask, and `mask` is
+    None.
     """
     shared = *rotations(config, positions), segment_ids, segment_ids != 0
     width = positions.shape[1] if cache is None else cache.segment_ids.shape[1]
@@ -179,8 +179,8 @@ def attention_implementation(config: ModelConfig, backend: str | None = None) ->
     GPUs. On TPU, decode steps also run as plain XLA, because their keys are in a cache.
 
     Args:
-      config: configuration of the model.
-      backend: "cpu", "gpu" or "tpu"; the backend of this machine by default.
+      config: model configuration.
+      backend: "cpu", "gpu" or "tpu"; JAX's default backend if None.
 
     Returns:
       "splash", "cudnn" or "xla".

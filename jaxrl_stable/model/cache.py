@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from jaxrl_stable.model.config import ModelConfig
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -38,7 +39,7 @@ class Cache:
     length: Int[Array, ""]
 
     def extend(self, segment_ids: Int[Array, "B T"]) -> Cache:
-        """Marks T new columns, which each layer then fills by `write`; `length` is unchanged."""
+        """Marks T new columns, which each layer then fills with `write`; `length` is unchanged."""
         marks = jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, self.length))
         return dataclasses.replace(self, segment_ids=marks)
 

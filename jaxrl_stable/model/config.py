@@ -1,4 +1,4 @@
-"""Architecture of the policy, and the repeating patterns of its layers.
+"""Policy architecture, and the repeating patterns of its layers.
 
 One set of fields covers Qwen3 (dense and MoE), OLMoE, Mixtral and DeepSeek-V3; `hf.architectures`
 reads them from a Hugging Face `config.json`.
@@ -45,9 +45,9 @@ class Yarn:
     Attributes:
       factor: ratio of the new context length to the original one.
       original_context: context length of the original training, in positions.
-      beta_fast, beta_slow: numbers of rotations over the original context. A frequency that makes
-        more than `beta_fast` is kept, one that makes fewer than `beta_slow` is divided by `factor`;
-        a linear ramp covers those between.
+      beta_fast, beta_slow: rotation counts over the original context. Frequencies with more than
+        `beta_fast` rotations are kept, frequencies with fewer than `beta_slow` are divided by
+        `factor`, and a linear ramp interpolates in between.
       rotation_scale: factor on cosines and sines.
       softmax_mscale: m in the factor (0.1 m ln(factor) + 1)² on the scale of attention logits
         (DeepSeek-V3: `mscale_all_dim`); 0 leaves the scale unchanged.
@@ -117,8 +117,8 @@ class ModelConfig:
       selection_bias: whether each expert has a bias that affects the choice but never the gates.
         It is not trained here (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
       expert_groups: number of equal groups into which the experts are divided.
-      chosen_groups: number of groups to choose experts from: the groups whose two best scores have
-        the largest sum.
+      chosen_groups: number of groups that experts are chosen from. These are the groups whose two
+        best scores have the largest sum.
       routed_scaling: factor on the gates.
       num_shared_experts: number of experts applied to every token; computed as one dense layer of
         their total width.
@@ -126,30 +126,30 @@ class ModelConfig:
       mlp_only_layers: layers that are dense regardless of `decoder_sparse_step`.
       query_key_norm: RMSNorm of queries and keys over each "head" (Qwen3), over all heads of the
         "layer" (OLMoE), or "none" (Mixtral).
-      clip_qkv: bound on |query|, |key|, |value| before the rotation, or None.
+      clip_qkv: bound on |query|, |key| and |value| before the rotary embedding, or None.
       latent: sizes of latent attention, or None for grouped-query attention.
       rope_theta: base of the rotary embedding.
       rope_scaling: YaRN stretching of the rotary embedding, or None.
       rms_norm_eps: epsilon of every norm.
       tie_embeddings: whether the output head is the transposed embedding.
-      dtype: compute type, of activations and of weights in products. Router, norms, attention
-        weights and log-probabilities are always float32.
-      param_dtype: storage type of parameters; the optimiser works in float32.
+      dtype: compute dtype of activations, and of weights in matrix products. Router, norms,
+        attention weights and log-probabilities are always float32.
+      param_dtype: storage dtype of the parameters; the optimiser works in float32.
       scan_layers: whether to scan over repeated layers (one compiled body) or unroll them.
       remat: activations that a block keeps for the backward pass: "none" keeps all of them,
         "dots" the most expensive products (queries, keys, values, attention, the experts' hidden
         layer), "block" only its input, and "offload" that input in host memory.
-      attention: "auto", "xla", "cudnn" or "splash".
+      attention: attention kernel: "auto", "xla", "cudnn" or "splash".
       experts: grouped matrix product: "auto", "ragged", "blocked", "megablox", "tokamax", or
-        "dense" (every expert on every token: the test oracle).
+        "dense" (every expert on every token; the reference that tests compare against).
       experts_exchange: how tokens reach experts on other devices: "all_gather" or
         "ragged_all_to_all"; see `expert_parallel`.
       experts_rows: capacity of a device's buffer of (token, choice) pairs, in rows of D numbers;
         tokens that exceed it pass through the experts in several chunks.
       head_chunk: number of tokens per device whose logits are in memory at a time; rounded to whole
         columns.
-      max_positions: context that the model was trained for, in positions; a run with longer
-        sequences is refused. 0 if not known, which allows any length. It does not change what the
+      max_positions: context length that the model was trained for, in positions; runs with longer
+        sequences are refused. 0 means unknown and allows any length. It does not change what the
         model computes.
     """
 
@@ -276,7 +276,7 @@ class ModelConfig:
         return sum(map(self.is_moe, range(self.num_layers)))
 
     def architecture(self) -> dict[str, object]:
-        """Returns the fields on which a checkpoint depends."""
+        """Returns the fields that a checkpoint depends on."""
         fields = dataclasses.asdict(self)
         return {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS}
 
@@ -318,7 +318,7 @@ def layer_plan(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
 
 
 def tiny(**overrides: Any) -> ModelConfig:
-    """Returns a policy of a few hundred thousand parameters, for tests and laptops."""
+    """Returns a config with a few hundred thousand parameters, for tests and laptops."""
     fields = dict(
         vocab_size=128,
         hidden_size=64,
@@ -337,7 +337,7 @@ def tiny(**overrides: Any) -> ModelConfig:
 
 
 def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
-    """Returns Qwen3-30B-A3B (from its public `config.json`)."""
+    """Returns the config of Qwen3-30B-A3B (from its public `config.json`)."""
     fields = dict(
         vocab_size=151_936,
         hidden_size=2_048,
@@ -357,7 +357,7 @@ def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
 
 
 def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
-    """Returns Qwen3-235B-A22B (from its public `config.json`)."""
+    """Returns the config of Qwen3-235B-A22B (from its public `config.json`)."""
     fields = dict(
         vocab_size=151_936,
         hidden_size=4_096,

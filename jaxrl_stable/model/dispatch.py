@@ -1,9 +1,10 @@
-"""Grouped products: rows are sorted by expert and multiplied by the matrix of their expert.
+"""Grouped products: rows are sorted by expert and multiplied by their expert's matrix.
 
-Tokens are never dropped. Pairs without a local expert (padding, or an expert on another device)
-sort last and belong to no group. Groups may be padded to a multiple of `block` rows, so that each
-block has one expert; a batched product over blocks then replaces the ragged product. This blocked
-form is for CPUs, where `jax.lax.ragged_dot` multiplies every row by every expert's matrix.
+A pair is a token together with one of its K chosen experts. Tokens are never dropped. Pairs without
+a local expert (padding, or an expert on another device) sort last and belong to no group. Groups
+may be padded to a multiple of `block` rows, so that each block has one expert; a batched product
+over blocks then replaces the ragged product. This blocked form is for CPUs, where
+`jax.lax.ragged_dot` multiplies every row by every expert's matrix.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class ExpertWeights(NamedTuple):
     """Matrices of a layer's SwiGLU experts; E is the number of local experts.
 
     Attributes:
-      gate, up: input projections in the compute type; `Quantized` if activations are quantised.
-      down: output projection, in the same types.
+      gate, up: input projections in the compute dtype; `Quantized` if activations are quantised.
+      down: output projection, stored like `gate` and `up`.
     """
 
     gate: Float[Array, "E D F"] | Quantized
@@ -41,9 +42,9 @@ class Groups(NamedTuple):
     """Placement of each (token, choice) pair in the sorted buffer of R rows.
 
     Attributes:
-      source: pair that each row holds; N * K if the row is unfilled.
+      source: index of the pair in each row; N * K if the row is unfilled.
       slot: row of each pair; R if the pair has no row.
-      sizes: rows per expert, block padding included.
+      sizes: rows per expert, including block padding.
       block: rows per block; 1 if groups are not padded.
     """
 
@@ -127,7 +128,7 @@ def _every_expert(
     chosen: Int[Array, "N K"],
     across: tuple[str, ...],
 ) -> Float[Array, "N K D"]:
-    """Applies every expert to every token; this is the oracle of the tests."""
+    """Applies every expert to every token; the reference that tests compare against."""
 
     def each(
         equation: str,
@@ -180,7 +181,7 @@ def group_by_expert(
 def stable_argsort(ids: Int[Array, "n"], largest: int) -> Int[Array, "n"]:
     """Returns `jnp.argsort(ids, stable=True)` for ids from 0 to `largest`.
 
-    It sorts a single key that combines id and position, which is six times as fast on a CPU.
+    Sorts a single key that combines id and position, which is six times as fast on a CPU.
     """
     n = ids.shape[0]
     if (largest + 1) * n > jnp.iinfo(jnp.int32).max:
@@ -194,7 +195,7 @@ def scatter_rows(
 ) -> Float[Array, "R D"]:
     """Copies each token into its K rows of the buffer; unfilled rows are zero.
 
-    Forward and backward pass are both gathers: the cotangent of a token is the sum over its K rows.
+    Forward and backward passes are both gathers: a token's cotangent is the sum over its K rows.
     This avoids scatter-add, which is slow on TPU and sums in arbitrary order on GPU.
     """
     return x.at[source // slot.shape[1]].get(mode="fill", fill_value=0)
@@ -262,7 +263,8 @@ def grouped_matmul(
       w: one matrix per group, as returned by `products.operand`.
       groups: placement of the rows.
       implementation: one of the names that `experts_implementation` returns.
-      across: mesh axes over which D is sharded, see `apply_experts`.
+      across: mesh axes over which D, the contracted dimension, is sharded. For the down projection
+        that is the F of `apply_experts`.
     """
     if isinstance(w, Quantized) and implementation == "tokamax":
         # tokamax has few kernels for two quantised operands, and they differ between chips.
@@ -286,7 +288,7 @@ def _grouped_dot(
     groups: Groups,
     implementation: str,
 ) -> Num[Array, "R F"]:
-    """Computes the product with sums of type `dtype`; None means the type of `x`."""
+    """Computes the product, accumulated in `dtype`; None means the dtype of `x`."""
     if implementation == "blocked":
         blocks = x.reshape(-1, groups.block, x.shape[-1])
         owner = _owner(groups, x.shape[0], groups.block)  # rows past the last group are zero
@@ -319,8 +321,8 @@ def experts_implementation(config: ModelConfig, backend: str | None = None) -> s
     Without tokamax, a TPU uses JAX's own kernels ("megablox").
 
     Args:
-      config: configuration of the model.
-      backend: "cpu", "gpu" or "tpu"; the backend of this machine by default.
+      config: model configuration.
+      backend: "cpu", "gpu" or "tpu"; JAX's default backend if None.
 
     Returns:
       A value of `ModelConfig.experts` other than "auto".
@@ -346,8 +348,9 @@ def experts_implementation(config: ModelConfig, backend: str | None = None) -> s
 
 
 def block_rows(pairs: int, num_experts: int) -> int:
-    """Returns the rows per block: a power of two near a quarter of the mean group, 8 to 128.
+    """Returns the number of rows per block: about a quarter of the mean rows per expert.
 
-    On average half a block per expert is padding, so a quarter keeps the waste near one eighth.
+    It is rounded down to a power of two and clipped to between 8 and 128. On average, half of each
+    expert's last block is padding, so blocks of this size waste about one eighth of the work.
     """
     return int(2 ** np.clip(np.floor(np.log2(max(pairs // (4 * num_experts), 1))), 3, 7))

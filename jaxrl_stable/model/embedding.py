@@ -15,7 +15,7 @@ from jaxrl_stable.sharding.layout import Layout
 def lookup(
     table: nnx.Param, tokens: Int[Array, "B T"], dtype: str, layout: Layout
 ) -> Float[Array, "B T D"]:
-    """Returns row `tokens[b, t]` of the table, in the compute type.
+    """Returns row `tokens[b, t]` of the table, in the compute dtype.
 
     Each device stores some columns of the table (and with `tensor`, only some rows). It looks up
     its part for the tokens of all devices among which the columns are split. An all-to-all then
@@ -25,7 +25,7 @@ def lookup(
     Args:
       table: embedding with axes ("vocab", "embed").
       tokens: token ids.
-      dtype: type of the result.
+      dtype: dtype of the result.
       layout: placement of the rows and columns of `tokens` on the mesh.
     """
     value = table.get_value()

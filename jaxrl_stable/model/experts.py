@@ -20,12 +20,12 @@ from jaxrl_stable.sharding.layout import ONE_DEVICE, Layout
 
 
 class RouterOutput(NamedTuple):
-    """Routing of one layer, or of all L MoE layers (with a leading `L`).
+    """Routing of one layer, or of all L MoE layers (with a leading `L` axis).
 
     Attributes:
       experts: ids of the experts used, in the router's order.
       live: the live router's choice; equals `experts` unless a choice was replayed.
-      confidence: total score of the experts used, as a share of the total of all E scores.
+      confidence: sum of the scores of the experts used, as a share of the sum of all E scores.
       load: number of (token, choice) pairs per expert, padding excluded.
     """
 
@@ -100,7 +100,7 @@ class Experts(nnx.Module):
                 y = y + self.shared(x)
         dtype = expert_dtype(config.num_experts)
         with jax.named_scope("load"):
-            # `bincount` would flatten the sharded rows and columns, and so gather them.
+            # `bincount` would flatten, and therefore gather, the sharded rows and columns.
             counted = jnp.where(real[..., None], chosen, config.num_experts)
             load = jnp.zeros(config.num_experts, jnp.int32).at[counted].add(1, mode="drop")
         return y, RouterOutput(

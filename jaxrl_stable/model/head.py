@@ -49,7 +49,7 @@ def token_log_probs(
       model: provides the head weight and `config.head_chunk`.
       hidden: final hidden states.
       targets: token ids to score.
-      temperature: temperature of the sampler; both sides of an importance ratio must use the same.
+      temperature: the sampler's temperature; both sides of an importance ratio must use the same.
 
     Returns:
       Log-probability and entropy per token.
@@ -109,7 +109,7 @@ def _score(
     chunk: int,
     tensor: tuple[str, ...] = (),
 ) -> HeadOutput:
-    """Scores the tokens of one device.
+    """Scores one device's tokens.
 
     Args:
       weight: head weight; float32, so that its gradient is summed over chunks in float32.
@@ -160,7 +160,7 @@ def _logits(
     temperature: float | Float[Array, ""],
 ) -> Float[Array, "... V"]:
     # The cast is inside the chunk so that the weight's gradient is summed over chunks in the
-    # weight's own type.
+    # weight's own dtype.
     weight = weight.astype(hidden.dtype)
     product = jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
     return product / temperature

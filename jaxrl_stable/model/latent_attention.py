@@ -24,7 +24,7 @@ LATENT_NORM_EPS = 1e-6
 
 
 class LatentAttention(nnx.Module):
-    """Attention with keys and values from a shared latent, queries from x or another latent."""
+    """Attention with keys and values from a shared latent, queries from x or their own latent."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, H, hd, sizes = config.hidden_size, config.num_heads, config.head_dim, config.latent
@@ -109,7 +109,7 @@ class LatentAttention(nnx.Module):
         rotated: Float[Array, "B S 1 rotary"],
         frame: Frame,
     ) -> Float[Array, "B 1 H vd"]:
-        """Like `_expanded`, in the latent's space: decodes a column without expanding the cache.
+        """Like `_expanded`, but in latent space: decodes one column without expanding the cache.
 
         q · (W_k c) = (W_kᵀ q) · c, and Σ p (W_v c) = W_v Σ p c (arXiv:2405.04434, §2.1.2). If
         products quantise activations, c is rounded as the expanded product would round it. W_k and
@@ -123,7 +123,7 @@ class LatentAttention(nnx.Module):
         logits += jnp.einsum(
             "bthk,bsk->bhts", q[..., plain:], rotated[:, :, 0], preferred_element_type=jnp.float32
         )
-        # A finite value keeps rows that see no column (finished rows) from becoming NaN.
+        # A finite value keeps rows that attend to no column (finished rows) from becoming NaN.
         lowest = 0.7 * jnp.finfo(jnp.float32).min
         logits = jnp.where(frame.mask, logits * softmax_scale(self.config), lowest)
         mixed = jnp.einsum("bhts,bsr->bthr", jax.nn.softmax(logits).astype(q.dtype), latent)

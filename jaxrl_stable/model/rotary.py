@@ -14,14 +14,14 @@ from jaxrl_stable.model.config import ModelConfig, Yarn
 def rotations(
     config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Returns cosine and sine of angle = position · frequency, per position and pair."""
+    """Returns cosine and sine of the angle position · frequency, per position and pair."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(config)
     scale = config.rope_scaling.rotation_scale if config.rope_scaling else 1.0
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def frequencies(config: ModelConfig) -> Float[np.ndarray, "half"]:
-    """Returns the radians per position of each pair i: θ^(−2i/d), or YaRN's if configured."""
+    """Returns each pair's frequency in radians per position: θ^(−2i/d) for pair i, or YaRN's."""
     dim = config.rotary_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     plain = 1.0 / np.float32(config.rope_theta) ** exponents
@@ -34,7 +34,7 @@ def _stretched(plain: np.ndarray, theta: float, yarn: Yarn) -> np.ndarray:
     """Divides slow frequencies by the factor and keeps fast ones (arXiv:2309.00071, eq. 23).
 
     A pair turns `context · frequency / 2π` times over the original context. Solving this for the
-    pair gives the ends of the ramp.
+    index of the pair gives the ends of the ramp.
     """
     dim = 2 * len(plain)
 

@@ -56,9 +56,9 @@ def gate_weights(
     depending on `router_score` and `norm_topk_prob`, times `routed_scaling`. Bias and groups do not
     affect the gates, as in transformers' `Qwen3MoeTopKRouter` and `DeepseekV3TopkRouter`.
 
-    Normalised gates are computed as a softmax over K log scores. This is equal in exact arithmetic
-    and stays finite if replayed experts have vanishing scores, so DeepSeek's 1e-20 in the
-    denominator is not needed (Ma et al., arXiv:2510.11370).
+    Normalised gates are computed as a softmax over K log scores. In exact arithmetic this is the
+    same quantity. It stays finite if replayed experts have vanishing scores, so DeepSeek's 1e-20 in
+    the denominator is not needed (Ma et al., arXiv:2510.11370).
 
     Returns:
       The gates, and the chosen experts' share of the sum of all E scores.

@@ -32,7 +32,7 @@ class ModelOutput(NamedTuple):
     Attributes:
       hidden: final hidden states, after the last norm; `hidden[b, t]` predicts token t + 1.
       router: routing of the L MoE layers.
-      cache: the given cache, extended by the new columns; None if no cache was given.
+      cache: the input cache, extended by the new columns; None if no cache was passed.
     """
 
     hidden: Float[Array, "B T D"]
@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.config = config
-        # fan_in = `embed` gives rows of norm about one, so logits of order one if tied.
+        # fan_in = `embed` gives rows with a norm of about one, so tied logits are of order one.
         self.embedding = matrix(
             rngs, {"vocab": V, "embed": D}, ("embed",), dtype=config.param_dtype
         )
@@ -119,7 +119,7 @@ class Transformer(nnx.Module):
           Hidden states, router outputs, and the extended cache.
 
         Raises:
-          ValueError: if `replay` has a shape or type that does not fit the tokens and routers.
+          ValueError: if the shape or dtype of `replay` does not match the tokens and routers.
         """
         config = self.config
         tokens, positions, segment_ids = map(jnp.asarray, (tokens, positions, segment_ids))
@@ -230,7 +230,7 @@ def _rematerialised(body: Body, config: ModelConfig) -> Body:
 
 
 def _no_router(config: ModelConfig, tokens: Int[Array, "B T"]) -> RouterOutput:
-    """Returns the output of zero layers, so that dense models have the same output structure."""
+    """Returns the router output of zero layers, so dense models have the same output structure."""
     B, T = tokens.shape
     experts = jnp.zeros((0, B, T, config.num_experts_per_token), expert_dtype(config.num_experts))
     return RouterOutput(

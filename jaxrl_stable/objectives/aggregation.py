@@ -36,7 +36,7 @@ def aggregate(
     """Reduces a per-token loss to a total and the count to divide it by.
 
         seq-mean-token-sum        Σ_i Σ_t L         / number of sequences   (MiniRL)
-        seq-mean-token-mean       Σ_i Σ_t L / |y_i| / number of sequences   (GRPO; its length-norm)
+        seq-mean-token-mean       Σ_i Σ_t L / |y_i| / number of sequences   (GRPO; MiniRL ablation)
         seq-mean-token-sum-norm   Σ_i Σ_t L / H     / number of sequences   (Dr.GRPO)
         token-mean                Σ_i Σ_t L         / number of tokens      (DAPO)
         token-sum                 Σ_i Σ_t L, undivided: the count is 0 (see `divide`)

@@ -36,7 +36,7 @@ def bapo(
     target: float = 0.4,
     dual_clip: float | None = None,
 ) -> TokenLoss:
-    """L_t = −min( r Â, clip(r, c_low, c_high) Â ), with bounds found in each call.
+    """L_t = −min( r Â, clip(r, c_low, c_high) Â ), with bounds searched for in each call.
 
         paper:  raise c_high, then c_low, until  Σ_{Â>0} μ |ℓ| / Σ μ |ℓ| ≥ target,
                 ℓ = min( r Â, clip(r, c_low, c_high) Â ),  μ = μ_old(y_t)

@@ -1,4 +1,4 @@
-"""CAPO: drops tokens on which the optimiser's next step looks unsafe.
+"""CAPO: drops tokens for which the optimiser's next step looks unsafe.
 
 A step Δψ of the output head's matrix changes the logits at one position by u = h Δψ. For the
 softmax π at that position and the sampled token a, the paper's quadratic forms need only
@@ -22,15 +22,15 @@ from jaxrl_stable.objectives.token_loss import TokenLoss, check_shapes, per_toke
 
 
 class CapoHead(NamedTuple):
-    """Inputs of the output head, and the step that the optimiser is about to take.
+    """Inputs to the output head, and the step that the optimiser is about to take.
 
     Attributes:
-      hidden: input of the head at each scored token.
+      hidden: head input at each scored token.
       weight: ψ; the logits are `hidden @ weight / temperature`.
       step: Δψ, the optimiser's next update of ψ: α p̂ / (√q̂ + ε), from Adam's moments p and q of
-        the objective's gradient. Negate it if the moments are of a loss's gradient.
+        the objective's gradient. Negate it if the moments come from the gradient of a loss.
       tokens: the scored tokens.
-      temperature: sampling temperature of the policy.
+      temperature: the policy's sampling temperature.
     """
 
     hidden: Float[Array, "B T D"]
@@ -57,8 +57,8 @@ def curvature(
 
         m_H = γ^t Â ( c + ½ (c² − Var_π[u]) ),    m_F = ½ c²
 
-    Source: https://arxiv.org/abs/2510.00819. Forms `[B, T, V]` logits twice; if that needs too much
-    memory, pass a few rows at a time.
+    Source: https://arxiv.org/abs/2510.00819. The function materialises `[B, T, V]` logits twice; if
+    that needs too much memory, pass a few rows at a time.
 
     Args:
       head: input, weight and step of the output head.
@@ -107,8 +107,8 @@ def capo(
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       head: see `CapoHead`; treated as constant.
-      hessian: δ_low and δ_high, bounds of m_H.
-      fisher: δ_F, bound of m_F.
+      hessian: δ_low and δ_high, bounds on m_H.
+      fisher: δ_F, bound on m_F.
       discount: γ.
       clip_low, clip_high: see `ppo`.
 

@@ -66,7 +66,7 @@ def minpro(
 
         L_t = −sg[ clip( r_t · min_{s<t} r_s, 1 − ε_low, 1 + ε_high) ] Â log π_θ     (token mean)
 
-    The exact off-policy gradient weighs token t by Π_{s≤t} r_s (https://arxiv.org/abs/2601.22718).
+    The exact off-policy gradient weights token t by Π_{s≤t} r_s (https://arxiv.org/abs/2601.22718).
     We have not checked the paper itself; the form follows two public write-ups that agree. They do
     not cover the first token, whose empty minimum is taken as 1 here. We do not know the paper's ε;
     the defaults are CISPO's.

@@ -40,10 +40,10 @@ def dppo(
         kl:  D = p log p/q + (1 − p) log (1 − p)/(1 − q),  p = μ_old(y_t), q = π_θ(y_t)
 
     Source: https://arxiv.org/abs/2602.04879. Both divergences compare only "this token" with
-    "any other token", which gives a lower bound on the full divergence. For rare tokens a ratio
-    says little and would often clip; a difference of probabilities says as little, but lets the
-    step pass. The paper uses δ = .15 (study) or .2 (scaling) for tv and .05 for kl, and C = None
-    (study) or 5 (scaling). Its top-20 variants need logits and are not implemented.
+    "any other token", which gives a lower bound on the full divergence. For rare tokens, a ratio
+    says little and would often trigger clipping. A difference of probabilities says just as little,
+    but lets the step through. The paper uses δ = .15 (study) or .2 (scaling) for tv and .05 for kl,
+    and C = None (study) or 5 (scaling). Its top-20 variants need logits and are not implemented.
 
     Args:
       logp: log π_θ.
@@ -53,7 +53,7 @@ def dppo(
       mask: response tokens.
       divergence: "tv" or "kl".
       threshold: δ.
-      truncation: C, or None.
+      truncation: C, or None for untruncated weights.
 
     Returns:
       The token loss, before `aggregate`.

@@ -68,7 +68,7 @@ def m2po(
 def _smallest_below(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], threshold: float
 ) -> Bool[Array, "B T"]:
-    """Marks the most entries in the mask, smallest first, whose mean stays below the threshold."""
+    """Marks as many entries in the mask as possible, smallest first, with mean < `threshold`."""
     flat = jnp.where(mask, x, jnp.inf).ravel()
     order = jnp.argsort(flat)
     mean = jnp.cumsum(flat[order]) / jnp.arange(1, flat.size + 1)

@@ -58,7 +58,7 @@ def minirl(
       clip_high: ε_high.
       clip_anchor: denominator of r_t: "old" (π_old, the paper) or "rollout" (μ_old, as
         arXiv:2602.04879 argues).
-      weight: "full" (π_θ/μ_old), "mismatch" (π_old/μ_old only), or "none" (1: the
+      weight: "full" (π_θ/μ_old), "mismatch" (π_old/μ_old only), or "none" (always 1; the paper's
         `wo_train-infer-is` ablation).
       truncation: C, or None for untruncated weights.
 

@@ -41,7 +41,7 @@ def ppo(
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high.
-      dual_clip: c, upper bound of r where Â < 0 (arXiv:1912.09729; verl's default is 3), or None
+      dual_clip: c, upper bound on r where Â < 0 (arXiv:1912.09729; verl's default is 3), or None
         for no bound.
 
     Returns:
@@ -53,7 +53,7 @@ def ppo(
     check_shapes("ppo", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("ppo", clip_low, clip_high)
     if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"ppo: dual_clip is {dual_clip}; it bounds the ratio; use a value above 1")
+        raise ValueError(f"ppo: dual_clip={dual_clip} must bound the ratio; use a value above 1")
     log_r, advantages = staleness(logp, logp_old, mask), per_token(advantages, mask)
     bounds = math.log1p(-clip_low), math.log1p(clip_high)
     return clipped_surrogate(log_r, advantages, mask, *bounds, dual_clip)

@@ -1,4 +1,4 @@
-"""Per-token terms added to the loss: the distance to a reference policy."""
+"""Per-token terms added to the loss: the KL penalty towards a reference policy."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def kl_penalty(
     estimator: str = "k3",
     logp_old: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """Per-token estimate of KL(π_θ ‖ π_ref), with d = log π_θ/π_ref of the sampled token.
+    """Estimates KL(π_θ ‖ π_ref) per token, with d = log π_θ/π_ref of the sampled token.
 
-        estimator   value            gradient in log π_θ    expected gradient on samples of π_θ
+        estimator   value            gradient wrt log π_θ   expected gradient, samples from π_θ
         k1          d                1                      0: no penalty
         k2          ½ d²             d                      unbiased
         k3          e^−d − 1 + d     1 − e^−d               gradient of KL(π_ref ‖ π_θ) instead
         k3+         e^−d − 1 + d     d                      unbiased (value of k3, gradient of k2)
 
     Source of the values: http://joschu.net/blog/kl-approx.html; GRPO
-    (https://arxiv.org/abs/2402.03300, eq. 4) uses k3. All assume samples of π_θ. With `logp_old`,
+    (https://arxiv.org/abs/2402.03300, eq. 4) uses k3. All assume samples from π_θ. With `logp_old`,
     the estimate is multiplied by r = π_θ/π_old, and the gradient also flows through r. For k1 and
-    k3, value and gradient are then unbiased on samples of π_old (TRL's `use_bias_correction_kl`;
-    DeepSeek-V3.2, arXiv:2512.02556).
+    k3, value and gradient are then unbiased for samples from π_old (TRL's
+    `use_bias_correction_kl`; DeepSeek-V3.2, arXiv:2512.02556).
 
     Args:
       logp: log π_θ; carries the gradient.

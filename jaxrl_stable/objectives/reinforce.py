@@ -1,4 +1,4 @@
-"""REINFORCE, and its off-policy relative DRO; neither uses an importance ratio."""
+"""REINFORCE, and its off-policy relative DRO; neither weights by an importance ratio."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def reinforce(
     advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> TokenLoss:
-    """L_t = −Â log π_θ(y_t) (Williams 1992); exact if π_θ is the policy that sampled.
+    """L_t = −Â log π_θ(y_t) (Williams 1992); exact if the samples come from π_θ.
 
-    With `advantages.leave_one_out` and the token sum it is RLOO (https://arxiv.org/abs/2402.14740).
+    With `advantages.leave_one_out` and the token sum, this is RLOO
+    (https://arxiv.org/abs/2402.14740).
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_old` and

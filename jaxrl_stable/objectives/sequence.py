@@ -39,9 +39,10 @@ def gspo(
         token form:  s_it = sg[s_i] π_θ/sg[π_θ], clipped token by token (eqs. 13 and 14)
 
     Source: https://arxiv.org/abs/2507.18071, eqs. 5 and 7. This ratio needs ε as small as 3e-4 and
-    4e-4: with PPO's ε nothing is ever clipped. With these values users report 10 to 30 % of tokens
-    clipped, against .03 % for GRPO. Published with `seq-mean-token-mean` and std-normalised
-    advantages. Both forms have the same gradient if all advantages of a response are equal.
+    4e-4: with PPO's ε, nothing is ever clipped. With these values, users report that 10 to 30 % of
+    tokens are clipped, compared with .03 % for GRPO. Published with `seq-mean-token-mean` and
+    std-normalised advantages. Both forms have the same gradient if all advantages of a response are
+    equal.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
@@ -118,8 +119,9 @@ def gmpo(
 
         d = log π_θ/π_old,   d̃ = min(d, ε_high) if Â > 0, max(d, −ε_low) if Â < 0
 
-    Source: https://arxiv.org/abs/2507.20673. Unlike elsewhere, ε bounds the log-ratio. The form
-    agrees with verl's `geo_mean` and with TRL. Reduce it with `seq-mean-token-mean`.
+    Source: https://arxiv.org/abs/2507.20673. Unlike in the other objectives, ε bounds the
+    log-ratio. The form agrees with verl's `geo_mean` and with TRL. Reduce it with
+    `seq-mean-token-mean`.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.

@@ -33,8 +33,8 @@ def sapo(
 ) -> TokenLoss:
     """L_t = −(4/τ) σ( τ (r − 1) ) Â,  r = π_θ/π_old; τ = τ_high where Â > 0, else τ_low.
 
-    Source: https://arxiv.org/abs/2511.20347. The gradient's weight is 4 σ (1 − σ) r, which is 1
-    at r = 1 and falls off on both sides. Published with `seq-mean-token-mean`.
+    Source: https://arxiv.org/abs/2511.20347. The weight on the gradient is 4 σ (1 − σ) r, which is
+    1 at r = 1 and falls off on both sides. Published with `seq-mean-token-mean`.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.

@@ -1,9 +1,9 @@
 """The result type and traits of objectives, and the steps they share.
 
-An objective is a function `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`,
-all arrays `[B, T]` except `advantages`, `[B]` or `[B, T]`. A new one needs no registration: bind it
-as `configs.Objective.loss = @my_module.my_loss`. The decorators below declare its traits, if it
-has any. `minirl.py` is an example.
+An objective is a function `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`.
+Arrays are `[B, T]`, except that `advantages` may be `[B]`. A new objective needs no registration:
+bind it as `configs.Objective.loss = @my_module.my_loss`. If it has traits, declare them with the
+decorator `traits`. `minirl.py` is an example.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ class TokenLoss(NamedTuple):
 class Traits:
     """Properties of an objective or a correction that decide what it can be combined with.
 
-    A trait that depends on options is a function of them, as keyword arguments.
+    A trait that depends on options is a function that takes them as keyword arguments.
 
     Attributes:
-      weighs_mismatch: multiplies the gradient by π_old/μ_old, which must happen only once.
-      needs_mismatch: has no effect, or a wrong one, where π_old/μ_old is replaced by 1.
-      whole_batch: makes decisions from all tokens of a mini-batch, so it must see all of them.
+      weighs_mismatch: whether it multiplies the gradient by π_old/μ_old, which must happen only
+        once.
+      needs_mismatch: whether it has no effect, or a wrong one, if π_old/μ_old is replaced with 1.
+      whole_batch: whether its decisions depend on all tokens of a mini-batch, so that it must see
+        all of them.
     """
 
     weighs_mismatch: bool | Callable[..., bool] = False
@@ -115,7 +117,7 @@ def traits_of(function: Callable) -> Traits:
 
 
 def check_same_shape(function: str, axes: str, **arrays: Array | None) -> None:
-    """Checks that no array would be broadcast; reads only shapes, so it also works while tracing.
+    """Checks that arrays have equal shapes, so none would be broadcast; also works while tracing.
 
     Args:
       function: name of the caller, for the error message.
@@ -159,7 +161,7 @@ def check_shapes(
 def per_token(
     advantages: Float[Array, "B"] | Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Returns advantages per token as constants, 0 outside the mask; repeats those per response."""
+    """Broadcasts advantages to tokens, as constants; 0 outside the mask."""
     advantages = jax.lax.stop_gradient(at_least_float32(advantages))
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -177,7 +179,7 @@ def per_response(
     if advantages.ndim != 1:
         raise ValueError(
             f"{objective}: advantages have shape {list(advantages.shape)}, but there is one ratio "
-            "per response; give one advantage per response, [B]"
+            "per response; pass one advantage per response, [B]"
         )
     return per_token(advantages, mask)
 
@@ -187,7 +189,7 @@ def staleness(
 ) -> Float[Array, "B T"]:
     """Returns log π_θ/π_old with the gradient of log π_θ; 0 if `logp_old` is None (π_old = π_θ).
 
-    It is bounded at ±20, only to avoid overflow.
+    The log-ratio is clipped to ±20, only to avoid overflow.
     """
     old = logp if logp_old is None else logp_old
     return bounded(log_ratio(logp, jax.lax.stop_gradient(old), mask))
@@ -246,7 +248,7 @@ def clipped_surrogate(
       log_r: log r, bounded.
       advantages: one per token, 0 outside the mask.
       mask: response tokens.
-      log_lower, log_upper: logs of the bounds of r.
+      log_lower, log_upper: logs of the bounds on r.
       dual_clip: c > 1, or None.
     """
     high = mask & (advantages > 0) & (log_r > log_upper)

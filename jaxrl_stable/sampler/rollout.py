@@ -1,7 +1,7 @@
 """Rollout: prefill, then sample token by token until every row is done, in one pure function.
 
-The sampler runs the same block code as the trainer. It records its own results: the log-probability
-of each sampled token, and the experts of each token that it fed to the model.
+The sampler runs the same block code as the trainer. It records its own log-probability of each
+sampled token, and the experts of each token fed to the model.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Sampling:
     """Sampling settings. They are static, so changing them recompiles the program.
 
     Attributes:
-      max_tokens: largest response length, EOS included.
+      max_tokens: maximum response length, EOS included.
       temperature: divisor of the logits, here and in the trainer; 0 is greedy (for evaluation).
-      top_k: number of likeliest tokens to keep; 0 keeps all.
-      top_p: probability mass to keep, likeliest tokens first; 1 keeps all.
+      top_k: number of most likely tokens to keep; 0 keeps all.
+      top_p: probability mass to keep, most likely tokens first; 1 keeps all.
       stop_ids: tokens that end a response.
       pad_id: token that fills the columns after a response.
 
     With top_k or top_p, the recorded log-probability still refers to the untruncated distribution,
     to match the trainer's. The sample then comes from a different distribution: the importance
-    weight lacks the factor S (the mass kept), expectations cover only the kept tokens, and the
-    other tokens get no gradient. Training is unbiased only without top_k and top_p; the temperature
-    does not matter.
+    weight lacks a factor S (the probability mass kept), expectations cover only the kept tokens,
+    and the other tokens get no gradient. Training is unbiased only without top_k and top_p; the
+    temperature does not matter.
     """
 
     max_tokens: int
@@ -58,7 +58,7 @@ class Sampling:
 
 
 class _Decode(NamedTuple):
-    """State of the decode loop; all columns before `column` are written."""
+    """State of the decode loop; all columns before `column` have been written."""
 
     column: Int[Array, ""]
     hidden: Float[Array, "B D"]

@@ -1,4 +1,4 @@
-"""Sampling with the training program itself: no cache and the same shapes, so bitwise equal.
+"""Sampling with the training program itself: same shapes, no cache, bitwise equal results.
 
 Every new token runs whole rows through the model again, which costs about `max_tokens` passes of
 `score`. Use this for debugging, and for experiments that need a mismatch of exactly 0 between
@@ -26,7 +26,7 @@ from jaxrl_stable.trajectory import Trajectory, join_trajectories
 
 
 class _Decode(NamedTuple):
-    """State of the decode loop; all columns before `column` are written."""
+    """State of the decode loop; all columns before `column` have been written."""
 
     column: Int[Array, ""]
     active: Bool[Array, "B"]

@@ -1,4 +1,4 @@
-"""All-gathers whose gradient is a reduce-scatter, for weights and for use in `jax.shard_map`."""
+"""All-gathers whose gradient is a reduce-scatter, for weights and inside `jax.shard_map`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Placement of an activation's rows and columns on the mesh during one pass of the model."""
+"""Placement of an activation's rows and columns on the mesh during one forward pass."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Layout(NamedTuple):
         return math.prod(dict(self.shape).get(a, 1) for a in axes)
 
     def spec(self, *rest: Any) -> P:
-        """Returns the partition of `[B, T, *rest]`."""
+        """Returns the PartitionSpec of an activation `[B, T, *rest]`."""
         return P(self.rows or None, self.columns or None, *rest)
 
     def present(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns those of `axes` that have more than one device."""
+        """Returns the subset of `axes` with more than one device."""
         return tuple(a for a in axes if a in dict(self.shape))
 
     def whole_columns(self, x: Array) -> Array:

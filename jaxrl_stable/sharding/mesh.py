@@ -16,13 +16,13 @@ from jaxrl_stable.checks import field_types, positive
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 
-BATCH = ("data", "fsdp", "expert")  # shard rows, if columns are sharded over "context"
+BATCH = ("data", "fsdp", "expert")  # axes that shard rows, if columns are sharded over "context"
 
 
-ROWS = (*BATCH, "context")  # shard rows of all other arrays: prompts, samples, rewards
+ROWS = (*BATCH, "context")  # axes that shard rows of all other arrays: prompts, samples, rewards
 
 
-STORED = ("fsdp", "expert", "context")  # shard weights, but only for storage
+STORED = ("fsdp", "expert", "context")  # axes that shard weights, but only for storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MeshShape:
 
     Attributes:
       data: replicas of all weights; the only axis that may cross the network between slices. -1
-        uses all devices that the other axes leave.
+        uses all devices that the other axes leave over.
       fsdp: shards of weights, moments and gradients, gathered layer by layer.
       expert: shards of the experts, to which tokens are sent.
       tensor: shards of heads, feed-forward widths and the vocabulary.
@@ -70,7 +70,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     wanted = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"MeshShape({wanted}) does not fit {len(devices)} devices; the product must be equal"
+            f"MeshShape({wanted}) does not fit {len(devices)} devices; the sizes must multiply to "
+            "that number"
         )
     options = dict(devices=devices, allow_split_physical_axes=True)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -79,7 +80,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     elif sizes[0] % slices:
         raise ValueError(
             f"MeshShape({wanted}) spans {slices} slices; only data may cross the network "
-            f"between them, so make it a multiple of {slices}"
+            f"between them, so make data a multiple of {slices}"
         )
     else:
         within = [sizes[0] // slices, *sizes[1:]]
@@ -89,10 +90,10 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def mesh_in_use() -> Any:
-    """Returns the mesh of `jax.set_mesh`, or an empty one.
+    """Returns the mesh set with `jax.set_mesh`, or an empty one.
 
     Inside a `jax.shard_map` over other axes, such as the runs of a study, the mesh counts as empty
-    because each device then works on its own.
+    because each device then works independently.
     """
     mesh = jax.sharding.get_abstract_mesh()
     foreign = set(mesh.axis_names) - set(AXES)

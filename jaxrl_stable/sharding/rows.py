@@ -2,7 +2,7 @@
 
 By default, rows are split in place: part p takes its share of each device's rows, so no row moves
 and every device has work in every part. With `in_order`, part p is the p-th contiguous run of rows
-regardless of the mesh, so rows move between devices. On one device the two are equal.
+regardless of the mesh, so rows move between devices. On one device, both splits are the same.
 """
 
 from __future__ import annotations

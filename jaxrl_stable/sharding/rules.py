@@ -37,17 +37,18 @@ PARAMETER_RULES: dict[str, tuple[str, ...]] = {
 
 
 def spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> P:
-    """Returns the partition of one parameter.
+    """Returns the PartitionSpec of one parameter.
 
-    An axis whose size is not divisible by its mesh axes is replicated. Vectors are replicated too:
-    they are small, and gathering each would cost more than it saves. Storage axes never shard a
-    weight over a whole `data` replica: if together they would, the last one is dropped. The reason
-    is that over a whole slice libtpu lowers a reduce-scatter (on a 3D torus also an all-gather) to
-    an all-reduce, which sends twice the bytes.
+    An axis is sharded over the subset of its mesh axes that splits it evenly into the most parts;
+    if no subset does, it is replicated. Vectors are replicated too: they are small, and gathering
+    each would cost more than it saves. Storage axes never shard a weight over a whole `data`
+    replica: if together they would, the last one is dropped. The reason is that over a whole slice,
+    libtpu lowers a reduce-scatter (on a 3D torus also an all-gather) to an all-reduce, which sends
+    twice the bytes.
 
     Args:
       names: logical axes of the parameter.
-      shape: their sizes.
+      shape: sizes of these axes.
       mesh: concrete or abstract mesh.
     """
     vector = sum(name != "layers" for name in names) == 1
@@ -93,7 +94,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def abstract_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
-    """Returns shapes, types and shardings of the result of `init`, without computing it."""
+    """Returns the shapes, dtypes and shardings of `init()`'s result, without computing it."""
     shapes = jax.eval_shape(init)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

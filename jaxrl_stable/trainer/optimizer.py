@@ -2,8 +2,8 @@
 
 A gradient of exactly 0 is not skipped by default: see `Optimizer.skip_zero_gradients`.
 
-The optimiser works in float32 regardless of the storage type of the parameters: an update at a
-learning rate of 1e-6 is smaller than the spacing of bfloat16 and would be lost.
+The optimiser works in float32 regardless of the parameters' storage dtype: an update at a learning
+rate of 1e-6 is smaller than the spacing of bfloat16 values and would be lost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.sharding import constrain_state
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -81,7 +82,7 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
 def skip_zero_gradients(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Wraps a transformation so that a gradient of exactly 0 changes neither weights nor state.
 
-    The state is that of `inner`, so checkpoints fit with and without the wrapper.
+    The wrapper adds no state, so checkpoints are compatible with and without it.
     """
 
     def update(
@@ -96,7 +97,7 @@ def skip_zero_gradients(inner: optax.GradientTransformation) -> optax.GradientTr
 
 
 def all_zero(gradients: optax.Updates) -> Bool[Array, ""]:
-    """Returns True if every entry is 0. (A norm of 0 could be an underflow of the squares.)"""
+    """Returns True if every entry is 0. (The norm could also be 0 if the squares underflow.)"""
     return ~jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients)]).any()
 
 
@@ -125,12 +126,12 @@ class Float32State(NamedTuple):
 def in_float32(
     inner: optax.GradientTransformation, master_weights: bool
 ) -> optax.GradientTransformation:
-    """Runs a transformation on float32 weights, for parameters stored in any type.
+    """Runs a transformation on float32 weights, for parameters stored in any dtype.
 
     Args:
       inner: the transformation.
       master_weights: whether to keep a float32 copy of parameters that are stored in a narrower
-        type. Without it the stored values are taken as exact, and updates smaller than their
+        dtype. Without it, the stored values are taken as exact, and updates smaller than their
         spacing are lost.
     """
 
@@ -181,7 +182,7 @@ def from_parts(parts: dict[str, Any]) -> TrainState:
 def apply_gradients(
     state: TrainState, gradients: Transformer, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """Takes one optimiser step; leaves weights and moments as they are if a gradient is non-finite.
+    """Takes one optimiser step; leaves weights and moments unchanged if a gradient is non-finite.
 
     Returns:
       The new state, and the global norm of the gradient before clipping.
@@ -209,7 +210,7 @@ def apply_gradients(
 
 
 def _matrices(model: Transformer) -> Transformer:
-    """Marks the parameters that get weight decay: the matrices of products."""
+    """Marks the parameters that get weight decay: matrices, but not vectors."""
 
     def is_matrix(param: nnx.Variable) -> bool:
         return param.get_metadata()["inputs"] is not None

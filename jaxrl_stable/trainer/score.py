@@ -1,7 +1,7 @@
 """Score: one no-gradient pass of the training program that fixes π_old for a rollout batch.
 
-It also fixes what the updates replay: the sampler's experts (R3) or its own (R2). Whether a run
-scores at all is `Objective.needs_score`.
+It also fixes the experts that the updates replay: the sampler's choice (R3) or this pass's own
+choice (R2). `Objective.needs_score` says whether a run needs the pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Scored(NamedTuple):
       routing: experts to replay in the updates.
       differing_layers: number of MoE layers in which the training router would have chosen other
         experts than the sampler.
-      metrics: mismatch between sampler and trainer.
+      metrics: metrics on the mismatch between sampler and trainer.
     """
 
     logp_old: Float[Array, "B T"]
@@ -56,16 +56,16 @@ def score(
     packed: bool = False,
     mini_batches: int = 1,
 ) -> Scored:
-    """Computes log π_old of a whole rollout batch, in micro-batches of the same shape as updates.
+    """Computes log π_old of a whole rollout batch, in micro-batches shaped as in `update`.
 
     Under R3 this pass already replays the sampler's experts e^μ. Under R2 it routes freely and
     records the training router's experts e^π_old (https://arxiv.org/abs/2512.01374, §3).
 
     Args:
-      model: the training policy, with the weights of the rollout.
+      model: the training policy, with the weights that the rollout used.
       batch: the rollout, with its routing.
       replay: "none", "R2" or "R3".
-      micro_batch_size: rows of one forward pass; must match `update` to get the same rounding.
+      micro_batch_size: rows per forward pass; must match `update` to get the same rounding.
       temperature: the sampler's temperature.
       packed: whether several responses share one row; see `packing`.
       mini_batches: number of mini-batches; rows are packed within each, as in `update`.
@@ -106,5 +106,5 @@ def score(
 
 
 def _predicts(real: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Returns a mask of the real tokens that are followed by another one, which they predict."""
+    """Returns a mask of the real tokens that precede another real token, which they predict."""
     return real & jnp.pad(real[:, 1:], ((0, 0), (0, 1)))

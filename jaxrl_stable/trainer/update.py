@@ -42,12 +42,12 @@ def update(
       batch: the mini-batch.
       objective: loss, corrections and replay; static.
       optimizer: from `make_optimizer`; static.
-      micro_batch_size: rows of one forward and backward pass.
+      micro_batch_size: rows per forward and backward pass.
       temperature: the sampler's temperature.
       packed: whether several responses share one row; see `packing`.
 
     Returns:
-      The next state, and metrics of this step as parts that combine exactly (`diagnostics.merge`).
+      The next state, and this step's metrics as parts that combine exactly (`diagnostics.merge`).
 
     Raises:
       ValueError: if the objective needs log π_old or reference log-probabilities and the batch
@@ -72,7 +72,7 @@ def update(
 def _check(batch: TrainBatch, objective: ObjectiveLike) -> None:
     if batch.logp_old is None and objective.needs_old_policy:
         raise ValueError(
-            "update: this objective needs log π_old (under R2 also the experts) from a score pass, "
+            "update: this objective needs log π_old (and experts, under R2) from a score pass, "
             "but TrainBatch.logp_old is None; call score and with_old_policy first"
         )
     if batch.logp_reference is None and objective.kl_coefficient:
@@ -93,7 +93,7 @@ def _gradients(
     """Sums the gradients of all micro-batches, without dividing by the loss's count.
 
     Returns:
-      The gradients in float32, the log-probabilities and entropies `[B, T]`, and the metrics of the
+      The gradients in float32, the log-probabilities and entropies `[B, T]`, and metrics from the
       forward passes.
     """
 
@@ -169,19 +169,19 @@ def _forward_metrics(
     metrics = diagnostics.load_metrics(router.load, router.confidence, real, parts)
     if packing is not None:
         metrics["packing/fill"] = Mean(real.sum(dtype=jnp.float32), jnp.float32(real.size))
-    if batch.logp_old is None:  # otherwise `score` has measured it
+    if batch.logp_old is None:  # otherwise `score` has already measured it
         valid = micro.seen.routing.valid
         metrics |= diagnostics.routing_metrics(agreement(micro.seen, router), valid)
     return metrics
 
 
 def measure(details: LossDetails, scored: HeadOutput, batch: TrainBatch) -> Metrics:
-    """Returns the metrics of an update's loss.
+    """Computes metrics on the loss of one update.
 
     Args:
       details: from `Objective.total`.
       scored: log π_θ and entropy of each response token, `[B, T]`.
-      batch: the rows.
+      batch: the mini-batch.
     """
     mask, logp = batch.response_mask, scored.logp
     metrics = {

@@ -120,7 +120,7 @@ def test_gpg_counts_right_answers_and_not_punished_wrong_ones():
 @pytest.mark.fast
 @pytest.mark.refusal
 def test_a_penalty_of_another_shape():
-    with pytest.raises(ValueError, match=r"gpg: arrays must have one shape .* penalty \[3\]"):
+    with pytest.raises(ValueError, match=r"gpg: arrays must all have shape .* penalty \[3\]"):
         estimators.gpg(SCORES, GROUPS, penalty=PENALTY[:3])
 
 

@@ -105,7 +105,7 @@ def test_one_advantage_per_token_passes_where_it_is_documented():
 @pytest.mark.refusal
 @pytest.mark.parametrize("name", PER_RESPONSE)
 def test_one_advantage_per_token_is_refused_elsewhere(name):
-    with pytest.raises(ValueError, match=rf"^{name}.*give one advantage per response, \[B\]$"):
+    with pytest.raises(ValueError, match=rf"^{name}.*pass one advantage per response, \[B\]$"):
         FAMILY[name](*(CORRECT | {"advantages": zeros(B, T)}).values())
 
 
