@@ -142,7 +142,7 @@ BROKEN = (
     Broken("bucket", ("--workdir=gs://bucket/run",), ("--workdir is 'gs://bucket/run'", "gcsfuse")),
     setting("configs.Data.train='s3://bucket/x'", "Data.train is 's3://bucket/x'", "mount"),
     setting("configs.Experiment.init_from='absent'", "Experiment.init_from is 'absent'"),
-    setting("configs.Experiment.init_from='{dir}'", "holds no checkpoint", kind="no checkpoint"),
+    setting("configs.Experiment.init_from='{dir}'", "contains no checkpoint", kind="no checkpoint"),
     Broken("profile", ("--profile_steps=x",), ("--profile_steps is 'x'",)),
 )
 
@@ -271,7 +271,7 @@ def test_a_run_that_would_not_resume(dry_run, tmp_path):
 
 def test_other_programs(dry_run):
     status, _, errors = dry_run(module=evaluate)
-    assert status == 2 and "run/checkpoints holds no checkpoint" in errors
+    assert status == 2 and "run/checkpoints contains no checkpoint" in errors
     status, _, errors = dry_run("--gin.configs.Experiment.cold_start=None", module=sft)
     assert status == 2 and "Experiment.cold_start is missing" in errors
 
