@@ -54,7 +54,7 @@ class Config:
         {"sizes": (1, 2), "pair": (1, 2)},
         {"sizes": [1, 2]},
         {"functions": [max, min], "function": functools.partial(max, 1)},
-        {"optional": Inner(2), "words": {"a": 1}, "anything": object()},
+        {"optional": Inner(2), "words": {"a": 1}, "anything": range(3)},
     ],
     ids=str,
 )

@@ -60,7 +60,7 @@ def refused(config, name, value):
     assert re.search(rf"\b{name}\b", str(error.value)) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("config", "name"), fields_of(int, float))
+@pytest.mark.parametrize(("config", "name"), [*fields_of(int, float)])
 def test_a_negative_number(config, name):
     if name in SIGNED:
         dataclasses.replace(config, **{name: -7})
@@ -68,24 +68,24 @@ def test_a_negative_number(config, name):
         refused(config, name, -7)
 
 
-@pytest.mark.parametrize(("config", "name"), fields_of(float))
+@pytest.mark.parametrize(("config", "name"), [*fields_of(float)])
 def test_a_float_that_is_not_finite(config, name):
     for value in (math.nan, math.inf):
         refused(config, name, value)
 
 
-@pytest.mark.parametrize(("config", "name"), fields_of(int))
+@pytest.mark.parametrize(("config", "name"), [*fields_of(int)])
 def test_a_float_for_an_integer(config, name):
     if float not in typing.get_args(typing.get_type_hints(type(config))[name]):
         refused(config, name, 8.0)
 
 
-@pytest.mark.parametrize(("config", "name"), fields_of(int, float, bool, str))
+@pytest.mark.parametrize(("config", "name"), [*fields_of(int, float, bool, str)])
 def test_another_type(config, name):
     refused(config, name, object())
 
 
-@pytest.mark.parametrize(("config", "name"), fields_of(bool))
+@pytest.mark.parametrize(("config", "name"), [*fields_of(bool)])
 def test_a_text_for_a_switch(config, name):
     refused(config, name, "False")
 
