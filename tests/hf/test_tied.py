@@ -107,7 +107,5 @@ def test_both_matrices_are_not_finite(tmp_path):
     def edit(tensors):
         tensors[EMBEDDING] = tensors[HEAD] = raw.with_value(tensors[EMBEDDING], np.inf, 3)
 
-    with pytest.raises(
-        ValueError, match=r"non-finite values in model.embed_tokens.*, lm_head.*"
-    ):
+    with pytest.raises(ValueError, match=r"non-finite values in model.embed_tokens.*, lm_head.*"):
         ours.load(raw.changed("qwen3.v5", tmp_path, edit))
