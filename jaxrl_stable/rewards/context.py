@@ -1,0 +1,61 @@
+r"""Looks at the text next to a box for what changes its value: `-\boxed{5}`, `\boxed{5} million`."""
+
+import re
+
+from jaxrl_stable.rewards import words
+from jaxrl_stable.rewards.answer import Answer
+from jaxrl_stable.rewards.number import plain
+
+_FUNCTIONS = (
+    r"\\(?:times|cdot|div|pm|mp|[dtc]?frac|sqrt|pi|infty|e|ln|log|sin|cos|tan|binom|p?mod|bmod"
+    r"|theta|alpha|beta|left|cup|cap)(?![A-Za-z])"
+)
+# Relations and operators that end in front of a box.
+_OPERATOR_BEFORE = re.compile(
+    r"(?:(?:[-−–+/^(\[|<>≤≥≠×·÷±√π]|[0-9)]\s*\*|\\(?:neq?|not|l[te]q?|leq|g[te]q?|geq|approx\s*\\not)"
+    rf"|{_FUNCTIONS})\s*|[0-9A-Za-z](?<![A-Za-z]{{2}}))$"
+)
+# A group in front of a box is a factor, unless it is text; an open group is an argument.
+_GROUP_BEFORE = re.compile(r"(\\[A-Za-z]+)?(?:\s*\{[^{}]*\})*\s*(?:\{[^{}]*\}|\{)\s*$")
+_TEXT_COMMAND = re.compile(r"\\(?:text\w*|mbox|hbox|math(?:rm|bf|it|sf)|f?boxe?d?|framebox|begin|color)")
+_OPERATOR_AFTER = re.compile(
+    rf"[+*/!(\[|>≤≥×·÷±√π∞½0-9A-Za-z]|<(?![/A-Za-z])|\^(?!\s*\{{?\s*(?:\\circ|°))|_(?![\s_]|$)"
+    rf"|[-−–]\s?[0-9A-Za-z\\]|{_FUNCTIONS}|\\(?:%|\$)\s*[0-9]"
+)
+_MATH_SPACE = re.compile(r"(?:\\[,;:! ]|[^\S\n])*")
+_BOLD = re.compile(r"\*{2,}|\*(?=[\s.]|$)")
+# What may be between a box and the words next to it.
+_CLOSING = re.compile(r"(?:\s|\$|\\[)\]]|[*_`}]|\\[,;:! ])*")
+_SCALE_LETTERS = frozenset("k K m M b B bn mn T pi".split())
+
+
+def changes_in_context(answer: Answer, *, symbols_only: bool = False) -> bool:
+    """Returns whether text next to a box changes its value.
+
+    Args:
+      answer: a marked answer and its context.
+      symbols_only: whether to ignore words, as in a worked solution that goes on behind its answer.
+    """
+    before = answer.before
+    group = _GROUP_BEFORE.search(before)
+    if group is not None:
+        if group.group(1) is None or not _TEXT_COMMAND.fullmatch(group.group(1)):
+            return not before.rstrip().endswith("}") or before.endswith("}")
+    elif _OPERATOR_BEFORE.search(before):
+        return True
+    after = _BOLD.sub("", answer.after, count=1)
+    gap = _MATH_SPACE.match(after).end()
+    in_math = before.count("$") % 2 == 1 and "$" in after
+    if (gap == 0 or in_math or after[:1] == "\\") and _OPERATOR_AFTER.match(after, gap):
+        return True
+    if symbols_only:
+        return False
+    clause = re.split(r"[.,;:\n]", before)[-1]
+    if any(word.lower() in words.BEFORE for word in re.findall(r"[A-Za-z']+", clause)[-2:]):
+        return True
+    behind = plain(after[_CLOSING.match(after).end() :])
+    sentence = re.split(r"[.!?;\n]", behind, maxsplit=1)[0]
+    found = re.findall(r"[A-Za-zÀ-ÿ'’-]+", sentence)
+    if any(words.is_strong(word) for word in found):
+        return True
+    return bool(found) and sentence.lstrip()[:1].isalpha() and found[0] in _SCALE_LETTERS

@@ -1,0 +1,226 @@
+r"""Compares answers of mathematics without symbolic work, and refuses what a parser would misread.
+
+math-verify drops the words in `\text{...}` and the subscript of a number, and it takes a part of a
+text that it cannot parse. Here those answers are compared as text, or refused.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from jaxrl_stable.rewards import words
+from jaxrl_stable.rewards.answer import MAX_CHARACTERS, Answer, find_answer
+from jaxrl_stable.rewards.context import changes_in_context
+from jaxrl_stable.rewards.number import read_number
+
+# Longer texts are attacks, not answers: the parser takes seconds for nested brackets.
+MAX_ANSWER = 300
+
+_SEGMENT = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_JOINED = re.compile(r"(?:\s|[,;.&]|\band\b|\bor\b)*")
+_TEXT = re.compile(
+    r"\\(?:text|mathrm|mbox|hbox|textrm|textbf|textit|textsf|texttt|mathbf|mathit|mathsf|emph)"
+    r"\s*\{([^{}]*)\}"
+)
+_SPACE = re.compile(r"\\(?:[,;:! ]|(?:quad|qquad|thinspace|left|right|displaystyle)(?![A-Za-z]))|[~\s]+")
+_UNNEEDED_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
+_SHORT_SCRIPT = re.compile(r"([_^])\{(\w)\}")
+_NAME = re.compile(r"\\?[A-Za-z](?:_(?:\w|\{\w{1,3}\}))?\s*=\s*(?!=)")
+_BASE = re.compile(r"[0-9]\}?\s*_")
+_TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?(?:[ap]m)?")
+# Two numbers with a space only: no expression, but math-verify multiplies or drops one.
+_TWO_NUMBERS = re.compile(r"(?<![0-9])[0-9.]*[0-9]\s+[0-9]")
+_COMMAND_ARGUMENTS = re.compile(r"\\[A-Za-z]+\s*[0-9]\s*[0-9]?")
+_REPEATING = re.compile(r"(-?)([0-9]*)\.([0-9]{0,9})\\overline\{?([0-9]{1,9})\}?")
+_RELATION = re.compile(r"[<>≤≥≠∈]|\\(?:leq?|geq?|neq?|in|lt|gt|equiv|cup|to)(?![A-Za-z])|[,;]")
+_EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)")
+_APPROXIMATION = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])|≈")
+_JOINING_WORDS = frozenset(("and", "or"))
+
+
+class Form(NamedTuple):
+    r"""What is compared of an answer.
+
+    Attributes:
+      text: the answer as it is parsed, without `$`.
+      literal: its normalised text.
+      value: the exact value, if it is plainly a number.
+      is_text: whether it is words or a time of day, which only compare as text.
+    """
+
+    text: str
+    literal: str
+    value: Fraction | None
+    is_text: bool
+
+
+def response_form(text: str) -> Form | None:
+    """Returns the marked answer of a response, else its only `$...$`.
+
+    Returns:
+      None if there is neither, or if it is no answer (`refused`).
+    """
+    answer = find_answer(text)
+    if answer is None or not answer.text:
+        answer = only_segment(text)
+    if answer is None or changes_in_context(answer):
+        return None
+    return _form(answer.text)
+
+
+def is_marked(text: str) -> bool:
+    """Returns whether `response_form` decides about a response, so that nothing else is read."""
+    answer = find_answer(text)
+    return (answer is not None and bool(answer.text)) or only_segment(text) is not None
+
+
+def reference_form(text: str) -> Form | None:
+    """Returns the marked answer of a reference, else all of it.
+
+    Returns:
+      None if the reference is empty, too long or no answer.
+    """
+    answer = find_answer(text)
+    if answer is not None and answer.text:
+        if changes_in_context(answer, symbols_only=True):
+            return None
+        return _form(answer.text)
+    if len(text) > MAX_CHARACTERS:
+        return None
+    outside = _SEGMENT.sub(" ", text)
+    if outside != text and not _JOINED.fullmatch(outside):
+        answer = only_segment(text)
+        return None if answer is None else _form(answer.text)
+    return _form(text)
+
+
+def only_segment(text: str) -> Answer | None:
+    r"""Returns the content of the only `$...$`, `\(...\)` or `\[...\]` in the end of a text."""
+    start = max(0, len(text) - MAX_CHARACTERS)
+    found = list(_SEGMENT.finditer(text, start))
+    if len(found) != 1:
+        return None
+    match = found[0]
+    if start and match.start() == start:
+        return None
+    content = next(group for group in match.groups() if group is not None)
+    return Answer(content.strip(), "", text[match.end() : match.end() + 80])
+
+
+def equal_numbers(first: Form, second: Form) -> bool:
+    """Returns whether two numbers are equal, to six decimals if one is a decimal fraction.
+
+    A percent sign may be a unit or a hundredth: 50% equals 50 and 1/2.
+    """
+    if first.value is None or second.value is None:
+        return False
+    decimal = "." in first.text or "." in second.text
+    return any(
+        a == b
+        or (decimal and round(a, 6) == round(b, 6) and abs(a - b) <= max(abs(a), abs(b)) / 100_000)
+        for a in _readings(first)
+        for b in _readings(second)
+    )
+
+
+def _readings(form: Form) -> list[Fraction]:
+    return [form.value, form.value / 100] if "%" in form.text else [form.value]
+
+
+def differs(reference: Form, answer: Form) -> bool:
+    """Returns whether two answers differ in what a parser drops: words, bases, relations."""
+    if _BASE.search(reference.literal) or _BASE.search(answer.literal):
+        return True
+    if bool(_APPROXIMATION.search(reference.text)) != bool(_APPROXIMATION.search(answer.text)):
+        return True
+    changing, others = _changing_words(answer.text), _changing_words(reference.text)
+    known = others | set(re.findall(r"[a-z]{2,}", reference.text))
+    if "," in reference.text or ";" in reference.text or others & _JOINING_WORDS:
+        known |= _JOINING_WORDS
+    return bool(changing - known or (others - changing) - _JOINING_WORDS)
+
+
+def sides(answer: Form) -> list[str]:
+    """Returns the sides of an equation of numbers, such as 40+2=42; else the whole answer."""
+    if _RELATION.search(answer.text):
+        return [answer.text]
+    found = [side.strip() for side in _EQUALS.split(answer.text)]
+    if len(found) > 1 and found[0] and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", found[0])):
+        return found
+    return [answer.text]
+
+
+def refused(text: str) -> bool:
+    """Returns whether a text is no answer: empty, too long, unbalanced, or two numbers in a row."""
+    if not text.strip(" .,;:$") or len(text) > MAX_ANSWER or not _balanced(text):
+        return True
+    return _TWO_NUMBERS.search(_COMMAND_ARGUMENTS.sub(" ", _SPACE.sub(" ", text))) is not None
+
+
+def _form(text: str) -> Form | None:
+    text = text.replace("–", "-").replace("−", "-").replace("‑", "-").strip()
+    whole = _SEGMENT.fullmatch(text)
+    if whole is not None and text.count("$") in (0, 2, 4):
+        content = next(group for group in whole.groups() if group is not None)
+        text = text if "$" in content else content.strip()
+    text = text.strip("*` \t\n").rstrip("\\")
+    text = re.sub(r"(?<![.\\])[.,;:]+$", "", text)
+    value = _read_value(text)
+    if value is None and refused(text):
+        return None
+    literal = _literal(text)
+    return Form(text, literal, value, _is_text(text, literal))
+
+
+def _read_value(text: str) -> Fraction | None:
+    name = _NAME.match(text)
+    bare = text[name.end() :] if name is not None else text
+    repeating = _REPEATING.fullmatch(bare.replace(" ", ""))
+    if repeating is None:
+        return read_number(bare)
+    sign, whole, fixed, period = repeating.groups()
+    scale = 10 ** len(fixed)
+    value = Fraction(int((whole or "0") + fixed)) + Fraction(int(period), 10 ** len(period) - 1)
+    return (-1 if sign else 1) * value / scale
+
+
+def _literal(text: str) -> str:
+    text = _TEXT.sub(r" \1 ", text)
+    text = _SPACE.sub(" ", text).replace("$", "").replace("\\dfrac", "\\frac")
+    text = text.replace("\\tfrac", "\\frac")
+    text = _SHORT_SCRIPT.sub(r"\1\2", text)
+    text = _UNNEEDED_SPACE.sub("", " ".join(text.split()))
+    option = re.fullmatch(r"\(([A-Za-z])\)", text)
+    return option.group(1) if option is not None else text
+
+
+def _is_text(text: str, literal: str) -> bool:
+    if _TIME.fullmatch(literal):
+        return True
+    if not re.fullmatch(r"[A-Za-zÀ-ÖØ-öø-ÿ][A-Za-zÀ-ÖØ-öø-ÿ .'’-]*", literal) or "-" in literal[:2]:
+        return False
+    letters = re.sub(r"[^A-Za-zÀ-ÿ]", "", literal)
+    in_text = len(letters) > 1 and bool(re.search(r"\\(?:text|mbox)", text))
+    mixed = len(letters) > 2 and letters[0].isupper() and letters[1:].islower()
+    longest = max(map(len, re.findall(r"[A-Za-zÀ-ÿ]+", literal)))
+    return in_text or mixed or longest > 3
+
+
+def _changing_words(text: str) -> set[str]:
+    text = re.sub(r"\\[A-Za-z]+", " ", _TEXT.sub(r" \1 ", text))
+    found = re.findall(r"[A-Za-zÀ-ÿ]{2,}(?:'t)?", text)
+    return {word.lower() for word in found if words.changes_value(word)}
+
+
+def _balanced(text: str) -> bool:
+    depth, escaped = 0, False
+    for character in text:
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character in "{}":
+            depth += 1 if character == "{" else -1
+            if depth < 0:
+                return False
+    return depth == 0

@@ -1,0 +1,170 @@
+"""Reads the last number of a text without a marked answer.
+
+The text is cut at its words. The last piece with a digit has to be one number as a whole, so that a
+part of an expression, a list, a date or a ratio is never taken for a number. The words next to it
+must not change it.
+"""
+
+import re
+from fractions import Fraction
+
+from jaxrl_stable.rewards import words
+from jaxrl_stable.rewards.number import (
+    MAX_ANSWER,
+    accepts_unit,
+    is_unit,
+    match_number,
+    plain,
+    read_plain,
+)
+
+# A word, with the power of a unit ("cm^2"), or a formula ("CO2"). A letter behind a digit begins no
+# word, so "5kg" and "4x" stay whole; neither does a letter behind a backslash.
+_WORD = re.compile(
+    r"(?<![A-Za-zÀ-ÿ0-9\\_^])(?:(?:[A-Z][a-z]?[0-9]?){2,6}(?![A-Za-z0-9])"
+    r"|[A-Za-zÀ-ÿ][A-Za-zÀ-ÿ'-]*[A-Za-zÀ-ÿ](?:\s?\^\s?(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
+    r"(?:/[A-Za-z]+(?:\^[0-9])?)?(?![A-Za-z0-9(]))"
+)
+_NUMERIC = re.compile(r"[0-9]")
+_STRIPPED = " \t\r\n$*`\"_,;:?"
+# Left sides of an equation whose right side is the answer: a name, or a computation with digits.
+_NAME = re.compile(r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([A-Za-z0-9]\))?")
+_COMPUTATION = re.compile(r"[0-9\s+*/×·÷().,%$\x01\x02-]*")
+_LATER_MATHS = re.compile(r"[=^√π∞≠≤≥<>\x01\x02\ufffd]|\\[A-Za-z]")
+
+
+def last_number(text: str, *, cut: bool = False, only: bool = False) -> Fraction | None:
+    """Returns the last number of a text; None if it is not plainly a number.
+
+    Args:
+      text: at most a few thousand characters.
+      cut: whether the text continues a longer one, whose last number may have been cut in two.
+      only: whether to refuse a text with several numbers.
+    """
+    text = plain(text)
+    if any(character.isnumeric() and character not in "0123456789" for character in text):
+        return None
+    gaps = _gaps(text)
+    numeric = [i for i, (start, end) in enumerate(gaps) if _NUMERIC.search(text, start, end)]
+    if not numeric or (only and len(numeric) > 1):
+        return None
+    start, end = gaps[numeric[-1]]
+    if cut and numeric[-1] == 0:
+        return None
+    piece = text[start:end]
+    line_start = piece.rfind("\n", 0, max(map(piece.rfind, "0123456789")))
+    if only and _NUMERIC.search(piece, 0, max(line_start, 0)):
+        return None
+    piece = piece[line_start + 1 :]
+    begins_line = line_start >= 0 or not text[:start].strip()
+    value = _read_piece(piece, begins_line)
+    if value is None:
+        return None
+    previous = gaps[numeric[-2]][1] if len(numeric) > 1 else 0
+    between = text[previous : max(start, previous)] if line_start < 0 else ""
+    has_previous = len(numeric) > 1
+    sign = _sign_before(between, has_previous)
+    if sign is None or not _tail_is_harmless(piece, text[end:]):
+        return None
+    return sign * value
+
+
+def _gaps(text: str) -> list[tuple[int, int]]:
+    """Returns the pieces between words, as (start, end)."""
+    gaps, start = [], 0
+    for match in _WORD.finditer(text):
+        gaps.append((start, match.start()))
+        start = match.end()
+    return [*gaps, (start, len(text))]
+
+
+def _read_piece(piece: str, begins_line: bool) -> Fraction | None:
+    """Reads a piece of plain text between two words as one number, or as `x = number`."""
+    core = piece.split("\n", 1)[0].strip()
+    # A sentence may end behind the number and another begin, without words of two letters.
+    core = core.strip(_STRIPPED).removeprefix("#").strip(_STRIPPED)
+    if begins_line and re.match(r"-\s", core):  # an item of a list, or a sign
+        return None
+    if core.endswith("..") or len(core) > MAX_ANSWER:
+        return None
+    core = core.removesuffix(".").strip(_STRIPPED)
+    left, equals, right = core.rpartition("=")
+    if equals:
+        left = left.strip(_STRIPPED)
+        value = _read_bare(right.strip(_STRIPPED))
+        if value is None or "≈" in left or "<" in left or ">" in left:
+            return None
+        for side in map(str.strip, left.split("=")):
+            other = _read_bare(side.strip(_STRIPPED)) if side else value
+            named = _NAME.fullmatch(side.strip(_STRIPPED)) or _COMPUTATION.fullmatch(side)
+            if (other is not None and other != value) or (other is None and not named):
+                return None
+        return value
+    if core.startswith("≈"):
+        core = core[1:].strip()
+    return _read_bare(core)
+
+
+def _read_bare(text: str) -> Fraction | None:
+    """Reads a number with its sign, currency and unit, without a lead-in."""
+    number = match_number(text)
+    if number is None or not is_unit(text[number[1] :]):
+        return None
+    return number[0]
+
+
+def _sign_before(between: str, has_previous: bool) -> int | None:
+    """Returns 1, or -1 behind "minus"; None if the words before a number change it.
+
+    Args:
+      between: text between the previous number, if any, and this one.
+      has_previous: whether there is a previous number.
+    """
+    sentence = re.split(r"[.!?]\s|\n", between)
+    same_sentence = len(sentence) == 1
+    found = [word.lower() for word in re.findall(r"[A-Za-zÀ-ÿ']+", sentence[-1])]
+    if has_previous and same_sentence and len(found) <= 3:
+        if found and all(word in words.CONNECTORS for word in found):
+            return None
+    sign = 1
+    if found and found[-1] in ("minus", "negative") and not (has_previous and same_sentence):
+        sign, found = -1, found[:-1]
+    if found and (found[-1] in words.LABELS or words.is_number_word(found[-1])):
+        return None
+    if found and found[-1] in words.STRONG:
+        return None
+    if any(word in words.BEFORE or word.endswith("n't") for word in found[-4:]):
+        return None
+    return sign
+
+
+def _tail_is_harmless(piece: str, tail: str) -> bool:
+    """Returns whether the text behind a number leaves it the answer."""
+    if words.NO_ANSWER.search(tail) or _LATER_MATHS.search(_without_units(tail)):
+        return False
+    found = re.findall(r"[A-Za-zÀ-ÿ'-]+", tail)
+    if any(map(words.is_number_word, found)):
+        return False
+    sentence = re.split(r"[.!?]\s|[.!?]$|\n", tail, maxsplit=1)[0]
+    ended = re.search(r"[.!?\n][\s$*`\"]*$", piece) is not None
+    if ended:
+        return True
+    close = re.findall(r"[A-Za-zÀ-ÿ'-]+", sentence)
+    if any(map(words.is_strong, close)):
+        return False
+    if close and not re.search(r"[,;:][\s$*`\"]*$", piece):
+        first = close[0]
+        if len(first) <= 2:
+            return accepts_unit(first, glued=False, first=False) or first in ("is", "by", "to")
+        return accepts_unit(first, glued=False, first=True)
+    return True
+
+
+_UNIT_POWER = re.compile(rf"\b(?:{'|'.join(sorted(words.SPACED_UNITS))})\s?\^\s?\{{?-?[0-9]\}}?")
+
+
+def _without_units(tail: str) -> str:
+    return _UNIT_POWER.sub(" ", tail)
+
+
+__all__ = ["last_number", "read_plain"]
