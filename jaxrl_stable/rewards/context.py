@@ -51,7 +51,10 @@ def changes_in_context(answer: Answer, *, symbols_only: bool = False) -> bool:
     if symbols_only:
         return False
     clause = re.split(r"[.,;:\n]", before)[-1]
-    if any(word.lower() in words.BEFORE for word in re.findall(r"[A-Za-z']+", clause)[-2:]):
+    last = [word.lower() for word in re.findall(r"[A-Za-z']+", clause)[-2:]]
+    if any(word in words.NEGATIONS or word.endswith("n't") for word in last):
+        return True
+    if last and last[-1] not in words.LINKS and any(word in words.BEFORE for word in last):
         return True
     behind = plain(after[_CLOSING.match(after).end() :])
     sentence = re.split(r"[.!?;\n]", behind, maxsplit=1)[0]

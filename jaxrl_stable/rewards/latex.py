@@ -56,7 +56,7 @@ def latex_reward(problem: Mapping[str, Any], response: str) -> Verdict:
     if answer.literal == reference.literal or equal_numbers(reference, answer):
         return Verdict(1.0, "ok")
     if reference.is_text or answer.is_text:
-        return Verdict(0.0, "ok")
+        return Verdict(float(answer.literal.casefold() == reference.literal.casefold()), "ok")
     if reference.value is not None and answer.value is not None:
         return Verdict(0.0, "ok")
     if differs(reference, answer):

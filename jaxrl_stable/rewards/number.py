@@ -72,11 +72,11 @@ _POWER = r"(?:\s?\^\s?(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 _WORD = re.compile(rf"(?P<gap>[\s/·-]*)(?P<word>[A-Za-zµÀ-ÖØ-öø-ÿ]+(?:'[a-z]+)?)\.?{_POWER}")
 _FORMULA = re.compile(r"[\s]+(?:[A-Z][a-z]?[0-9]?){2,6}(?![A-Za-z0-9])")
 _GLOSS = re.compile(r"\s*\((?P<words>[A-Za-z]+(?:[\s-]+[A-Za-z]+){0,11})\)")
-_IS_THE_ANSWER = re.compile(
+IS_THE_ANSWER = re.compile(
     r"\s+is\s+(?:the|my|our)\s+(?:(?:final|correct|right)\s+)?(?:answer|result|solution|total)"
 )
 
-_WRAPPING = " \t\r\n$*`\"'_"
+_WRAPPING = " \t\r\n$*`_"
 _LEAD_IN = re.compile(
     r"(?P<words>(?:[A-Za-z][A-Za-z']*[,\s]+){0,12})"
     r"(?P<last>answer|result|solution|is|are|was|were|be|equals|equal\s+to|about|approximately"
@@ -151,11 +151,11 @@ def read_number(text: str) -> Fraction | None:
 
 def read_plain(text: str) -> Fraction | None:
     """Like `read_number`, for a text in plain form."""
-    text = text.rstrip("\\").strip(_WRAPPING)
+    text = unquote(text.rstrip("\\").strip(_WRAPPING))
     lead_in = _LEAD_IN.match(text)
     if lead_in is not None and _is_harmless(lead_in):
         text = text[lead_in.end() :]
-    text = text.strip(_WRAPPING)
+    text = unquote(text.strip(_WRAPPING))
     negative = re.match(r"(?:minus|negative)\s+(?=[0-9.\x01])", text)
     if negative is not None:
         text = text[negative.end() :]
@@ -167,6 +167,14 @@ def read_plain(text: str) -> Fraction | None:
     if not is_unit(rest) and not _spells(rest, value):
         return None
     return -value if negative is not None else value
+
+
+def unquote(text: str) -> str:
+    """Returns text without the quotes around it; a single quote behind a number is a prime."""
+    bare = text.rstrip(".,;: ")
+    if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in "'\"":
+        return bare[1:-1].strip(_WRAPPING)
+    return text
 
 
 def match_number(text: str) -> tuple[Fraction, int] | None:
@@ -225,8 +233,10 @@ def _integer(exponent: str) -> int:
 
 def is_unit(text: str) -> bool:
     """Returns whether the text behind a number is a unit or a short noun phrase, or nothing."""
-    text = text.rstrip(" \t\r\n$*`\"'_.,;:")
-    phrase = _IS_THE_ANSWER.search(text)
+    if text.lstrip(" $").startswith(("..", "…")):  # 0.333...
+        return False
+    text = text.rstrip(" \t\r\n$*`_.,;:")
+    phrase = IS_THE_ANSWER.search(text)
     if phrase is not None and phrase.end() == len(text):
         text = text[: phrase.start()]
     signs = _SIGNS.match(text)
@@ -241,7 +251,7 @@ def is_unit(text: str) -> bool:
         if match is None:
             break
         glued = not match["gap"] and count == 0 and position == 0
-        if not accepts_unit(match["word"], glued=glued, first=count == 0):
+        if not words.is_unit_word(match["word"], glued=glued, first=count == 0):
             break
         if not match["gap"] and position > 0 and text[position - 1] not in "$€£¥₹%° .":
             break
@@ -250,23 +260,6 @@ def is_unit(text: str) -> bool:
         position = match.end()
     formula = _FORMULA.match(text, position)
     return formula is not None and 0 < position and formula.end() == len(text)
-
-
-def accepts_unit(word: str, *, glued: bool, first: bool) -> bool:
-    """Returns whether a word may follow a number without changing it.
-
-    Args:
-      word: letters only.
-      glued: whether no space is in front of it, as in "5kg".
-      first: whether it is the first word behind the number.
-    """
-    if glued:
-        return word in words.UNITS
-    if word in words.SPACED_UNITS:
-        return True
-    if len(word) <= 2:
-        return word.lower() in words.SMALL_WORDS and (not first or word.islower())
-    return not words.changes_value(word)
 
 
 def _is_harmless(lead_in: re.Match[str]) -> bool:

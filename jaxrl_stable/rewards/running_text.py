@@ -10,12 +10,12 @@ from fractions import Fraction
 
 from jaxrl_stable.rewards import words
 from jaxrl_stable.rewards.number import (
+    IS_THE_ANSWER,
     MAX_ANSWER,
-    accepts_unit,
     is_unit,
     match_number,
     plain,
-    read_plain,
+    unquote,
 )
 
 # A word, with the power of a unit ("cm^2"), or a formula ("CO2"). A letter behind a digit begins no
@@ -26,11 +26,14 @@ _WORD = re.compile(
     r"(?:/[A-Za-z]+(?:\^[0-9])?)?(?![A-Za-z0-9(]))"
 )
 _NUMERIC = re.compile(r"[0-9]")
-_STRIPPED = " \t\r\n$*`\"_,;:?"
+_STRIPPED = " \t\r\n$*`_,;:?"
 # Left sides of an equation whose right side is the answer: a name, or a computation with digits.
 _NAME = re.compile(r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([A-Za-z0-9]\))?")
 _COMPUTATION = re.compile(r"[0-9\s+*/×·÷().,%$\x01\x02-]*")
-_LATER_MATHS = re.compile(r"[=^√π∞≠≤≥<>\x01\x02\ufffd]|\\[A-Za-z]")
+# Maths behind the last number: the answer is symbolic. A single letter is a name, except "a", "I".
+_LATER_MATHS = re.compile(
+    r"[=+^√π∞≠≤≥<>\x01\x02\ufffd]|\\[A-Za-z]|(?<![A-Za-z'’.])[B-HJ-Zb-z](?![A-Za-z'’]|\.[A-Za-z])"
+)
 
 
 def last_number(text: str, *, cut: bool = False, only: bool = False) -> Fraction | None:
@@ -87,7 +90,7 @@ def _read_piece(piece: str, begins_line: bool) -> Fraction | None:
         return None
     if core.endswith("..") or len(core) > MAX_ANSWER:
         return None
-    core = core.removesuffix(".").strip(_STRIPPED)
+    core = unquote(core.removesuffix(".").strip(_STRIPPED))
     left, equals, right = core.rpartition("=")
     if equals:
         left = left.strip(_STRIPPED)
@@ -114,57 +117,65 @@ def _read_bare(text: str) -> Fraction | None:
 
 
 def _sign_before(between: str, has_previous: bool) -> int | None:
-    """Returns 1, or -1 behind "minus"; None if the words before a number change it.
+    """Returns 1, or -1 behind "minus"; None if the words in front of a number change it.
 
     Args:
       between: text between the previous number, if any, and this one.
       has_previous: whether there is a previous number.
     """
-    sentence = re.split(r"[.!?]\s|\n", between)
-    same_sentence = len(sentence) == 1
-    found = [word.lower() for word in re.findall(r"[A-Za-zÀ-ÿ']+", sentence[-1])]
-    if has_previous and same_sentence and len(found) <= 3:
-        if found and all(word in words.CONNECTORS for word in found):
+    sentences = re.split(r"[.!?]\s|\n", between)
+    has_previous = has_previous and len(sentences) == 1
+    found = [word.lower() for word in re.findall(r"[A-Za-zÀ-ÿ'-]*[A-Za-zÀ-ÿ]", sentences[-1])]
+    if has_previous and found and not re.search(r"[,;:=]", between):
+        if len(found) <= 4 and found[-1] in words.CONNECTORS:
+            return None
+        if len(found) == 1 and found[0] not in words.LINKS:
             return None
     sign = 1
-    if found and found[-1] in ("minus", "negative") and not (has_previous and same_sentence):
+    if found and found[-1] in ("minus", "negative") and not has_previous:
         sign, found = -1, found[:-1]
-    if found and (found[-1] in words.LABELS or words.is_number_word(found[-1])):
+    if found and (found[-1] in words.LABELS or words.is_strong(found[-1])):
         return None
-    if found and found[-1] in words.STRONG:
+    if any(words.is_number_word(word, least=20) for word in found):
         return None
-    if any(word in words.BEFORE or word.endswith("n't") for word in found[-4:]):
+    if any(word in words.NEGATIONS or word.endswith("n't") for word in found[-4:]):
+        return None
+    links = [i for i, word in enumerate(found) if word in words.LINKS and word != "were"]
+    if any(word in words.BEFORE for word in found[max([-1, *links]) + 1 :][-4:]):
         return None
     return sign
 
 
+# Close to a number but not next to it, these may belong to the rest: "72 clips in April and May".
+_FURTHER = frozenset("and to over under through one with from between up point but most".split())
+
+
 def _tail_is_harmless(piece: str, tail: str) -> bool:
     """Returns whether the text behind a number leaves it the answer."""
-    if words.NO_ANSWER.search(tail) or _LATER_MATHS.search(_without_units(tail)):
+    if words.NO_ANSWER.search(tail) or _LATER_MATHS.search(_UNIT_POWER.sub(" ", tail)):
         return False
-    found = re.findall(r"[A-Za-zÀ-ÿ'-]+", tail)
-    if any(map(words.is_number_word, found)):
+    if any(map(words.is_number_word, re.findall(r"[A-Za-zÀ-ÿ'-]+", tail))):
         return False
-    sentence = re.split(r"[.!?]\s|[.!?]$|\n", tail, maxsplit=1)[0]
-    ended = re.search(r"[.!?\n][\s$*`\"]*$", piece) is not None
-    if ended:
+    closing = piece.rstrip(" \t$*`\"")
+    if closing.endswith("?"):
+        return False
+    if closing.endswith((".", "!", "\n")):
         return True
-    close = re.findall(r"[A-Za-zÀ-ÿ'-]+", sentence)
-    if any(map(words.is_strong, close)):
+    sentence = re.split(r"[.!?]\s|[.!?]$|\n", tail, maxsplit=1)[0]
+    if re.match(r"is\b", sentence):
+        return IS_THE_ANSWER.match(f" {sentence}") is not None
+    found = re.findall(r"[A-Za-zÀ-ÿ'-]*[A-Za-zÀ-ÿ]", sentence)
+    if any(map(words.is_strong, found)):
         return False
-    if close and not re.search(r"[,;:][\s$*`\"]*$", piece):
-        first = close[0]
-        if len(first) <= 2:
-            return accepts_unit(first, glued=False, first=False) or first in ("is", "by", "to")
-        return accepts_unit(first, glued=False, first=True)
-    return True
+    if not found or closing.endswith((",", ";", ":")):
+        return True
+    if found[0].lower() in ("was", "are", "were", "cannot") or any(
+        words.changes_value(word) and not (i and word in _FURTHER)
+        for i, word in enumerate(found[:3])
+    ):
+        return False
+    return words.is_unit_word(found[0], glued=False, first=len(found[0]) > 2)
 
 
 _UNIT_POWER = re.compile(rf"\b(?:{'|'.join(sorted(words.SPACED_UNITS))})\s?\^\s?\{{?-?[0-9]\}}?")
 
-
-def _without_units(tail: str) -> str:
-    return _UNIT_POWER.sub(" ", tail)
-
-
-__all__ = ["last_number", "read_plain"]

@@ -1,6 +1,6 @@
 """Words next to a number: units and things, which do not change it, and words that do.
 
-Nouns are an open class, so anything that can be counted is accepted unless it is listed here as a
+Nouns are an open class, so anything that can be counted is accepted, unless it is listed here as a
 word that changes the value. Very short words are the opposite: only the listed units are accepted,
 because "k", "M", "pi" and "x" change the value.
 """
@@ -8,91 +8,95 @@ because "k", "M", "pi" and "x" change the value.
 import re
 
 # Symbols that may follow a number directly ("5kg").
-_LONG_SYMBOLS = """
+UNITS = frozenset(
+    """
     kg mg cm mm km nm ml mL dl dL cl kl lb lbs oz ft yd in mi mph kph kmh hr hrs min mins sec secs ms
     ns us wk wks yr yrs kW MW kWh Wh kJ kcal cal Hz kHz MHz GHz kB KB MB GB TB kPa hPa Pa mol ppm
     ppb psi atm bar ha pt qt gal rpm mAh Ah dB eV
-""".split()
-# Symbols that need a space ("5 m"): "5m" is also five million or 5·m.
-_SHORT_SYMBOLS = "m g s h l L J W N V A C F".split()
-UNITS = frozenset(_LONG_SYMBOLS)
-SPACED_UNITS = frozenset(_LONG_SYMBOLS + _SHORT_SYMBOLS)
+    """.split()
+)
+# One letter needs a space ("5 m"): "5m" is also five million, or 5·m.
+SPACED_UNITS = UNITS | frozenset("m g s h l L J W N V A C F".split())
+# Words of one or two letters in a noun phrase: "3 of the red ones", "12 sq ft".
+SMALL_WORDS = frozenset("a an of in on at per sq cu as he it we be so la le de du".split())
 
-# Words of one or two letters that may stand in a noun phrase: "3 of the red ones".
-SMALL_WORDS = frozenset("a an of in on at by per sq cu mm as us he it we be so am le la de du".split())
-SMALL_WORDS -= {"by", "am"}  # "2 by four", "5 am"
-
-_CARDINALS = """
+CARDINALS = frozenset(
+    """
     zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fourty fifty sixty seventy eighty ninety
     hundred thousand million billion trillion
-""".split()
-_SCALES = """
-    hundred thousand lakh lac lacs crore arab kharab dozen score gross pair couple trio myriad
-    mil mill mille milliers millier mio mln mrd mld bio bln trn tsd tausend hundert milliarde
-    milliarden millionen millones milliards milliard million billion billions trillion kilo mega
-    giga tera milli micro nano cent cents? hunderttausend cientos ciento tusen tusind
-    duizend miljoen miljard douzaine dutzend docena dozzina grand mms pm bce
-""".replace("cents?", "").replace(" cent ", " ").split()
-_PARTS = """
-    half halves halfs third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh
-    sevenths eighth eighths ninth ninths tenth tenths twelfth twelfths sixteenth sixteenths twentieth
-    twentieths hundredth hundredths thousandth thousandths millionth millionths billionth billionths
-    halb halbe demi demie medio media tiers quart zehntel hundertstel percentile promille permille
-    double doubles doubled twice thrice triple tripled quadruple quintuple fold twofold tenfold
-""".split()
-_OPERATORS = """
-    and or plus minus times multiplied multiply divided divide over under add added subtract
-    subtracted less more fewer greater lesser squared cubed square-root square-rooted power powers
-    root roots sqrt cbrt mod modulo modulus base bases factorial choose permute log ln exp sin cos
-    tan sine cosine tangent negative negated inverse inverted reciprocal reversed remainder rem
-    point comma decimal exponent raised halved squareroot radical prime bar complement conjugate
-    binary octal hex hexadecimal ternary roman radians radian to through thru until till between
-    und oder mal weniger mehr durch hoch komma ou moins fois plus et menos mas más por entre
-    virgule coma punto hasta bis
-""".split()
-_NEGATIONS = """
-    not no nor never none neither nothing without except excluding but isn't isnt aren't arent
-    wasn't wasnt doesn't doesnt don't dont didn't didnt can't cant cannot won't wrong incorrect
-    false mistaken mistake error invalid impossible undefined infinite infinity unknown unless
-    instead rather nicht kein keine falsch pas faux non ni sin nunca incorrecto actually wait
-    correction hmm oops sorry
-""".split()
-_COMPARISONS = """
-    least most than up above below exceeding exceeds exceed almost nearly near maximum minimum max
-    higher lower larger smaller bigger beyond within anything almost
-""".split()
-_SYMBOLS = "pi tau phi euler imaginary infinity alpha beta theta sigma lambda omega".split()
-
-CARDINALS = frozenset(_CARDINALS)
-# In the same sentence behind a number, these make it another one or no answer.
-STRONG = frozenset(
-    [*_CARDINALS, *_SCALES, *_PARTS, *_OPERATORS, *_NEGATIONS, *_SYMBOLS]
-) - frozenset("and to over under more less bar point through base prime but add".split())
-STRONG |= {"minus", "plus"}
-# Directly behind a number, or anywhere in a marked answer, these are refused.
-CHANGING = frozenset(
-    [*_CARDINALS, *_SCALES, *_PARTS, *_OPERATORS, *_NEGATIONS, *_SYMBOLS, *_COMPARISONS, "one"]
-) | frozenset("ones pairs couples scores grosses dozens".split())
-CHANGING -= {"more", "us"}
-# Behind the number anywhere, these say that it is not the answer.
-NO_ANSWER = re.compile(
-    r"\b(?:no\s+(?:\w+\s+)?(?:solutions?|answers?|values?|roots?)|undefined|infinite(?:ly)?"
-    r"|infinity|(?:not|n't)\s+(?:exist|possible|defined|enough|the\s+(?:right\s+)?answer)"
-    r"|impossible|cannot|can't|nonexistent|unsolvable|unknown|empty\s+set|diverges?)\b",
-    re.IGNORECASE,
+    """.split()
 )
-# In front of a number in running text, these make it another one ("twice 36") or a label.
+_SCALES = frozenset(
+    """
+    lakh lac lacs crore arab kharab dozen score gross pair pairs couple couples trio trios myriad
+    mil mill mille millier milliers mio mln mrd mld bio bln trn tsd tausend hundert milliarde cent
+    milliarden millionen millones milliard milliards kilo mega giga tera milli micro nano grand mms
+    cientos ciento tusen tusind duizend miljoen miljard douzaine dutzend docena dozzina pm bc bce
+    o'clock scores grosses twos ones
+    """.split()
+) - {"cent"}  # "50 per cent", "1 cent"
+_PARTS = frozenset(
+    """
+    half halves halfs third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh
+    sevenths eighth eighths ninth ninths tenth tenths twelfth twelfths sixteenth sixteenths
+    twentieth twentieths hundredth hundredths thousandth thousandths millionth millionths billionth
+    billionths halb halbe demi demie medio media tiers quart zehntel hundertstel percentile promille
+    permille double doubles doubled twice thrice triple tripled quadruple quadrupled quintuple
+    repeating recurring upwards upward onwards downwards short
+    """.split()
+)
+_OPERATORS = frozenset(
+    """
+    or plus minus times multiplied multiply divided divide divides subtract subtracted subtracting
+    squared cubed square-root power powers root roots sqrt cbrt mod modulo modulus factorial choose
+    permute log ln exp sin cos tan sine cosine tangent negative negated inverse inverted reciprocal
+    reversed remainder rem decimal exponent raised halved squareroot radical complement conjugate
+    binary octal hex hexadecimal ternary roman radian radians und oder mal weniger mehr hoch komma ou
+    moins fois menos más por virgule coma punto hasta bis increased decreased away opposite flipped
+    """.split()
+)
+# These change a number only if they are close to it.
+_CLOSE_OPERATORS = frozenset(
+    """
+    and over under add added less fewer greater lesser base bases point comma prime bar to through
+    thru until till between from durch et plus mas entre with take
+    """.split()
+)
+_NEGATIONS = frozenset(
+    """
+    not no nor never none neither nothing without except excluding but isnt arent wasnt doesnt dont
+    didnt cant cannot wont wrong incorrect false mistaken mistake error invalid impossible undefined
+    infinite infinity unknown unless instead rather fails failed nicht kein keine falsch pas faux non
+    ni nunca incorrecto actually wait correction hmm oops sorry too guess seems
+    """.split()
+)
+_COMPARISONS = frozenset(
+    """
+    least most than up above below exceeding exceeds exceed almost nearly near maximum minimum max
+    higher lower larger smaller bigger beyond within anything
+    """.split()
+)
+_SYMBOLS = frozenset("pi tau phi euler imaginary alpha beta theta sigma lambda omega MM".split())
+
+# Later in the same sentence, these make a number another one, or no answer.
+_STRONG = (CARDINALS | _SCALES | _PARTS | _OPERATORS | _NEGATIONS | _SYMBOLS) - {"but", "short"}
+# Next to a number, these are refused.
+_CHANGING = _STRONG | _CLOSE_OPERATORS | _COMPARISONS | {"one", "but", "short"}
+NEGATIONS = _NEGATIONS - {"actually", "wait", "sorry", "oops", "hmm", "correction", "but", "instead"}
+# In front of a number, behind the verb, these make it another one ("twice 36"), or no answer.
 BEFORE = (
-    frozenset([*_PARTS, *_NEGATIONS, *_COMPARISONS])
+    _PARTS
+    | _COMPARISONS
     | frozenset(
         """
-        square cube root log ln power factorial inverse reciprocal mod modulo base negative minus
-        plus times over under less more fewer greater hundred thousand dozen product difference
-        quotient remainder sin cos tan sqrt
+        square cube root log ln power factorial factor multiple multiples divisible inverse opposite
+        reciprocal complement mod modulo base plus times over under less more fewer greater hundred
+        thousand dozen product sum difference quotient remainder sin cos tan sqrt if were by from
+        after before between until since through divided multiplied
         """.split()
     )
-) - {"actually", "wait", "sorry", "oops", "hmm", "correction", "but", "instead", "max", "sin"}
+) - {"max", "maximum", "minimum", "short"}
 LABELS = frozenset(
     """
     step page version question problem exercise equation eq figure fig table chapter section part
@@ -103,11 +107,24 @@ LABELS = frozenset(
 )
 # A number between these and another number is part of an expression or a list: "3 or 4".
 CONNECTORS = frozenset(
-    "and or to of out minus plus times by over divided multiplied less through until till mod "
-    "choose from und oder mal bis ou et".split()
+    "and or to of out in minus plus times by over divided multiplied less through until till mod "
+    "choose from und oder mal bis ou et with".split()
+)
+# Words between two numbers that do not make them one expression: "3 boys is 3 pupils".
+LINKS = frozenset(
+    "is are was were equals equal be being gives give makes make becomes leaves leave yields yield "
+    "get gets so then thus hence but has have".split()
+)
+# Text behind a number that says that it is not the answer.
+NO_ANSWER = re.compile(
+    r"\b(?:no\s+(?:\w+\s+)?(?:solutions?|answers?|values?|roots?)|undefined|infinite(?:ly)?"
+    r"|infinity|(?:not|n't)\s+(?:exist|possible|defined|enough|the\s+(?:right\s+)?answer)"
+    r"|impossible|cannot|can't|nonexistent|unsolvable|unknown|empty\s+set|diverges?"
+    r"|(?:answer|result|solution|conclusion)s?\**\s*(?:is|are|was|will|would|must|[:=]))",
+    re.IGNORECASE,
 )
 
-_SUFFIXES = re.compile(r"(?:\w*[a-z])?(?:illions?|illiards?|illionen|fold)")
+_ENDINGS = ("illion", "illions", "illiard", "illiards", "illionen", "fold", "n't")
 _NUMBER_STEMS = re.compile(
     r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:-\w+|\w*)|(?:\w+-)?(?:hundred|thousand|dozen|"
     r"lakh|crore)s?|(?:three|four|five|six|seven|eight|nine|ten|eleven|twelve)s"
@@ -116,24 +133,45 @@ _NUMBER_STEMS = re.compile(
 
 def changes_value(word: str) -> bool:
     """Returns whether a word next to a number makes it another number, or no number."""
-    word = word.lower().replace("’", "'")
-    if word in CHANGING or _SUFFIXES.fullmatch(word) or _NUMBER_STEMS.fullmatch(word):
-        return True
-    return word.endswith("n't")
+    lower = _plain(word)
+    return lower in _CHANGING or word in _SYMBOLS or _is_inflected(lower)
 
 
 def is_strong(word: str) -> bool:
     """Returns whether a word later in the sentence makes a number another one, or no answer."""
-    word = word.lower().replace("’", "'")
-    if word in STRONG or _SUFFIXES.fullmatch(word) or _NUMBER_STEMS.fullmatch(word):
+    lower = _plain(word)
+    return lower in _STRONG or word in _SYMBOLS or _is_inflected(lower)
+
+
+def is_number_word(word: str, *, least: int = 0) -> bool:
+    """Returns whether a word is a number of at least 0 or at least 20, such as "seventy-two"."""
+    lower = _plain(word)
+    return _NUMBER_STEMS.fullmatch(lower) is not None or (least == 0 and lower in CARDINALS)
+
+
+def is_unit_word(word: str, *, glued: bool, first: bool) -> bool:
+    """Returns whether a word may follow a number without changing it.
+
+    Args:
+      word: letters only.
+      glued: whether no space is in front of it, as in "5kg".
+      first: whether it is the first word behind the number.
+    """
+    if glued:
+        return word in UNITS
+    if word in SPACED_UNITS:
         return True
-    return word.endswith("n't")
+    if len(word) <= 2:
+        return word.lower() in SMALL_WORDS and (not first or word.islower())
+    return not changes_value(word)
 
 
-def is_number_word(word: str) -> bool:
-    """Returns whether a word is a number, such as "twelve" or "seventy-two"."""
-    word = word.lower()
-    return word in CARDINALS or _NUMBER_STEMS.fullmatch(word) is not None
+def _plain(word: str) -> str:
+    return word.lower().replace("’", "'")
+
+
+def _is_inflected(lower: str) -> bool:
+    return lower.endswith(_ENDINGS) or _NUMBER_STEMS.fullmatch(lower) is not None
 
 
 _ONES = (

@@ -548,7 +548,7 @@ KINDS = {
         "answer=42": "42",
         "answer:42": "42",
         '{"answer": 42}': "42?",
-        "42 cats and dogs": None,
+        "42 cats and dogs": "42?",
         "There are 42 cats left over, which is enough.": "42",
         "<answer>42</answer>": "42",
         "<answer>42 million</answer>": None,
