@@ -94,6 +94,18 @@ def reference_form(text: str) -> Form | None:
     return _form(text)
 
 
+def needs_parsing(reference: str) -> bool:
+    """Returns whether only a parser can tell if a reference of `math` is readable."""
+    form = reference_form(reference)
+    return form is None or not (form.is_text or form.value is not None)
+
+
+def boxed_reference(reference: str) -> str:
+    """Returns a response that must score 1; an empty one for a worked solution, which has none."""
+    form = reference_form(reference)
+    return "" if form is None else rf"\boxed{{{form.text}}}"
+
+
 def only_segment(text: str) -> Answer | None:
     r"""Returns the content of the only `$...$`, `\(...\)` or `\[...\]` in the end of a text."""
     start = max(0, len(text) - MAX_CHARACTERS)

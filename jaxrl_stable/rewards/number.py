@@ -85,6 +85,8 @@ _LEAD_IN = re.compile(
     r"|(?P<colon>(?:[A-Za-z][A-Za-z']*\s+){0,6}[A-Za-z]+)\s*[:=][\s*_$]*|[=≈:][\s*_$]*"
 )
 
+_LETTERS = frozenset("bcdefghijklmnopqrstuvwxyzBCDEFGHJKLMNOPQRSTUVWXYZ")
+
 _ARGUMENT = r"(?:\{\s*(-?\s?(?:[0-9][0-9,.]*|\.[0-9]+))\s*\}|\s*([0-9]))"
 _LATEX_FRACTION = re.compile(rf"\\[dtc]?frac\s*{_ARGUMENT}\s*{_ARGUMENT}")
 _FONT = re.compile(
@@ -264,7 +266,9 @@ def is_unit(text: str) -> bool:
 
 def _is_harmless(lead_in: re.Match[str]) -> bool:
     found = re.findall(r"[A-Za-z']+", lead_in["words"] or lead_in["colon"] or "")
-    return not any(words.changes_value(word) or len(word) == 1 and word not in "aIA" for word in found)
+    if lead_in["colon"] is not None and len(found[-1]) == 1:  # an equation, "A = 5"
+        return False
+    return not any(words.changes_value(word) or word in _LETTERS for word in found)
 
 
 def _spells(text: str, value: Fraction) -> bool:

@@ -156,9 +156,9 @@ def _tail_is_harmless(piece: str, tail: str) -> bool:
         return False
     if any(map(words.is_number_word, re.findall(r"[A-Za-zÀ-ÿ'-]+", tail))):
         return False
-    closing = piece.rstrip(" \t$*`\"")
-    if closing.endswith("?"):
+    if "?" in piece[max(map(piece.rfind, "0123456789")) :]:
         return False
+    closing = piece.rstrip(" \t$*`\"")
     if closing.endswith((".", "!", "\n")):
         return True
     sentence = re.split(r"[.!?]\s|[.!?]$|\n", tail, maxsplit=1)[0]

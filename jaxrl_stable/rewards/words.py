@@ -93,7 +93,7 @@ BEFORE = (
         square cube root log ln power factorial factor multiple multiples divisible inverse opposite
         reciprocal complement mod modulo base plus times over under less more fewer greater hundred
         thousand dozen product sum difference quotient remainder sin cos tan sqrt if were by from
-        after before between until since through divided multiplied
+        after before between until since through divided multiplied negative
         """.split()
     )
 ) - {"max", "maximum", "minimum", "short"}
