@@ -1,4 +1,4 @@
-r"""Looks at the text next to a box for what changes its value: `-\boxed{5}`, `\boxed{5} million`."""
+r"""Looks next to a box for what changes its value: `-\boxed{5}`, `\boxed{5} million`."""
 
 import re
 
@@ -12,12 +12,14 @@ _FUNCTIONS = (
 )
 # Relations and operators that end in front of a box.
 _OPERATOR_BEFORE = re.compile(
-    r"(?:(?:[-−–+/^(\[|<>≤≥≠×·÷±√π]|[0-9)]\s*\*|\\(?:neq?|not|l[te]q?|leq|g[te]q?|geq|approx\s*\\not)"
+    r"(?:(?:[-−–+/^|<>≤≥≠×·÷±√π]|(?<!\\)[(\[]|[0-9)]\s*\*|\\(?:neq?|not|l[te]q?|leq|g[te]q?|geq|approx\s*\\not)"
     rf"|{_FUNCTIONS})\s*|[0-9A-Za-z](?<![A-Za-z]{{2}}))$"
 )
 # A group in front of a box is a factor, unless it is text; an open group is an argument.
 _GROUP_BEFORE = re.compile(r"(\\[A-Za-z]+)?(?:\s*\{[^{}]*\})*\s*(?:\{[^{}]*\}|\{)\s*$")
-_TEXT_COMMAND = re.compile(r"\\(?:text\w*|mbox|hbox|math(?:rm|bf|it|sf)|f?boxe?d?|framebox|begin|color)")
+_TEXT_COMMAND = re.compile(
+    r"\\(?:text\w*|mbox|hbox|math(?:rm|bf|it|sf)|f?boxe?d?|framebox|begin|color)"
+)
 _OPERATOR_AFTER = re.compile(
     rf"[+*/!(\[|>≤≥×·÷±√π∞½0-9A-Za-z]|<(?![/A-Za-z])|\^(?!\s*\{{?\s*(?:\\circ|°))|_(?![\s_]|$)"
     rf"|[-−–]\s?[0-9A-Za-z\\]|{_FUNCTIONS}|\\(?:%|\$)\s*[0-9]"
@@ -26,7 +28,10 @@ _MATH_SPACE = re.compile(r"(?:\\[,;:! ]|[^\S\n])*")
 _BOLD = re.compile(r"\*{2,}|\*(?=[\s.]|$)")
 # What may be between a box and the words next to it.
 _CLOSING = re.compile(r"(?:\s|\$|\\[)\]]|[*_`}]|\\[,;:! ])*")
-_SCALE_LETTERS = frozenset("k K m M b B bn mn T pi".split())
+_VERBS = frozenset(
+    ("is", "was", "isn't", "wasn't", "cannot", "can't", "does", "doesn't", "seems", "not", "would")
+)
+_SCALE_LETTERS = frozenset(("k", "K", "m", "M", "b", "B", "bn", "mn", "T", "pi"))
 
 
 def changes_in_context(answer: Answer, *, symbols_only: bool = False) -> bool:
@@ -56,9 +61,20 @@ def changes_in_context(answer: Answer, *, symbols_only: bool = False) -> bool:
         return True
     if last and last[-1] not in words.LINKS and any(word in words.BEFORE for word in last):
         return True
-    behind = plain(after[_CLOSING.match(after).end() :])
-    sentence = re.split(r"[.!?;\n]", behind, maxsplit=1)[0]
-    found = re.findall(r"[A-Za-zÀ-ÿ'’-]+", sentence)
-    if any(words.is_strong(word) for word in found):
+    line = after.split("\n", 1)[0]
+    behind = plain(line[_CLOSING.match(line).end() :])
+    found = re.findall(r"[A-Za-zÀ-ÿ'’-]+", re.split(r"[.!?;:]", behind, maxsplit=1)[0])
+    if not found or behind.lstrip().startswith(","):
+        return False
+    first = found[0].lower().replace("’", "'")
+    near = found[:3] if first in ("and", "or") else found[:2]
+    if any(words.is_strong(word) and word.lower() not in words.NEGATIONS for word in near):
         return True
-    return bool(found) and sentence.lstrip()[:1].isalpha() and found[0] in _SCALE_LETTERS
+    if first in _VERBS and any(_denies(word) for word in found[:4]):
+        return True
+    return behind.lstrip()[:1].isalpha() and found[0] in _SCALE_LETTERS
+
+
+def _denies(word: str) -> bool:
+    word = word.lower().replace("’", "'")
+    return word in words.NEGATIONS or word.endswith("n't")

@@ -22,7 +22,9 @@ _TEXT = re.compile(
     r"\\(?:text|mathrm|mbox|hbox|textrm|textbf|textit|textsf|texttt|mathbf|mathit|mathsf|emph)"
     r"\s*\{([^{}]*)\}"
 )
-_SPACE = re.compile(r"\\(?:[,;:! ]|(?:quad|qquad|thinspace|left|right|displaystyle)(?![A-Za-z]))|[~\s]+")
+_SPACE = re.compile(
+    r"\\(?:[,;:! ]|(?:quad|qquad|thinspace|left|right|displaystyle)(?![A-Za-z]))|[~\s]+"
+)
 _UNNEEDED_SPACE = re.compile(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])")
 _SHORT_SCRIPT = re.compile(r"([_^])\{(\w)\}")
 _NAME = re.compile(r"\\?[A-Za-z](?:_(?:\w|\{\w{1,3}\}))?\s*=\s*(?!=)")
@@ -35,6 +37,10 @@ _REPEATING = re.compile(r"(-?)([0-9]*)\.([0-9]{0,9})\\overline\{?([0-9]{1,9})\}?
 _RELATION = re.compile(r"[<>≤≥≠∈]|\\(?:leq?|geq?|neq?|in|lt|gt|equiv|cup|to)(?![A-Za-z])|[,;]")
 _EQUALS = re.compile(r"(?<![<>!:\\])=(?!=)")
 _APPROXIMATION = re.compile(r"\\(?:approx|simeq)(?![A-Za-z])|≈")
+# 0.333..., 5' (feet, minutes) and 0x48, of which the parser drops or reads a part.
+_DROPPED = re.compile(r"[0-9]\s*(?:\.\.|…|\\[lc]?dots|'|\*$)|\b0[xob][0-9A-Fa-f]")
+# 5m may be metres, millions or 5·m; only the last is a value that a parser could read.
+_GLUED_LETTER = re.compile(r"[0-9]\s*[A-Za-z](?![A-Za-z])")
 _JOINING_WORDS = frozenset(("and", "or"))
 
 
@@ -145,6 +151,10 @@ def differs(reference: Form, answer: Form) -> bool:
         return True
     if bool(_APPROXIMATION.search(reference.text)) != bool(_APPROXIMATION.search(answer.text)):
         return True
+    if set(_DROPPED.findall(answer.text)) - set(_DROPPED.findall(reference.text)):
+        return True
+    if reference.value is not None and _GLUED_LETTER.search(answer.literal):
+        return True
     changing, others = _changing_words(answer.text), _changing_words(reference.text)
     known = others | set(re.findall(r"[a-z]{2,}", reference.text))
     if "," in reference.text or ";" in reference.text or others & _JOINING_WORDS:
@@ -157,9 +167,8 @@ def sides(answer: Form) -> list[str]:
     if _RELATION.search(answer.text):
         return [answer.text]
     found = [side.strip() for side in _EQUALS.split(answer.text)]
-    if len(found) > 1 and found[0] and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", found[0])):
-        return found
-    return [answer.text]
+    names = re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", found[0]))
+    return found if len(found) > 1 and found[0] and not names else [answer.text]
 
 
 def refused(text: str) -> bool:
@@ -176,7 +185,7 @@ def _form(text: str) -> Form | None:
         content = next(group for group in whole.groups() if group is not None)
         text = text if "$" in content else content.strip()
     text = text.strip("*` \t\n").rstrip("\\")
-    text = re.sub(r"(?<![.\\])[.,;:]+$", "", text)
+    text = re.sub(r"(?<![.\\])[.,;:]$", "", text)
     value = _read_value(text)
     if value is None and refused(text):
         return None

@@ -6,6 +6,7 @@ computed, except the value of the notation itself (3 1/2, 1.5e3, 1.5 × 10^3).
 """
 
 import re
+import unicodedata
 from fractions import Fraction
 
 from jaxrl_stable.rewards import words
@@ -23,12 +24,8 @@ _INVISIBLE = dict.fromkeys([*map(ord, "\u200b\u2060\ufeff")])
 # Text that has control characters is no answer; two of them stand for the bounds of a fraction.
 _CONTROL = dict.fromkeys([*range(9), *range(14, 32), 11, 12, 127], "\ufffd")
 _VULGAR = {
-    ord(character): f" {value}"
-    for character, value in zip(
-        "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞",
-        "1/2 1/3 2/3 1/4 3/4 1/5 2/5 3/5 4/5 1/6 5/6 1/8 3/8 5/8 7/8".split(),
-        strict=True,
-    )
+    ord(character): " " + unicodedata.normalize("NFKC", character).replace("⁄", "/")
+    for character in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
 }
 _SUPERSCRIPTS = {ord(character): f"^{digit}" for digit, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 _CHARACTERS = {
@@ -53,7 +50,8 @@ _DECIMAL = rf"(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)"
 _EXPONENT = r"(?:\{\s*-?\s?[0-9]{1,2}\s*\}|-?[0-9]{1,2})"
 _FRACTION = r"\x01[^\x01\x02]*\x02"
 _CURRENCY = (
-    r"(?:(?:US|AU|CA|NZ|HK|A|C|S|R)?\$|[€£¥₹₩₽₺₪฿]|(?:Rs|INR|USD|EUR|GBP|JPY|CAD|AUD|CHF|CNY|RMB)\b\.?)"
+    r"(?:(?:US|AU|CA|NZ|HK|A|C|S|R)?\$|[€£¥₹₩₽₺₪฿]"
+    r"|(?:Rs|INR|USD|EUR|GBP|JPY|CAD|AUD|CHF|CNY|RMB)\b\.?)"
 )
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\s?(?:{_CURRENCY}\s*)?(?P<sign2>[+-]?)\s?(?:"
@@ -72,7 +70,7 @@ _POWER = r"(?:\s?\^\s?(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 _WORD = re.compile(rf"(?P<gap>[\s/·-]*)(?P<word>[A-Za-zµÀ-ÖØ-öø-ÿ]+(?:'[a-z]+)?)\.?{_POWER}")
 _FORMULA = re.compile(r"[\s]+(?:[A-Z][a-z]?[0-9]?){2,6}(?![A-Za-z0-9])")
 _GLOSS = re.compile(r"\s*\((?P<words>[A-Za-z]+(?:[\s-]+[A-Za-z]+){0,11})\)")
-IS_THE_ANSWER = re.compile(
+_IS_THE_ANSWER = re.compile(
     r"\s+is\s+(?:the|my|our)\s+(?:(?:final|correct|right)\s+)?(?:answer|result|solution|total)"
 )
 
@@ -93,10 +91,14 @@ _FONT = re.compile(
     r"\\(?:text|mathrm|mbox|hbox|textrm|textbf|textit|textsf|mathbf|mathit|mathsf|boldsymbol|bm|emph"
     r"|operatorname|rm|bf|underline)\s*\{([^{}]*)\}"
 )
-_STYLE = re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it|large|Large|LARGE|huge|Huge)(?![A-Za-z])")
+_STYLE = re.compile(
+    r"\\(?:displaystyle|textstyle|bf|rm|it|large|Large|LARGE|huge|Huge)(?![A-Za-z])"
+)
 _SPACE = re.compile(r"\\(?:[,;:> ]|(?:quad|qquad|thinspace|enspace|medspace)(?![A-Za-z]))|\{\\,\}")
 _DEGREE = re.compile(r"\{?\^\s*\{?\s*\\circ\s*\}?(?![A-Za-z])|\\degree(?![A-Za-z])|\^?°")
 _GROUP = re.compile(r"(?<![\w^}\\.\x02])((?:[+-]\s?)?)\{\s*(-?\s?[0-9][0-9,.]*)\s*\}")
+# GSM8K's annotation of a computation, "48/2 = <<48/2=24>>24".
+_CALCULATION = re.compile(r"<<[^<>]{0,200}>>")
 _TAG = re.compile(r"</?[A-Za-z]{1,16}>")
 _SYMBOLS = {
     "approx": "≈",
@@ -116,7 +118,7 @@ def plain(text: str) -> str:
     text = text.translate(_CHARACTERS)
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹]", lambda match: _SUPERSCRIPTS[ord(match.group())], text)
     if "<" in text:
-        text = _TAG.sub(" ", text)
+        text = _TAG.sub(" ", _CALCULATION.sub("", text))
     if "\\" in text or "{" in text:
         text = text.replace("{,}", ",").replace("\\!", "").replace("\\{", "\ufffd")
         text = _SPACE.sub(" ", text)
@@ -238,7 +240,7 @@ def is_unit(text: str) -> bool:
     if text.lstrip(" $").startswith(("..", "…")):  # 0.333...
         return False
     text = text.rstrip(" \t\r\n$*`_.,;:")
-    phrase = IS_THE_ANSWER.search(text)
+    phrase = _IS_THE_ANSWER.search(text)
     if phrase is not None and phrase.end() == len(text):
         text = text[: phrase.start()]
     signs = _SIGNS.match(text)
@@ -261,7 +263,7 @@ def is_unit(text: str) -> bool:
             break  # "5-year" is no noun phrase, "5 light-years" is one
         position = match.end()
     formula = _FORMULA.match(text, position)
-    return formula is not None and 0 < position and formula.end() == len(text)
+    return formula is not None and position > 0 and formula.end() == len(text)
 
 
 def _is_harmless(lead_in: re.Match[str]) -> bool:

@@ -42,7 +42,7 @@ def parse_reference(text: str) -> Fraction | None:
     """
     marked = find_answer(text)
     if marked is not None and marked.text:
-        return _read_marked(marked)
+        return _read_marked(marked, symbols_only=True)
     if len(text) > MAX_CHARACTERS:
         return None
     text = without_marks(text)
@@ -69,13 +69,10 @@ def numeric_reward(problem: Mapping[str, Any], response: str) -> Verdict:
     return Verdict(float(answer == reference), "ok")
 
 
-def _read_marked(answer: Answer) -> Fraction | None:
-    value = read_number(answer.text)
-    if value is None or changes_in_context(answer):
-        return None
-    return value
+def _read_marked(answer: Answer, *, symbols_only: bool = False) -> Fraction | None:
+    changed = changes_in_context(answer, symbols_only=symbols_only)
+    return None if changed else read_number(answer.text)
 
 
 def _tail(text: str) -> str:
     return text[-MAX_CHARACTERS:]
-

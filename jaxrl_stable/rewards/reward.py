@@ -159,9 +159,7 @@ def check_references(source: References, reward_name: str) -> None:
         )
 
 
-def _unreadable(
-    source: References, unreadable: Callable[[list[str]], Sequence[bool]]
-) -> list[int]:
+def _unreadable(source: References, unreadable: Callable[[list[str]], Sequence[bool]]) -> list[int]:
     answers = [source[i]["answer"] for i in range(len(source))]
     distinct = list(dict.fromkeys(answers))
     bad = dict(zip(distinct, unreadable(distinct), strict=True))

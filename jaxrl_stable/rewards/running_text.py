@@ -10,7 +10,6 @@ from fractions import Fraction
 
 from jaxrl_stable.rewards import words
 from jaxrl_stable.rewards.number import (
-    IS_THE_ANSWER,
     MAX_ANSWER,
     is_unit,
     match_number,
@@ -30,6 +29,7 @@ _STRIPPED = " \t\r\n$*`_,;:?"
 # Left sides of an equation whose right side is the answer: a name, or a computation with digits.
 _NAME = re.compile(r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([A-Za-z0-9]\))?")
 _COMPUTATION = re.compile(r"[0-9\s+*/×·÷().,%$\x01\x02-]*")
+_CROSS = re.compile(r"(?<=[0-9]\s)[xX](?=\s)")
 # Maths behind the last number: the answer is symbolic. A single letter is a name, except "a", "I".
 _LATER_MATHS = re.compile(
     r"[=+^√π∞≠≤≥<>\x01\x02\ufffd]|\\[A-Za-z]|(?<![A-Za-z'’.])[B-HJ-Zb-z](?![A-Za-z'’]|\.[A-Za-z])"
@@ -65,6 +65,7 @@ def last_number(text: str, *, cut: bool = False, only: bool = False) -> Fraction
         return None
     previous = gaps[numeric[-2]][1] if len(numeric) > 1 else 0
     between = text[previous : max(start, previous)] if line_start < 0 else ""
+    between += ":" if re.match(r"[\s$*`]*[,;:]", piece) else ""
     has_previous = len(numeric) > 1
     sign = _sign_before(between, has_previous)
     if sign is None or not _tail_is_harmless(piece, text[end:]):
@@ -97,9 +98,10 @@ def _read_piece(piece: str, begins_line: bool) -> Fraction | None:
         value = _read_bare(right.strip(_STRIPPED))
         if value is None or "≈" in left or "<" in left or ">" in left:
             return None
-        for side in map(str.strip, left.split("=")):
-            other = _read_bare(side.strip(_STRIPPED)) if side else value
-            named = _NAME.fullmatch(side.strip(_STRIPPED)) or _COMPUTATION.fullmatch(side)
+        for side in left.split("="):
+            side = side.strip(_STRIPPED)
+            other = _read_bare(side) if side else value
+            named = _NAME.fullmatch(side) or _COMPUTATION.fullmatch(_CROSS.sub("×", side))
             if (other is not None and other != value) or (other is None and not named):
                 return None
         return value
@@ -140,14 +142,32 @@ def _sign_before(between: str, has_previous: bool) -> int | None:
         return None
     if any(word in words.NEGATIONS or word.endswith("n't") for word in found[-4:]):
         return None
-    links = [i for i, word in enumerate(found) if word in words.LINKS and word != "were"]
-    if any(word in words.BEFORE for word in found[max([-1, *links]) + 1 :][-4:]):
+    clause = re.split(r"[,;:]", sentences[-1])[-1]
+    near = [word.lower() for word in re.findall(r"[A-Za-zÀ-ÿ'-]*[A-Za-zÀ-ÿ]", clause)]
+    links = [i for i, word in enumerate(near) if word in words.LINKS and word != "were"]
+    if any(word in words.BEFORE for word in near[max([-1, *links]) + 1 :][-4:]):
         return None
     return sign
 
 
 # Close to a number but not next to it, these may belong to the rest: "72 clips in April and May".
-_FURTHER = frozenset("and to over under through one with from between up point but most".split())
+_FURTHER = frozenset(
+    (
+        "and",
+        "to",
+        "over",
+        "under",
+        "through",
+        "one",
+        "with",
+        "from",
+        "between",
+        "up",
+        "point",
+        "but",
+        "most",
+    )
+)
 
 
 def _tail_is_harmless(piece: str, tail: str) -> bool:
@@ -158,12 +178,12 @@ def _tail_is_harmless(piece: str, tail: str) -> bool:
         return False
     if "?" in piece[max(map(piece.rfind, "0123456789")) :]:
         return False
-    closing = piece.rstrip(" \t$*`\"")
+    closing = piece.rstrip(' \t$*`"')
     if closing.endswith((".", "!", "\n")):
         return True
     sentence = re.split(r"[.!?]\s|[.!?]$|\n", tail, maxsplit=1)[0]
-    if re.match(r"is\b", sentence):
-        return IS_THE_ANSWER.match(f" {sentence}") is not None
+    if re.match(r"is\b(?!\s+(?:the|our|my|an?)\s)", sentence):
+        return False
     found = re.findall(r"[A-Za-zÀ-ÿ'-]*[A-Za-zÀ-ÿ]", sentence)
     if any(map(words.is_strong, found)):
         return False
@@ -174,8 +194,9 @@ def _tail_is_harmless(piece: str, tail: str) -> bool:
         for i, word in enumerate(found[:3])
     ):
         return False
+    if found[0] == "is":
+        return True
     return words.is_unit_word(found[0], glued=False, first=len(found[0]) > 2)
 
 
 _UNIT_POWER = re.compile(rf"\b(?:{'|'.join(sorted(words.SPACED_UNITS))})\s?\^\s?\{{?-?[0-9]\}}?")
-

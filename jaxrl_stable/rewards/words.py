@@ -7,113 +7,129 @@ because "k", "M", "pi" and "x" change the value.
 
 import re
 
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Symbols that may follow a number directly ("5kg").
-UNITS = frozenset(
+UNITS = _set(
     """
-    kg mg cm mm km nm ml mL dl dL cl kl lb lbs oz ft yd in mi mph kph kmh hr hrs min mins sec secs ms
-    ns us wk wks yr yrs kW MW kWh Wh kJ kcal cal Hz kHz MHz GHz kB KB MB GB TB kPa hPa Pa mol ppm
+    kg mg cm mm km nm ml mL dl dL cl kl lb lbs oz ft yd in mi mph kph kmh hr hrs min mins sec secs
+    ms ns us wk wks yr yrs kW MW kWh Wh kJ kcal cal Hz kHz MHz GHz kB KB MB GB TB kPa hPa Pa mol ppm
     ppb psi atm bar ha pt qt gal rpm mAh Ah dB eV
-    """.split()
+    """
 )
 # One letter needs a space ("5 m"): "5m" is also five million, or 5·m.
-SPACED_UNITS = UNITS | frozenset("m g s h l L J W N V A C F".split())
+SPACED_UNITS = UNITS | _set("m g s h l L J W N V A C F")
 # Words of one or two letters in a noun phrase: "3 of the red ones", "12 sq ft".
-SMALL_WORDS = frozenset("a an of in on at per sq cu as he it we be so la le de du".split())
+SMALL_WORDS = _set("a an of in on at per sq cu as he it we be so la le de du")
 
-CARDINALS = frozenset(
+CARDINALS = _set(
     """
     zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fourty fifty sixty seventy eighty ninety
     hundred thousand million billion trillion
-    """.split()
+    """
 )
-_SCALES = frozenset(
+_SCALES = _set(
     """
     lakh lac lacs crore arab kharab dozen score gross pair pairs couple couples trio trios myriad
-    mil mill mille millier milliers mio mln mrd mld bio bln trn tsd tausend hundert milliarde cent
+    mil mill mille millier milliers mio mln mrd mld bio bln trn tsd tausend hundert milliarde
     milliarden millionen millones milliard milliards kilo mega giga tera milli micro nano grand mms
     cientos ciento tusen tusind duizend miljoen miljard douzaine dutzend docena dozzina pm bc bce
     o'clock scores grosses twos ones
-    """.split()
-) - {"cent"}  # "50 per cent", "1 cent"
-_PARTS = frozenset(
+    """
+)
+_PARTS = _set(
     """
     half halves halfs third thirds quarter quarters fourth fourths fifth fifths sixth sixths seventh
     sevenths eighth eighths ninth ninths tenth tenths twelfth twelfths sixteenth sixteenths
     twentieth twentieths hundredth hundredths thousandth thousandths millionth millionths billionth
-    billionths halb halbe demi demie medio media tiers quart zehntel hundertstel percentile promille
+    billionths halb halbe demi demie medio media tiers zehntel hundertstel percentile promille
     permille double doubles doubled twice thrice triple tripled quadruple quadrupled quintuple
     repeating recurring upwards upward onwards downwards short
-    """.split()
+    """
 )
-_OPERATORS = frozenset(
+_OPERATORS = _set(
     """
     or plus minus times multiplied multiply divided divide divides subtract subtracted subtracting
     squared cubed square-root power powers root roots sqrt cbrt mod modulo modulus factorial choose
     permute log ln exp sin cos tan sine cosine tangent negative negated inverse inverted reciprocal
     reversed remainder rem decimal exponent raised halved squareroot radical complement conjugate
-    binary octal hex hexadecimal ternary roman radian radians und oder mal weniger mehr hoch komma ou
-    moins fois menos más por virgule coma punto hasta bis increased decreased away opposite flipped
-    """.split()
+    binary octal hex hexadecimal ternary roman radian radians und oder mal weniger mehr hoch
+    komma ou moins fois menos más por virgule coma punto hasta bis increased
+    decreased away opposite flipped
+    """
 )
 # These change a number only if they are close to it.
-_CLOSE_OPERATORS = frozenset(
+_CLOSE_OPERATORS = _set(
     """
     and over under add added less fewer greater lesser base bases point comma prime bar to through
     thru until till between from durch et plus mas entre with take
-    """.split()
+    """
 )
-_NEGATIONS = frozenset(
+_NEGATIONS = _set(
     """
     not no nor never none neither nothing without except excluding but isnt arent wasnt doesnt dont
     didnt cant cannot wont wrong incorrect false mistaken mistake error invalid impossible undefined
-    infinite infinity unknown unless instead rather fails failed nicht kein keine falsch pas faux non
+    infinite infinity unknown unless instead rather fails failed
+    nicht kein keine falsch pas faux non
     ni nunca incorrecto actually wait correction hmm oops sorry too guess seems
-    """.split()
+    """
 )
-_COMPARISONS = frozenset(
+_COMPARISONS = _set(
     """
     least most than up above below exceeding exceeds exceed almost nearly near maximum minimum max
     higher lower larger smaller bigger beyond within anything
-    """.split()
+    """
 )
-_SYMBOLS = frozenset("pi tau phi euler imaginary alpha beta theta sigma lambda omega MM".split())
+_SYMBOLS = _set("pi tau phi euler imaginary alpha beta theta sigma lambda omega MM")
 
 # Later in the same sentence, these make a number another one, or no answer.
 _STRONG = (CARDINALS | _SCALES | _PARTS | _OPERATORS | _NEGATIONS | _SYMBOLS) - {"but", "short"}
 # Next to a number, these are refused.
 _CHANGING = _STRONG | _CLOSE_OPERATORS | _COMPARISONS | {"one", "but", "short"}
-NEGATIONS = _NEGATIONS - {"actually", "wait", "sorry", "oops", "hmm", "correction", "but", "instead"}
+NEGATIONS = _NEGATIONS - {
+    "actually",
+    "wait",
+    "sorry",
+    "oops",
+    "hmm",
+    "correction",
+    "but",
+    "instead",
+}
 # In front of a number, behind the verb, these make it another one ("twice 36"), or no answer.
 BEFORE = (
     _PARTS
     | _COMPARISONS
-    | frozenset(
+    | _set(
         """
         square cube root log ln power factorial factor multiple multiples divisible inverse opposite
         reciprocal complement mod modulo base plus times over under less more fewer greater hundred
         thousand dozen product sum difference quotient remainder sin cos tan sqrt if were by from
         after before between until since through divided multiplied negative
-        """.split()
+        """
     )
 ) - {"max", "maximum", "minimum", "short"}
-LABELS = frozenset(
+LABELS = _set(
     """
     step page version question problem exercise equation eq figure fig table chapter section part
     case line example option choice note footnote item lemma theorem room no nr
     january february march april june july august september october november december jan feb
     mar apr jun jul aug sep sept oct nov dec
-    """.split()
+    """
 )
 # A number between these and another number is part of an expression or a list: "3 or 4".
-CONNECTORS = frozenset(
+CONNECTORS = _set(
     "and or to of out in minus plus times by over divided multiplied less through until till mod "
-    "choose from und oder mal bis ou et with".split()
+    "choose from und oder mal bis ou et with"
 )
 # Words between two numbers that do not make them one expression: "3 boys is 3 pupils".
-LINKS = frozenset(
+LINKS = _set(
     "is are was were equals equal be being gives give makes make becomes leaves leave yields yield "
-    "get gets so then thus hence but has have".split()
+    "get gets so then thus hence but has have"
 )
 # Text behind a number that says that it is not the answer.
 NO_ANSWER = re.compile(
@@ -174,11 +190,11 @@ def _is_inflected(lower: str) -> bool:
     return lower.endswith(_ENDINGS) or _NUMBER_STEMS.fullmatch(lower) is not None
 
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen
+""".split()  # noqa: SIM905
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
 
 
 def spell(number: int) -> str:
