@@ -34,18 +34,19 @@ _VERBS = frozenset(
 _SCALE_LETTERS = frozenset(("k", "K", "m", "M", "b", "B", "bn", "mn", "T", "pi"))
 
 
-def changes_in_context(answer: Answer, *, symbols_only: bool = False) -> bool:
+def changes_in_context(answer: Answer, *, worked: bool = False) -> bool:
     """Returns whether text next to a box changes its value.
 
     Args:
       answer: a marked answer and its context.
-      symbols_only: whether to ignore words, as in a worked solution that goes on behind its answer.
+      worked: whether the text is a worked solution of a data set, which may go on in the sentence
+        of its answer, so that only the nearest words count.
     """
     before = answer.before
     group = _GROUP_BEFORE.search(before)
     if group is not None:
         if group.group(1) is None or not _TEXT_COMMAND.fullmatch(group.group(1)):
-            return not before.rstrip().endswith("}") or before.endswith("}")
+            return before.endswith("}") or before.rstrip().endswith("{")
     elif _OPERATOR_BEFORE.search(before):
         return True
     after = _BOLD.sub("", answer.after, count=1)
@@ -53,13 +54,7 @@ def changes_in_context(answer: Answer, *, symbols_only: bool = False) -> bool:
     in_math = before.count("$") % 2 == 1 and "$" in after
     if (gap == 0 or in_math or after[:1] == "\\") and _OPERATOR_AFTER.match(after, gap):
         return True
-    if symbols_only:
-        return False
-    clause = re.split(r"[.,;:\n]", before)[-1]
-    last = [word.lower() for word in re.findall(r"[A-Za-z']+", clause)[-2:]]
-    if any(word in words.NEGATIONS or word.endswith("n't") for word in last):
-        return True
-    if last and last[-1] not in words.LINKS and any(word in words.BEFORE for word in last):
+    if not worked and _changed_by_words(before):
         return True
     line = after.split("\n", 1)[0]
     behind = plain(line[_CLOSING.match(line).end() :])
@@ -67,10 +62,10 @@ def changes_in_context(answer: Answer, *, symbols_only: bool = False) -> bool:
     if not found or behind.lstrip().startswith(","):
         return False
     first = found[0].lower().replace("’", "'")
-    near = found[:3] if first in ("and", "or") else found[:2]
+    near = found[:3] if first in ("and", "or") else found[: 1 if worked else 2]
     if any(words.is_strong(word) and word.lower() not in words.NEGATIONS for word in near):
         return True
-    if first in _VERBS and any(_denies(word) for word in found[:4]):
+    if first in _VERBS and any(_denies(word) for word in found[: 2 if worked else 4]):
         return True
     return behind.lstrip()[:1].isalpha() and found[0] in _SCALE_LETTERS
 
@@ -78,3 +73,11 @@ def changes_in_context(answer: Answer, *, symbols_only: bool = False) -> bool:
 def _denies(word: str) -> bool:
     word = word.lower().replace("’", "'")
     return word in words.NEGATIONS or word.endswith("n't")
+
+
+def _changed_by_words(before: str) -> bool:
+    clause = re.split(r"[.,;:=\n]", before)[-1]
+    last = [word.lower() for word in re.findall(r"[A-Za-z']+", clause)[-2:]]
+    if any(map(_denies, last)):
+        return True
+    return bool(last) and last[-1] not in words.LINKS and not words.MULTIPLES.isdisjoint(last)

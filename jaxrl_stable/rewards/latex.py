@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrl_stable.rewards.answer import MAX_CHARACTERS
 from jaxrl_stable.rewards.literal import (
     Form,
     differs,
@@ -20,6 +19,7 @@ from jaxrl_stable.rewards.literal import (
     is_marked,
     reference_form,
     response_form,
+    running_latex,
     sides,
 )
 from jaxrl_stable.rewards.verdict import Verdict
@@ -51,8 +51,10 @@ def latex_reward(problem: Mapping[str, Any], response: str) -> Verdict:
     answer = response_form(response)
     if answer is None and is_marked(response):
         return Verdict(0.0, "invalid")
-    if answer is None or reference is None:
-        return _verify(gold, _parse(response[-MAX_CHARACTERS:]))
+    if answer is None:
+        return _verify(gold, _parse(running_latex(response)))
+    if reference is None:
+        return _verify(gold, _parse_whole(answer.text))
     if answer.literal == reference.literal or equal_numbers(reference, answer):
         return Verdict(1.0, "ok")
     if reference.is_text or answer.is_text:
@@ -73,7 +75,7 @@ def _reference(text: str) -> tuple[Form | None, list[Any]]:
     """
     reference = reference_form(text)
     if reference is None:
-        gold = [] if is_marked(text) else _parse(text[-MAX_CHARACTERS:])
+        gold = [] if is_marked(text) else _parse(running_latex(text))
     elif reference.is_text:
         return reference, []
     elif reference.value is not None:

@@ -9,14 +9,16 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from jaxrl_stable.rewards import words
-from jaxrl_stable.rewards.answer import MAX_CHARACTERS, Answer, find_answer
+from jaxrl_stable.rewards.answer import MAX_CHARACTERS, Answer, find_answer, without_marks
 from jaxrl_stable.rewards.context import changes_in_context
 from jaxrl_stable.rewards.number import read_number
+from jaxrl_stable.rewards.running_text import last_number
 
 # Longer texts are attacks, not answers: the parser takes seconds for nested brackets.
 MAX_ANSWER = 300
 
 _SEGMENT = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])")
 _JOINED = re.compile(r"(?:\s|[,;.&]|\band\b|\bor\b)*")
 _TEXT = re.compile(
     r"\\(?:text|mathrm|mbox|hbox|textrm|textbf|textit|textsf|texttt|mathbf|mathit|mathsf|emph)"
@@ -80,6 +82,26 @@ def is_marked(text: str) -> bool:
     return (answer is not None and bool(answer.text)) or only_segment(text) is not None
 
 
+def running_latex(text: str) -> str:
+    """Returns the part of an unmarked text with several formulas that a parser may search.
+
+    Returns:
+      "" if the text has a box that is not closed, if words change its last formula, or if it has no
+      LaTeX. A fraction without `$` has to be a number on its own.
+    """
+    tail = without_marks(text[-MAX_CHARACTERS:])
+    if _BOX.search(tail):
+        return ""
+    segments = list(_SEGMENT.finditer(tail))
+    if segments:
+        last = _segment(segments[-1])
+        return "" if changes_in_context(last) or refused(last.text) else tail
+    if "\\begin{" in tail:
+        return tail
+    value = last_number(tail, cut=len(text) > MAX_CHARACTERS) if "\\" in tail else None
+    return "" if value is None else rf"$\frac{{{value.numerator}}}{{{value.denominator}}}$"
+
+
 def reference_form(text: str) -> Form | None:
     """Returns the marked answer of a reference, else all of it.
 
@@ -88,7 +110,7 @@ def reference_form(text: str) -> Form | None:
     """
     answer = find_answer(text)
     if answer is not None and answer.text:
-        if changes_in_context(answer, symbols_only=True):
+        if changes_in_context(answer, worked=True):
             return None
         return _form(answer.text)
     if len(text) > MAX_CHARACTERS:
@@ -116,13 +138,17 @@ def only_segment(text: str) -> Answer | None:
     r"""Returns the content of the only `$...$`, `\(...\)` or `\[...\]` in the end of a text."""
     start = max(0, len(text) - MAX_CHARACTERS)
     found = list(_SEGMENT.finditer(text, start))
-    if len(found) != 1:
+    if len(found) != 1 or _BOX.search(without_marks(text[start:])):
         return None
-    match = found[0]
-    if start and match.start() == start:
+    if start and found[0].start() == start:
         return None
+    return _segment(found[0])
+
+
+def _segment(match: re.Match[str]) -> Answer:
     content = next(group for group in match.groups() if group is not None)
-    return Answer(content.strip(), "", text[match.end() : match.end() + 80])
+    after = match.string[match.end() : match.end() + 80]
+    return Answer(content.strip(), "", after)
 
 
 def equal_numbers(first: Form, second: Form) -> bool:

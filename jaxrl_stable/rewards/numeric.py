@@ -42,7 +42,7 @@ def parse_reference(text: str) -> Fraction | None:
     """
     marked = find_answer(text)
     if marked is not None and marked.text:
-        return _read_marked(marked, symbols_only=True)
+        return _read_marked(marked, worked=True)
     if len(text) > MAX_CHARACTERS:
         return None
     text = without_marks(text)
@@ -69,8 +69,8 @@ def numeric_reward(problem: Mapping[str, Any], response: str) -> Verdict:
     return Verdict(float(answer == reference), "ok")
 
 
-def _read_marked(answer: Answer, *, symbols_only: bool = False) -> Fraction | None:
-    changed = changes_in_context(answer, symbols_only=symbols_only)
+def _read_marked(answer: Answer, *, worked: bool = False) -> Fraction | None:
+    changed = changes_in_context(answer, worked=worked)
     return None if changed else read_number(answer.text)
 
 

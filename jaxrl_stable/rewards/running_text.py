@@ -29,6 +29,7 @@ _STRIPPED = " \t\r\n$*`_,;:?"
 # Left sides of an equation whose right side is the answer: a name, or a computation with digits.
 _NAME = re.compile(r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([A-Za-z0-9]\))?")
 _COMPUTATION = re.compile(r"[0-9\s+*/×·÷().,%$\x01\x02-]*")
+_NEXT_SENTENCE = re.compile(r"(?<=[.!])[\s$*]+[AI]\s*$")
 _CROSS = re.compile(r"(?<=[0-9]\s)[xX](?=\s)")
 # Maths behind the last number: the answer is symbolic. A single letter is a name, except "a", "I".
 _LATER_MATHS = re.compile(
@@ -58,7 +59,7 @@ def last_number(text: str, *, cut: bool = False, only: bool = False) -> Fraction
     line_start = piece.rfind("\n", 0, max(map(piece.rfind, "0123456789")))
     if only and _NUMERIC.search(piece, 0, max(line_start, 0)):
         return None
-    piece = piece[line_start + 1 :]
+    piece = _NEXT_SENTENCE.sub("", piece[line_start + 1 :])
     begins_line = line_start >= 0 or not text[:start].strip()
     value = _read_piece(piece, begins_line)
     if value is None:

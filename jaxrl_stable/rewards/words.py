@@ -113,6 +113,8 @@ BEFORE = (
         """
     )
 ) - {"max", "maximum", "minimum", "short"}
+# In front of a box, fewer words change it: "a sum of", "at least" and "by" lead to the answer.
+MULTIPLES = _PARTS | {"minus", "negative"}
 LABELS = _set(
     """
     step page version question problem exercise equation eq figure fig table chapter section part

@@ -175,7 +175,7 @@ def test_an_expression_is_no_reference():
 def test_a_number_is_read_from_the_text_around_it():
     """Solutions without a mark, as models write them."""
     solutions = {
-        "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nTogether 48+24 = <<48+24=72>>72 clips.": 72,
+        "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nSo 48+24 = <<48+24=72>>72 clips.": 72,
         "Weng earns 12/60 = $0.2 per minute.\nWorking 50 minutes, she earned 0.2 x 50 = $10.": 10,
         "So Betty needs $100 - $50 - $45 = $5 more.": 5,
         "James writes 3*2=6 pages a week, so he writes 6*52=624 pages a year.": 624,
