@@ -61,7 +61,7 @@ _NUMBER = re.compile(
     rf"|(?P<mantissa>{_DECIMAL})\s*[×·*xX]\s*10\s*\^\s*(?P<exponent>{_EXPONENT})"
     rf"|10\s?\^\s*(?P<power>{_EXPONENT})"
     rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<e>[+-]?[0-9]{{1,2}}))?"
-    r")(?![0-9])"
+    r")"
 )
 # Signs of a unit; a percent sign is one too: 50% is 50.
 _SIGNS = re.compile(r"\s*(?:[$€£¥₹₩₽₺₪฿¢]|\\?%|°\s?[CF]?(?![A-Za-z]))+")

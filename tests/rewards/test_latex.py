@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from jaxrl_stable.rewards import Verdict, check_references, load_reward
+from jaxrl_stable.rewards import Reward, Verdict, check_references, load_reward
 from jaxrl_stable.rewards.literal import boxed_reference, needs_parsing
 from tests.rewards.written_math import PARTS, SCORES
 
@@ -104,6 +104,22 @@ def test_references_that_cannot_be_read_are_named(reward):
     for bad in ("", "5 6", r"\frac{1}{2", r"\sqrt", "x" * 400, r"$-$\boxed{5}\pi"):
         with pytest.raises(ValueError, match=r"\]\[1\]: reward 'math' .* affected: 2 of 3"):
             check_references([{"answer": "x"}, {"answer": bad}, {"answer": bad}], "math")
+
+
+def test_a_reference_that_is_not_equal_to_itself_is_refused(monkeypatch):
+    from jaxrl_stable.rewards import latex
+
+    monkeypatch.setattr(latex.math_verify, "verify", lambda *_, **__: False)
+    with pytest.raises(ValueError, match="reference answer 'z\\+1' is not LaTeX"):
+        latex.latex_reward({"answer": "z+1"}, r"\boxed{z+1}")
+
+
+@pytest.mark.fast
+def test_a_reference_that_does_not_score_1_in_a_box_is_refused(monkeypatch):
+    zero = Reward("math", lambda problems, _: [Verdict(0.0, "ok")] * len(problems))
+    monkeypatch.setattr("jaxrl_stable.rewards.reward.load_reward", lambda *_, **__: zero)
+    with pytest.raises(ValueError, match=r"\]\[1\]: reward 'math' cannot read"):
+        check_references([{"answer": "1"}, {"answer": "x"}], "math")
 
 
 @pytest.mark.fast

@@ -166,6 +166,13 @@ def test_an_expression_is_no_number(form):
 
 
 @pytest.mark.fast
+def test_a_dash_that_begins_a_line_is_an_item_or_a_sign():
+    assert parse_number("- 5 apples") is None
+    assert parse_number("I have:\n- 5 apples") is None
+    assert parse_number("#### - 5 apples") == parse_reference("- 5 apples") == -5
+
+
+@pytest.mark.fast
 def test_an_expression_is_no_reference():
     texts = [*EXPRESSIONS, *(text for kind in KINDS.values() for text, v in kind.items() if not v)]
     assert [text for text in texts if parse_reference(text) is not None] == []
@@ -197,6 +204,8 @@ def test_a_reference_is_the_only_number():
     for text in ("72", "The answer is 72.", "She has 72 clips.", "x = 72", "3+4=7 #### 72"):
         assert parse_reference(text) == 72
     assert parse_reference(r"so $\boxed{72}$ cm, which is half of it") == 72
+    assert parse_reference(r"\boxed{72} is half of it") == 72
+    assert parse_number(r"\boxed{72} is half of it") is None
     for text in ("3 boys have 72 clips", "3\n72", "She has 70 clips. Then 72.", "72" + " " * 2_000):
         assert parse_reference(text) is None, text
 
