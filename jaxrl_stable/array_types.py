@@ -1,8 +1,8 @@
-"""Array types for the signatures of modules that need jax and numpy alone.
+"""Array types for the signatures of modules that need only jax and numpy.
 
-They are jaxtyping's for static type checkers, and at run time if the process has imported
-jaxtyping already: its import hook then checks every shape. Importing a loss never imports
-jaxtyping, and without it `Float[Array, "B T"]` is an annotated `Array`.
+Static type checkers see jaxtyping's types. These are also used at run time if the process has
+already imported jaxtyping, whose import hook then checks every shape. Importing a loss never
+imports jaxtyping; without it, `Float[Array, "B T"]` is an annotated `Array`.
 """
 
 import sys
@@ -16,4 +16,4 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 else:
     Bool = Float = Int = Num = Shaped = Annotated
 
-Array = jax.Array | np.ndarray | np.generic  # what jax.numpy takes; results are JAX arrays
+Array = jax.Array | np.ndarray | np.generic  # accepted by jax.numpy; results are JAX arrays

@@ -1,7 +1,7 @@
 """Checkpoints with Orbax: weights, optimiser, key, data position and step, written atomically.
 
-All processes save and restore together, each the shards of its own devices. The number of processes
-and the mesh may change in between: restored arrays take the shardings of their templates.
+All processes save and restore together; each handles the shards on its own devices. The number of
+processes and the mesh may change in between: restored arrays take the shardings of their templates.
 
 A checkpoint has named parts ("model", "optimizer", …) that can be restored separately. Each part is
 stored flat, with one entry per array under its tree path, so it can be read without the classes
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxrl_stable.model.config import ModelConfig
 
 SCORE = "score"
-ABOUT = "about"  # metadata: architecture, array names of each part, data and position
+ABOUT = "about"  # metadata: architecture, array names of each part, data, settings and position
 DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(ModelConfig)
@@ -34,11 +35,14 @@ class Checkpointer:
     """Saves and restores the state of one run.
 
     Args:
-      directory: directory of the checkpoints of this run.
+      directory: the run's checkpoint directory.
       architecture: `ModelConfig.architecture()`; stored, and compared before anything is restored.
       keep: number of newest checkpoints to keep, in addition to the one with the best score.
-      data: description of the data that positions refer to; compared before one is restored.
-      reading: only read. If False, unfinished saves are deleted, even those of a running process.
+      data: description of the data that positions refer to; compared before a position is restored.
+      settings: further settings of the run, JSON values by name; compared together with the data.
+        Settings that the checkpoint lacks are not compared.
+      reading: whether to only read. If False, unfinished saves are deleted, even if a running
+        process is still writing them.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Checkpointer:
         keep: int = 2,
         data: str = "",
         reading: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         policies = ocp.training.preservation_policies
         best = policies.BestN(
@@ -56,6 +61,7 @@ class Checkpointer:
             keep_checkpoints_without_metrics=False,
         )
         self._architecture, self._data = _jsonable(architecture), data
+        self._settings = _jsonable(dict(settings or {}))
         self._orbax = ocp.training.Checkpointer(
             pathlib.Path(directory).resolve(),
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
@@ -100,6 +106,7 @@ class Checkpointer:
         items = {name: _flat(tree) for name, tree in parts.items()}
         names = {name: list(leaves) for name, leaves in items.items()}
         about = {"architecture": self._architecture, "parts": names, "data": self._data}
+        about["settings"] = self._settings
         if dataset is not None:
             about["position"] = json.dumps(dataset.get_state())
         items[ABOUT] = about
@@ -120,7 +127,8 @@ class Checkpointer:
           The restored trees, or None if no checkpoint exists.
 
         Raises:
-          ValueError: if the checkpoint belongs to another architecture, data set or program.
+          ValueError: if the checkpoint belongs to another architecture, data set or program, or if
+            its settings differ.
         """
         if not self.steps:
             return None
@@ -137,6 +145,15 @@ class Checkpointer:
             for name, tree in templates.items()
         }
 
+    def check(self) -> None:
+        """Checks that the newest checkpoint, if any, has this architecture, data and settings.
+
+        Raises:
+          ValueError: as `restore`.
+        """
+        if self.steps:
+            self._check(self.steps[-1], {}, compare_data=True)
+
     def architecture(self, step: int) -> dict[str, Any]:
         """Returns the stored `ModelConfig.architecture()`."""
         return self._about(step)["architecture"]
@@ -145,7 +162,7 @@ class Checkpointer:
         about = self._about(step)
         if "position" not in about:
             raise ValueError(
-                f"checkpoint {self._orbax.directory}/{step} holds no position in the data; start "
+                f"checkpoint {self._orbax.directory}/{step} lacks a position in the data; start "
                 "a new run from its weights with --gin.configs.Experiment.init_from and another "
                 "--workdir"
             )
@@ -157,7 +174,7 @@ class Checkpointer:
     def _check(self, step: int, flat: dict[str, dict[str, Any]], compare_data: bool) -> None:
         about = self._about(step)
         where = f"checkpoint {self._orbax.directory}/{step}"
-        # Fields that an older version lacked had their present default values.
+        # Fields that older versions lacked behaved like today's defaults.
         stored = DEFAULTS | about["architecture"]
         differing = [
             f"{name} is {stored.get(name)!r} there and {self._architecture.get(name)!r} here"
@@ -166,8 +183,8 @@ class Checkpointer:
         ]
         if differing:
             raise ValueError(
-                f"{where} is of another model: {'; '.join(differing)}. Use its configuration or "
-                "another --workdir"
+                f"{where} holds a different model: {'; '.join(differing)}. Use its configuration "
+                "or another --workdir"
             )
         if compare_data and about["data"] != self._data:
             raise ValueError(
@@ -175,12 +192,27 @@ class Checkpointer:
                 "original data, or start a new run with --gin.configs.Experiment.init_from and "
                 "another --workdir"
             )
+        if compare_data:
+            stored = about.get("settings", {})  # older versions stored none
+            differing = [
+                f"{name} is {value!r} there and {self._settings[name]!r} here"
+                for name, value in stored.items()
+                if name in self._settings and self._settings[name] != value
+            ]
+            if differing:
+                raise ValueError(
+                    f"{where} is from a run with other settings: {'; '.join(differing)}. Change "
+                    "them back, or start a new run with --gin.configs.Experiment.init_from and "
+                    "another --workdir"
+                )
+            self._settings = stored | self._settings  # later checkpoints keep all of them
         for name, leaves in flat.items():
             differing = sorted(leaves.keys() ^ set(about["parts"].get(name, ())))
             if differing:
                 raise ValueError(
-                    f"{where} does not match this program: {name}{differing[0]} exists on one side "
-                    "only. Another program or version wrote it; use another --workdir"
+                    f"{where} does not match this program: only one of them has "
+                    f"{name}{differing[0]}. Another program or version wrote the checkpoint; use "
+                    "another --workdir"
                 )
 
 
@@ -191,26 +223,33 @@ def load_model(
     *,
     best: bool = False,
 ) -> Any:
-    """Reads the model of another run from its newest checkpoint, or its best one (`best`).
+    """Reads another run's model from its newest checkpoint, or from its best one if `best`.
 
     Args:
-      directory: directory of the checkpoints.
+      directory: that run's checkpoint directory.
       architecture: `ModelConfig.architecture()` of the expected model.
       template: model with `jax.ShapeDtypeStruct` leaves.
-      best: read the checkpoint with the best score.
+      best: whether to read the checkpoint with the best score.
 
     Raises:
       ValueError: if no checkpoint exists, or if it holds another model.
     """
     directory = pathlib.Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory} does not exist; give the checkpoints of a finished run")
+        raise ValueError(f"{directory} is not a directory; pass the checkpoints of a finished run")
     with Checkpointer(directory, architecture, reading=True) as checkpointer:
         step = checkpointer.best_step if best else None
         loaded = checkpointer.restore({"model": template}, step=step)
     if loaded is None:
-        raise ValueError(f"{directory} holds no checkpoint; give the checkpoints of a finished run")
+        raise ValueError(f"{directory} contains no checkpoint; pass a finished run's directory")
     return loaded["model"]
+
+
+def has_checkpoints(directory: str | pathlib.Path) -> bool:
+    """Returns whether a directory contains a finished checkpoint, without opening any."""
+    # Orbax names finished checkpoints by step, and adds a suffix to unfinished ones.
+    directory = pathlib.Path(directory)
+    return directory.is_dir() and any(path.name.isdecimal() for path in directory.iterdir())
 
 
 def stored_architecture(directory: str | pathlib.Path) -> dict[str, Any]:
@@ -226,7 +265,7 @@ def stored_architecture(directory: str | pathlib.Path) -> dict[str, Any]:
         with Checkpointer(directory, {}, reading=True) as checkpointer:
             if checkpointer.steps:
                 return checkpointer.architecture(checkpointer.steps[-1])
-    raise ValueError(f"{directory} holds no checkpoint; give the working directory of a run")
+    raise ValueError(f"{directory} contains no checkpoint; pass the working directory of a run")
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -234,5 +273,5 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
 
-def _jsonable(architecture: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(architecture))
+def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(fields))

@@ -13,12 +13,14 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxrl_stable.checks import one_of, positive
+from jaxrl_stable.advantages import check_group_size, check_penalty
+from jaxrl_stable.checks import expand_paths, field_types, one_of, positive, sources, within
 from jaxrl_stable.model.config import ModelConfig, tiny
 from jaxrl_stable.objective import Objective
 from jaxrl_stable.sharding import BATCH, ROWS, MeshShape
 
 MOMENT_DTYPES = ("float32", "bfloat16")
+MAX_SEED = 2**32 - 1  # of grain's shuffle
 RANKING = ("reward", "avg_at_k", "pass_at_k")
 FORMATS = ("none", "int8", "int4", "fp8", "int8_w8a8", "fp8_w8a8")  # see `quantize`
 
@@ -28,8 +30,9 @@ class Data:
     """Problems, tokenizer and reward.
 
     Attributes:
-      train: source of training problems (`data.JsonlSource`, `data.ReasoningGymSource`, …).
-      heldout: source of held-out problems.
+      train: source of training problems: path of a JSONL file, a list of paths, or an object
+        (`data.ReasoningGymSource`, …).
+      heldout: source of held-out problems, likewise.
       tokenizer: path of a SentencePiece model or of a Hugging Face `tokenizer.json`. If empty, the
         tokenizer of `Experiment.init_from`, or else a SentencePiece model that is trained on the
         problems and kept in the working directory.
@@ -61,6 +64,11 @@ class Data:
     reward_workers: int = 1
 
     def __post_init__(self):
+        field_types(self)
+        sources(self, "train", "heldout")
+        expand_paths(self, "train", "heldout", "tokenizer")
+        positive(self, "vocab_size", "prompt_width", "reward_workers")
+        within(self, "reward_timeout", above=0)
         for field in ("system", "chat_variables"):
             if getattr(self, field) and not self.chat:
                 raise ValueError(f"Data.{field} is for chats; set Data.chat = True, or remove it")
@@ -82,6 +90,10 @@ class Optimizer:
         (`ModelConfig.param_dtype`). False saves that memory and loses updates below the spacing of
         the stored dtype.
       first_moment_dtype: dtype of Adam's first moment; the second is float32.
+      skip_zero_gradients: whether a step whose gradient is exactly 0 leaves weights, moments and
+        schedule as they are. False is usual in the field: Adam's momentum and the weight decay
+        still move the weights, by most of the last step at first (b1 = 0.9), although no response
+        taught anything. `gradient/zero_share` counts such steps either way.
     """
 
     learning_rate: float = 1e-6
@@ -94,9 +106,14 @@ class Optimizer:
     clip_norm: float = 1.0
     master_weights: bool = True
     first_moment_dtype: str = "float32"
+    skip_zero_gradients: bool = False
 
     def __post_init__(self):
+        field_types(self)
         one_of(self, "first_moment_dtype", MOMENT_DTYPES)
+        within(self, "learning_rate", "warmup_steps", "decay_steps", "weight_decay", at_least=0)
+        within(self, "b1", "b2", at_least=0, below=1)
+        within(self, "eps", "clip_norm", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +121,8 @@ class Supervised:
     """Cold start: supervised training on prompt-answer pairs, packed.
 
     Attributes:
-      demonstrations: source of prompt-answer pairs; the training problems by default.
+      demonstrations: source of prompt-answer pairs, like `Data.train`; the training problems by
+        default.
       steps: gradient steps.
       batch_size: packed rows per step.
       length: tokens per row.
@@ -120,6 +138,10 @@ class Supervised:
     checkpoint_every: int = 200
 
     def __post_init__(self):
+        field_types(self)
+        sources(self, "demonstrations")
+        expand_paths(self, "demonstrations")
+        within(self, "steps", at_least=0)
         positive(self, "batch_size", "length", "checkpoint_every")
 
 
@@ -131,14 +153,17 @@ class Reinforcement:
       steps: number of rollouts ("global steps"); each makes `objective.mini_batches` gradient
         steps.
       prompts: prompts per rollout batch.
-      group_size: responses per prompt.
+      group_size: responses per prompt; at least 2 if the group is the baseline of
+        `objective.advantages`.
       max_tokens: longest response, EOS included.
       overlong_buffer: share of `max_tokens`, at its end, over which the reward falls linearly by 1
         (DAPO's soft punishment, see `rewards.overlong_penalty`); 0 leaves the reward unchanged.
+        Estimators that read the reward as a score refuse it (`advantages.maxrl`) or take it apart
+        from the score (`advantages.gpg`).
       overlong_filter: whether responses cut at the limit get advantage 0. They still count in the
         baseline and in the denominators.
-      max_rounds: largest number of rollouts per step, drawn until the rewards of each group differ
-        (DAPO's dynamic sampling); 1 takes the first rollout as it is.
+      max_rounds: largest number of rollouts per step, drawn until each group is informative
+        (DAPO's dynamic sampling, see `run.dynamic_sampling`); 1 takes the first rollout as it is.
       temperature: temperature of the sampler, and hence of the policy that is trained.
       top_k, top_p: see `sampler.rollout.Sampling`; values other than 0 and 1 bias the gradient.
       rollout_format: number format of the sampler: "none" (the policy itself); weights in "int8",
@@ -189,7 +214,11 @@ class Reinforcement:
     show_every: int = 10
 
     def __post_init__(self):
+        field_types(self)
         one_of(self, "rollout_format", FORMATS)
+        within(self, "steps", "top_k", "ratio_tolerance", at_least=0)
+        within(self, "top_p", above=0, at_most=1)
+        within(self, "max_failed_rewards", at_least=0, at_most=1)
         positive(self, "prompts", "group_size", "max_tokens", "micro_batch_size", "max_skipped")
         positive(self, "checkpoint_every", "keep_checkpoints", "show_every", "max_rounds")
         if not 0 <= self.overlong_buffer <= 1:
@@ -197,6 +226,9 @@ class Reinforcement:
                 f"Reinforcement.overlong_buffer is {self.overlong_buffer}; it is a share of "
                 "max_tokens, use 0 to 1"
             )
+        if self.overlong_buffer:
+            check_penalty(self.objective.advantages, "Reinforcement.overlong_buffer")
+        check_group_size(self.objective.advantages, self.group_size, "Reinforcement.group_size")
         rows, parts = self.prompts * self.group_size, self.objective.mini_batches
         if self.prompts % parts:
             raise ValueError(
@@ -218,7 +250,7 @@ class Reinforcement:
                 "Reinforcement.rollout_cache = False samples in padded rows, and packed rows round "
                 "differently; set packed = False, or rollout_cache = True"
             )
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"Reinforcement.temperature is {self.temperature}; training needs a positive value"
             )
@@ -264,9 +296,10 @@ class Evaluation:
     best: str = "reward"
 
     def __post_init__(self):
-        positive(self, "every", "problems", "samples", "batch_size")
-        if self.max_tokens is not None:
-            positive(self, "max_tokens")
+        field_types(self)
+        positive(self, "every", "problems", "samples", "batch_size", "max_tokens")
+        within(self, "temperature", "top_k", at_least=0)
+        within(self, "top_p", above=0, at_most=1)
         one_of(self, "best", RANKING)
 
 
@@ -278,9 +311,11 @@ class Experiment:
       seed: seed of initialisation, data order and sampling.
       model: sizes of the policy.
       data: problems, tokenizer and reward.
-      cold_start: supervised training before reinforcement, if any.
-      init_from: weights to start from instead of a cold start: the working directory of an earlier
-        run, or a Hugging Face checkpoint (then `model` is usually `@hf.read_config()`).
+      cold_start: supervised training before reinforcement, if any; it starts from the weights of
+        `init_from` if both are set.
+      init_from: weights to start from instead of random ones: the working directory of an earlier
+        run, or a Hugging Face checkpoint (then `model` is usually `@hf.read_config()`). They are
+        read once: the run keeps what it needs of them.
       reinforcement: rollouts and updates.
       evaluation: held-out accuracy.
       mesh: shape of the device mesh.
@@ -300,11 +335,30 @@ class Experiment:
     wandb_project: str = ""
 
     def __post_init__(self):
+        field_types(self)
+        expand_paths(self, "init_from")
+        within(self, "seed", at_least=0, at_most=MAX_SEED)
         if self.reinforcement.packed and self.mesh.context > 1:
             raise ValueError(
                 f"Reinforcement.packed needs all columns of a row on one device, but "
                 f"MeshShape.context is {self.mesh.context}; set it to 1, or packed = False"
             )
+        self._check_context()
+
+    def _check_context(self) -> None:
+        context, width = self.model.max_positions, self.data.prompt_width
+        limits = {
+            "Reinforcement.max_tokens": self.reinforcement.max_tokens,
+            "Evaluation.max_tokens": self.evaluation.max_tokens or 0,
+        }
+        for field, limit in limits.items():
+            if context and width + limit > context:
+                raise ValueError(
+                    f"Data.prompt_width + {field} is {width} + {limit} = {width + limit}, but the "
+                    f"model was trained for {context} positions (ModelConfig.max_positions); lower "
+                    "one of them, or set max_positions (hf.read_config.max_positions) if you know "
+                    "that the model works beyond it, 0 to allow any length"
+                )
 
     def check_mesh(self, mesh: Mesh | AbstractMesh) -> None:
         """Checks that rows and columns of every batch divide evenly over the mesh.

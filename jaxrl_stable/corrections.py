@@ -1,17 +1,18 @@
-"""Corrections of the mismatch between sampler and trainer, on top of any objective.
+"""Corrections for the mismatch between sampler and trainer, on top of any objective.
 
-A correction takes the arrays of an objective and returns one constant factor per token; 0 drops the
-token from the gradient, but never from a denominator. Factors multiply; `correct` applies one:
+A correction takes an objective's arrays and returns one constant factor per token. A factor of 0
+drops the token from the gradient, but never from a denominator. Factors of several corrections are
+multiplied; `correct` applies one:
 
     out = gspo(logp, logp_old, logp_rollout, advantages, mask)
     out = correct(out, token_tis(logp, logp_old, logp_rollout, advantages, mask, cap=2.0))
 
-w = π_old/μ_old is the mismatch of a token, W = Π_t w_t the mismatch of a response. Only the product
-is unbiased (https://yingru.notion.site "When Speed Kills Stability"); a weight per token has a bias
-of first order and far less noise. `tabular` measures both. MiniRL and DPPO already weigh by the
-mismatch: combine them with masks, not with a second weight.
+w = π_old/μ_old is the mismatch of a token, and W = Π_t w_t is the mismatch of a response. Only W is
+unbiased (https://yingru.notion.site "When Speed Kills Stability"). A weight per token is biased to
+first order but has far less variance; `study.tabular` measures both. MiniRL and DPPO already weight
+by the mismatch, so combine them with masks, not with a second weight.
 
-One response with w = 2 and 4, so W = 8 and the geometric mean is 2.83:
+Example: one response with w = 2 and 4, so W = 8 and the geometric mean is 2.83:
 
 >>> logp_old, logp_rollout = jnp.log(jnp.array([[0.5, 0.8]])), jnp.log(jnp.array([[0.25, 0.2]]))
 >>> arrays = logp_old, logp_old, logp_rollout, jnp.array([1.0]), jnp.ones((1, 2), bool)
@@ -34,7 +35,7 @@ One response with w = 2 and 4, so W = 8 and the geometric mean is 2.83:
 >>> show(normalized_sequence_tis(*arrays, cap=10.0))
 [1.0, 1.0]
 
-A bad response that became half as likely per token (log 2 = .69) has nothing left to teach:
+A bad response whose tokens have become half as likely (log 2 = .69) is dropped:
 
 >>> bad = logp_old - jnp.log(2.0), logp_old, logp_old, jnp.array([-1.0]), jnp.ones((1, 2), bool)
 >>> show(off_policy_sequence_mask(*bad, delta=0.5))
@@ -61,7 +62,7 @@ from jaxrl_stable.objectives.token_loss import (
 
 
 def correct(token_loss: TokenLoss, factor: Float[Array, "*B T"]) -> TokenLoss:
-    """Multiplies a loss and its weight by the factors of a correction.
+    """Multiplies a token loss and its weight by a correction's factors.
 
     Args:
       token_loss: result of an objective.
@@ -71,7 +72,7 @@ def correct(token_loss: TokenLoss, factor: Float[Array, "*B T"]) -> TokenLoss:
       The corrected token loss.
 
     Raises:
-      ValueError: if the factor has another shape than the loss.
+      ValueError: if factor and loss differ in shape.
 
     Example:
       >>> ones, no = jnp.ones((1, 2)), jnp.zeros((1, 2), bool)
@@ -101,10 +102,10 @@ def token_tis(
     Source: Yao et al., https://fengyao.notion.site/off-policy-rl.
 
     Args:
-      logp, logp_old, logp_rollout, advantages, mask: as given to the objective. Without `logp_old`,
-        π_old is π_θ.
-      cap: C; 2 is usual.
-      floor: smallest weight, or None.
+      logp, logp_old, logp_rollout, advantages, mask: as passed to the objective. If `logp_old` is
+        None, π_old is π_θ.
+      cap: C; 2 is common.
+      floor: lower bound on w, or None.
 
     Returns:
       Constant factors, 0 outside the mask.
@@ -129,7 +130,7 @@ def sequence_tis(
     *,
     cap: float = 2.0,
 ) -> Float[Array, "B T"]:
-    """Returns min(W, C): the product over the response, truncated. Caps of 2 to 10 are usual.
+    """Returns min(W, C), the truncated product over the response. Caps of 2 to 10 are common.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
@@ -162,20 +163,20 @@ def icepop(
 ) -> Float[Array, "B T"]:
     """Returns w · 1[low ≤ w ≤ high] per token: tokens outside the bounds are dropped.
 
-    Source: IcePop, https://ringtech.notion.site/icepop, known to us only through the documentation
-    of frameworks, whose bounds differ: .5 to 5 (verl), .5 to 2 (SkyRL), up to 3 (TRL's
-    `token_mask`). Bounds apply to trainer over sampler.
+    Source: IcePop, https://ringtech.notion.site/icepop, which we know only from the documentation
+    of other frameworks. Their bounds differ: .5 to 5 (verl), .5 to 2 (SkyRL), up to 3 (TRL's
+    `token_mask`). The bounds apply to the ratio of trainer to sampler.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
-      low, high: bounds of w.
-      weigh: also multiply by w; False gives the mask alone (SkyRL's).
+      low, high: bounds on w.
+      weigh: whether to also multiply by w; if False, only the mask is applied (as in SkyRL).
 
     Returns:
       Constant factors, 0 outside the mask.
 
     Raises:
-      ValueError: if the bounds are invalid (0 < low < high, or low = 0 < high).
+      ValueError: if the bounds are invalid (0 ≤ low < high).
     """
     check_shapes("icepop", logp, logp_old, logp_rollout, advantages, mask)
     log_w = _mismatch(logp, logp_old, logp_rollout, mask)
@@ -194,20 +195,20 @@ def sequence_mis(
     high: float = 3.0,
     weigh: bool = True,
 ) -> Float[Array, "B T"]:
-    """Returns W · 1[low ≤ W ≤ high]: masked importance sampling of whole responses.
+    """Returns W · 1[low ≤ W ≤ high]: masked importance sampling with one weight per response.
 
-    It is TRL's default, with high = 3.
+    This is TRL's default, with high = 3.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
-      low, high: bounds of W.
-      weigh: also multiply by W.
+      low, high: bounds on W.
+      weigh: whether to also multiply by W.
 
     Returns:
       Constant factors, equal within a response; 0 outside the mask.
 
     Raises:
-      ValueError: if the bounds are invalid (0 < low < high, or low = 0 < high).
+      ValueError: if the bounds are invalid (0 ≤ low < high).
     """
     check_shapes("sequence_mis", logp, logp_old, logp_rollout, advantages, mask)
     log_w = repeated(_mismatch(logp, logp_old, logp_rollout, mask).sum(-1), mask)
@@ -225,19 +226,19 @@ def geometric_mask(
     low: float = 0.999,
     high: float = 1.001,
 ) -> Float[Array, "B T"]:
-    """Returns 1[ low ≤ W^(1/|y|) ≤ high ]: drops responses whose tokens disagree on average.
+    """Returns 1[ low ≤ W^(1/|y|) ≤ high ]: drops responses with a large average mismatch.
 
     verl uses bounds of .999 to 1.001, SkyRL .99 to 1.01.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
-      low, high: bounds of the geometric mean.
+      low, high: bounds on the geometric mean.
 
     Returns:
       Constant factors of 0 or 1, equal within a response; 0 outside the mask.
 
     Raises:
-      ValueError: if the bounds are invalid (0 < low < high, or low = 0 < high).
+      ValueError: if the bounds are invalid (0 ≤ low < high).
     """
     check_shapes("geometric_mask", logp, logp_old, logp_rollout, advantages, mask)
     log_w = repeated(response_mean(_mismatch(logp, logp_old, logp_rollout, mask), mask), mask)
@@ -258,7 +259,7 @@ def veto(
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
-      threshold: smallest plausible w; 1e-4 to 1e-6 are usual (formerly in slime).
+      threshold: smallest plausible w; 1e-4 to 1e-6 is common (slime used to have this correction).
 
     Returns:
       Constant factors of 0 or 1, equal within a response; 0 outside the mask.
@@ -284,8 +285,9 @@ def off_policy_sequence_mask(
 ) -> Float[Array, "B T"]:
     """Returns 0 where Â < 0 and mean_t(log μ_old − log π_θ) > δ, else 1.
 
-    Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556. Drops bad responses that the policy has
-    already unlearned. The paper's δ is unknown to us; TRL's example uses .5, ARLArena's code .223.
+    Source: DeepSeek-V3.2, https://arxiv.org/abs/2512.02556. The mask drops bad responses that the
+    policy has already unlearned. We do not know the paper's δ; TRL's example uses .5, and
+    ARLArena's code uses .223.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
@@ -310,9 +312,9 @@ def normalized_token_tis(
     *,
     cap: float = 2.0,
 ) -> Float[Array, "B T"]:
-    """Returns `token_tis` over its mean in the mini-batch, so truncation does not shrink the step.
+    """Returns `token_tis` divided by its mini-batch mean, so truncation does not shrink the step.
 
-    This is verl's form. Decides on all tokens in the call, so pass the whole mini-batch.
+    This form is verl's. The mean is over all tokens in the call, so pass the whole mini-batch.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
@@ -339,9 +341,9 @@ def normalized_sequence_tis(
     *,
     cap: float = 2.0,
 ) -> Float[Array, "B T"]:
-    """Returns `sequence_tis` over its mean in the mini-batch, where each response counts once.
+    """Returns `sequence_tis` divided by its mini-batch mean, in which each response counts once.
 
-    This is verl's form. Decides on all responses in the call, so pass the whole mini-batch.
+    This form is verl's. The mean is over all responses in the call, so pass the whole mini-batch.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `token_tis`.
@@ -365,7 +367,7 @@ def _mismatch(
     logp_rollout: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """Returns log w, a constant; 0 outside the mask."""
+    """Returns log w without a gradient; 0 outside the mask."""
     old = logp if logp_old is None else logp_old
     return jax.lax.stop_gradient(log_ratio(old, logp_rollout, mask))
 
@@ -386,12 +388,12 @@ def _inside(
 
 
 def _check(name: str, lower: tuple[str, float] | None, upper: tuple[str, float]) -> None:
-    """Raises ValueError unless 0 < lower < upper; each is a name and its value."""
+    """Checks that 0 < lower < upper, each a (name, value) pair; raises ValueError if not."""
     bounds = [bound for bound in (lower, upper) if bound is not None]
     values = [value for _, value in bounds]
     if min(values) <= 0 or (len(values) == 2 and values[0] >= values[1]):
         shown = ", ".join(f"{option}={value}" for option, value in bounds)
-        raise ValueError(f"{name}: {shown} bounds a ratio; use positive values in rising order")
+        raise ValueError(f"{name}: {shown} must bound a ratio; use positive, increasing values")
 
 
 def _constant(factor: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:

@@ -12,16 +12,23 @@ import jax
 from absl import flags
 
 from jaxrl_stable import _moved, distributed, program
-from jaxrl_stable.checkpoint import load_model
+from jaxrl_stable.checkpoint import load_model, stored_architecture
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.model.transformer import init_model
 from jaxrl_stable.run.evaluation import evaluate, evaluation_key, make_sampler
+from jaxrl_stable.run.rehearsal import rehearse
 from jaxrl_stable.run.task import load_task
 from jaxrl_stable.sharding import abstract_state, make_mesh
 
 CHECKPOINT = flags.DEFINE_enum(
     "checkpoint", "latest", ["latest", "best"], "which checkpoint of --workdir to evaluate"
 )
+
+
+def check(experiment: Experiment, workdir: str) -> None:
+    """Checks, in a dry run, what `main` would refuse before it samples."""
+    stored_architecture(pathlib.Path(workdir, "checkpoints"))
+    rehearse(experiment, workdir)
 
 
 def main(experiment: Experiment, workdir: str) -> None:
@@ -64,4 +71,4 @@ __getattr__ = _moved.moved_names("jaxrl_stable.evaluate")  # names that have mov
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, program.EXPERIMENT._replace(check=check))

@@ -11,14 +11,14 @@ from typing import Any
 
 
 def existing(path: str | os.PathLike[str], what: str) -> pathlib.Path:
-    """Returns the path.
+    """Returns the path if it exists.
 
     Args:
       path: a file or directory.
-      what: what should be there, for the error.
+      what: name of the expected content, for the error message.
 
     Raises:
-      FileNotFoundError: if nothing is there.
+      FileNotFoundError: if the path does not exist.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such {what}; check the path")
@@ -26,10 +26,10 @@ def existing(path: str | os.PathLike[str], what: str) -> pathlib.Path:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads an optional JSON object; a missing file is an empty one.
+    """Reads a JSON object; returns an empty one if the file does not exist.
 
     Raises:
-      ValueError: if the file does not hold a JSON object.
+      ValueError: if the file is not a JSON object.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -44,7 +44,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the rows of a JSON Lines file. Drops a last line that a kill cut short.
+    """Reads the rows of a JSON Lines file.
+
+    An incomplete last line, which a killed process leaves behind, is dropped.
 
     Raises:
       ValueError: if any other line is not a JSON object; the error names file and line.
@@ -57,7 +59,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no newline after it: torn
+            if number == len(lines):  # no newline at the end: the line was cut short
                 break
             raise ValueError(
                 f"{path}, line {number}: not JSON ({error}); fix or delete the line"
@@ -69,10 +71,10 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new one.
+    """Writes a file atomically: a reader sees the old or the new content, even after a crash.
 
     Args:
-      path: the file; missing parent directories are made.
+      path: the file; missing parent directories are created.
       content: text is written as UTF-8; lone surrogates are escaped.
     """
     path = pathlib.Path(path)
@@ -85,8 +87,8 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # some mounts know no permissions
-            os.chmod(temporary, _mode(path))  # mkstemp makes private files
+        with contextlib.suppress(OSError):  # some mounts do not support permissions
+            os.chmod(temporary, _mode(path))  # mkstemp creates private files
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -94,10 +96,10 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def _mode(path: pathlib.Path) -> int:
-    """Returns the permissions of an existing file, or those that `open` would give a new one."""
+    """Returns the file's permissions, or the default for new files if it is missing."""
     try:
         return path.stat().st_mode & 0o777
     except FileNotFoundError:
-        umask = os.umask(0)  # the only way to read it
+        umask = os.umask(0)  # the umask can only be read by setting it
         os.umask(umask)
         return 0o666 & ~umask

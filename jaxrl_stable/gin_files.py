@@ -8,10 +8,12 @@ they are defined: `configs.Objective.loss = @objectives.gspo`, `objectives.gspo.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import os
 import re
+import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,7 +45,18 @@ DEFAULTS = (
 
 FUNCTIONS = ("advantages", "corrections", "objectives")  # bound as @name, other things as @name()
 
-GIN_ERRORS = (ValueError, TypeError, SyntaxError, NameError, ImportError, AttributeError)
+GIN_ERRORS = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    NameError,
+    ImportError,
+    AttributeError,
+    tokenize.TokenError,  # a bracket or quote that is never closed
+)
+CALLED = re.compile(r"In call to configurable '([^']+)'")
+FLAG = "--gin."  # before a binding on the command line
+MACRO = "gin.macro"  # the selector of `NAME = value`; the name is its scope
 
 
 def load_experiment(files: Sequence[str], bindings: Sequence[str] = ()) -> configs.Experiment:
@@ -73,18 +86,20 @@ def load(files: Sequence[str], bindings: Sequence[str], build: Callable[[], T]) 
         if not os.path.exists(path):
             raise FileNotFoundError(f"gin file {path} does not exist; check --gin_file")
     gin.clear_config()
+    parsing = ""
     try:
         gin.parse_config([*PREAMBLE, *DEFAULTS])
         tables = [_bindings()]
-        for path in files:
-            gin.parse_config_file(path)
+        for parsing in files:
+            gin.parse_config_file(parsing)
             tables.append(_bindings())
+        parsing = " ".join(f"{FLAG}{binding}" for binding in bindings)
         gin.parse_config([*PREAMBLE, *bindings])
         tables.append(_bindings())
         gin.finalize()
         built = build()
     except GIN_ERRORS as error:
-        raise ValueError(one_line(error)) from error
+        raise ValueError(_explained(error, bindings, parsing)) from error
     _refuse_unread(tables)
     return built
 
@@ -93,8 +108,10 @@ def build_experiment() -> configs.Experiment:
     """Builds the experiment that gin has parsed."""
     experiment = configured(configs.Experiment)()
     rl = experiment.reinforcement
+    objective = _settled(rl.objective)
+    objective.check_options()  # before a call fails with a worse message
     rl.resolved_objective.try_functions()  # calls them through gin, which records what they read
-    rl = dataclasses.replace(rl, objective=_settled(rl.objective))
+    rl = dataclasses.replace(rl, objective=objective)
     rl.resolved_objective.check()
     return dataclasses.replace(experiment, reinforcement=rl)
 
@@ -149,6 +166,42 @@ def _is_configurable(function: Callable) -> bool:
 def one_line(error: Exception) -> str:
     """Returns the message of an error, without gin's "In call to configurable …" suffix."""
     return re.sub(r" In call to configurable .*$", "", " ".join(str(error).split()))
+
+
+def _explained(error: Exception, bindings: Sequence[str], parsing: str) -> str:
+    """Returns the message of an error of gin's, in words that say what to write.
+
+    Args:
+      error: raised while gin parsed or built.
+      bindings: those of the command line, one per line after `PREAMBLE`.
+      parsing: what gin was parsing.
+    """
+    if isinstance(error, tokenize.TokenError):
+        return f"a bracket or quote is never closed in {parsing}; close it"
+    text = one_line(error)
+    unbound = re.match(r"No bindings specified for '(\S+)/gin\.macro'", text)
+    if unbound:
+        name = unbound[1]
+        return f"the macro {name} is used but not bound; bind it, as in {FLAG}{name}=VALUE"
+    text = re.sub(
+        r"malformed node or string.*?Failed to parse token '([^']*)'",
+        r"the value that starts with \1 is neither a number nor a text in quotes; put texts in "
+        "quotes",
+        text,
+    )
+    place = re.search(r"\(line (\d+)\)$", text)
+    index = int(place[1]) - 1 - len(PREAMBLE) if place else -1
+    if place and 0 <= index < len(bindings):
+        name, _, value = (part.strip() for part in bindings[index].partition("="))
+        text = text[: place.start()] + f"({FLAG}{bindings[index]})"
+        if "put texts in quotes" in text:
+            text = (
+                f"{name} is bound to {value}, which is neither a number nor a text in quotes; the "
+                f"shell removes the outer quotes, so write {FLAG}{name}=\"'{value}'\""
+            )
+    if isinstance(error, TypeError) and (called := CALLED.search(str(error))):
+        text = f"{called[1]}: {text}; check the values that are bound to it"
+    return text
 
 
 def _settled(objective: configs.Objective) -> configs.Objective:
@@ -206,12 +259,14 @@ def _refuse_unread(tables: Sequence[dict[Binding, Any]]) -> None:
     reachable = [_reachable(table, _roots(final)) for table in tables]
     for binding in sorted(final.keys() - _read_bindings(final)):
         value = final[binding]
-        if binding.selector == "gin.macro" or defaults.get(binding, tables) is value:
+        if defaults.get(binding, tables) is value:
             continue
         source = next(i for i, table in enumerate(tables) if table.get(binding, tables) is value)
         before = set().union(*reachable[source:-1])
         if binding in before - reachable[-1]:
             continue
+        if binding.selector == MACRO:
+            raise ValueError(_unread_macro(binding.scope, final))
         name = binding.selector.removeprefix("jaxrl_stable.")
         call = "" if name.split(".")[0] in FUNCTIONS else "()"
         name = f"{binding.scope}/" * bool(binding.scope) + name
@@ -219,6 +274,20 @@ def _refuse_unread(tables: Sequence[dict[Binding, Any]]) -> None:
             f"{name}.{binding.name} is bound but nothing uses it; bind @{name}{call} where it "
             "belongs, name the scope that is used, or remove the line"
         )
+
+
+def _unread_macro(name: str, bound: dict[Binding, Any]) -> str:
+    """Returns the message for a macro that nothing reads, with the macros it may have meant."""
+    read = sorted({b.scope for b in _read_bindings(bound) if b.selector == MACRO} - {name})
+    near = {each.lower(): each for each in read}
+    close = difflib.get_close_matches(name.lower(), near, n=3, cutoff=0.6)
+    if close:
+        advice = f"did you mean {' or '.join(near[each] for each in close)}?"
+    elif read:
+        advice = f"the macros in use are {', '.join(read)}"
+    else:
+        advice = "these gin files use no macros; bind a field, such as configs.Experiment.seed"
+    return f"the macro {name} is bound but nothing uses it; {advice}"
 
 
 def _roots(table: dict[Binding, Any]) -> set[str]:

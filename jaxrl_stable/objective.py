@@ -1,11 +1,11 @@
-"""The objective of a run, as gin binds it: loss, advantages, corrections, terms and reduction.
+"""A run's objective, as configured by gin: loss, corrections, advantages, penalties and reduction.
 
-Functions are bound by reference and configured where they are defined:
+Functions are bound by reference, and their options are set under the function's own name:
 
     configs.Objective.loss = @objectives.gspo
     objectives.gspo.clip_high = 4e-4
 
-so your own function with the same signature needs no registration.
+A function of your own with the same signature therefore needs no registration.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_stable import _moved
-from jaxrl_stable.advantages import centered
+from jaxrl_stable.advantages import centered, conditions_of
 from jaxrl_stable.array_types import Array, Bool, Float
-from jaxrl_stable.checks import one_of
+from jaxrl_stable.checks import bound_options, field_types, one_of, positive, within
 from jaxrl_stable.corrections import correct
 from jaxrl_stable.objectives import (
     KL_ESTIMATORS,
@@ -48,7 +48,7 @@ def name_of(function: Callable) -> str:
 
 @runtime_checkable
 class ObjectiveLike(Protocol):
-    """What `update` needs of an objective: an `Objective`, or a choice between several of them."""
+    """Interface that `update` requires: an `Objective`, or a choice between several."""
 
     @property
     def replay(self) -> str: ...
@@ -64,33 +64,34 @@ class ObjectiveLike(Protocol):
 
     def total(
         self, logp: Float[Array, "B T"], entropy: Float[Array, "B T"], batch: Any
-    ) -> tuple[Float[Array, ""], Decided]: ...
+    ) -> tuple[Float[Array, ""], LossDetails]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the updates minimize; the defaults are MiniRL (https://arxiv.org/abs/2512.01374, eq. 7).
+    """What the updates minimise; the defaults are MiniRL (https://arxiv.org/abs/2512.01374, eq. 7).
 
     Attributes:
-      mini_batches: N, gradient steps per rollout batch.
-      replay: routing replayed in training: "none", "R2" (the training router's old choice) or "R3"
-        (the sampler's choice).
-      loss: one of `objectives`, or any function with the same signature.
-      corrections: functions of `corrections`; their factors multiply.
-      advantages: one of `advantages`.
-      aggregation: one of `objectives.MODES`: "seq-mean-token-sum" is the paper's,
-        "seq-mean-token-mean" its length-normalized ablation.
-      horizon: constant length of "seq-mean-token-sum-norm"; None means `Reinforcement.max_tokens`.
+      mini_batches: N, number of gradient steps per rollout batch.
+      replay: routing that training replays: "none", "R2" (the training router's old choice) or
+        "R3" (the sampler's choice).
+      loss: a function from `objectives`, or any other with the same signature.
+      corrections: functions from `corrections`; their factors are multiplied.
+      advantages: a function from `advantages`.
+      aggregation: one of `objectives.MODES`; "seq-mean-token-sum" is the paper's choice and
+        "seq-mean-token-mean" its length-normalised ablation.
+      horizon: constant length for "seq-mean-token-sum-norm"; None means `Reinforcement.max_tokens`.
       policies: which of the three policies the loss sees: "all" (decoupled: π_θ, π_old, μ_old),
         "recomputed" (π_old in place of μ_old: staleness is corrected, the mismatch is not) or
         "bypass" (μ_old in place of π_old: ratio and trust region are relative to the sampler).
         Metrics always see all three.
-      kl_coefficient: β of the distance to the initial policy; 0 keeps no copy of that policy in
-        memory. The copy is scored on its own routes, as in verl and ROLL: under replay the distance
-        is not quite 0 even if the weights are equal.
+      kl_coefficient: β, weight of the KL penalty towards the initial policy. If 0, no copy of that
+        policy is kept in memory. The copy does not replay any routing, as in verl and ROLL, so
+        under replay the penalty is not exactly 0 even if the weights are equal.
       kl_estimator: one of `objectives.KL_ESTIMATORS`; see `kl_penalty`.
-      kl_weighted: multiply that distance by π_θ/π_old, including its gradient ("k1" and "k3" only).
-      entropy_coefficient: weight of the entropy bonus (nats per token).
+      kl_weighted: whether to multiply the KL penalty by π_θ/π_old, including the ratio's gradient
+        ("k1" and "k3" only).
+      entropy_coefficient: weight of the entropy bonus (entropy in nats per token).
     """
 
     mini_batches: int = 4
@@ -107,49 +108,63 @@ class Objective:
     entropy_coefficient: float = 0.0
 
     def __post_init__(self):
+        field_types(self)
         object.__setattr__(self, "corrections", tuple(self.corrections))
         one_of(self, "replay", REPLAYS)
         one_of(self, "aggregation", MODES)
         one_of(self, "policies", POLICIES)
         one_of(self, "kl_estimator", KL_ESTIMATORS)
-        if self.mini_batches < 1:
-            raise ValueError(
-                f"Objective.mini_batches is {self.mini_batches}; it must be at least 1"
-            )
+        positive(self, "mini_batches")
+        within(self, "horizon", above=0)
+        within(self, "kl_coefficient", at_least=0)
+        within(self, "entropy_coefficient")
         if self.kl_weighted and self.kl_estimator not in ("k1", "k3"):
             raise ValueError(
-                f"Objective.kl_weighted biases kl_estimator={self.kl_estimator!r}; use 'k1' or 'k3'"
+                f"Objective.kl_weighted makes kl_estimator={self.kl_estimator!r} biased; use 'k1' "
+                "or 'k3'"
             )
 
     @property
     def needs_score(self) -> bool:
-        """True if π_old needs its own pass: unless there is one update and nothing to replay."""
+        """True if log π_old needs a separate scoring pass.
+
+        Only a single update without replay and with `policies` "all" can do without it.
+        """
         return self.needs_old_policy or self.replay != "none" or self.policies != "all"
 
     @property
     def needs_old_policy(self) -> bool:
-        """True if an update without that pass would be wrong; with a single update π_θ is π_old."""
+        """True if updates would be wrong without log π_old from a scoring pass.
+
+        With a single update per rollout, π_θ can replace π_old.
+        """
         recomputed = self.policies == "recomputed"
         return self.mini_batches > 1 or self.replay == "R2" or recomputed
 
     @property
     def whole_batch(self) -> bool:
-        """True if the loss or a correction decides on all tokens of a mini-batch together."""
+        """True if the loss or a correction needs all tokens of a mini-batch at once."""
         return any(traits_of(f).whole_batch for f in (self.loss, *self.corrections))
+
+    def check_options(self) -> None:
+        """Checks the types of options that are bound to the functions; raises ValueError if not."""
+        for function in (self.loss, *self.corrections, self.advantages):
+            bound_options(function)
 
     def check(self) -> None:
         """Checks that loss and corrections are compatible, then traces each (`try_functions`).
 
         Raises:
-          ValueError: if the mismatch would count twice, if it is replaced by 1 where a function
-            needs it, or if `try_functions` fails.
+          ValueError: if an option has the wrong type, if the mismatch would be counted twice, if a
+            function needs it but `policies` replaces it with 1, or if `try_functions` fails.
         """
+        self.check_options()
         functions = (self.loss, *self.corrections)
         weights = [name_of(f) for f in functions if traits_of(f).weighs_mismatch]
         if len(weights) > 1:
             raise ValueError(
-                f"Objective: {' and '.join(weights)} both weigh the mismatch of sampler and "
-                "trainer, which would count it twice; keep one of them and use masks for the rest"
+                f"Objective: {' and '.join(weights)} each weight by the mismatch between sampler "
+                "and trainer, which would count twice; keep one and use masks for the rest"
             )
         needing = [name_of(f) for f in functions if traits_of(f).needs_mismatch]
         if needing and self.policies != "all":
@@ -163,15 +178,15 @@ class Objective:
         """Traces the functions on one response, so that errors appear before anything runs.
 
         Raises:
-          ValueError: if a function refuses an option, or has another signature or result.
+          ValueError: if a function rejects an option or has the wrong signature or result.
         """
         one, row = jax.ShapeDtypeStruct((1,), jnp.float32), (1, 2)
         mask, ids = jax.ShapeDtypeStruct(row, bool), jax.ShapeDtypeStruct((1,), jnp.int32)
         row, valid = jax.ShapeDtypeStruct(row, jnp.float32), jax.ShapeDtypeStruct((1,), bool)
 
-        def tried(function: Callable, *arrays) -> object:
-            try:  # in a new function: jax caches traces and does not see changes of gin settings
-                return jax.eval_shape(lambda *x: function(*x), *arrays)
+        def tried(function: Callable, *arrays, **named) -> object:
+            try:  # a new lambda avoids JAX's cached traces, which ignore changed gin settings
+                return jax.eval_shape(lambda *x, **y: function(*x, **y), *arrays, **named)
             except Exception as error:
                 if isinstance(error, ValueError):
                     raise
@@ -191,7 +206,8 @@ class Objective:
         for correction in self.corrections:
             check_result(correction, tried(correction, *arrays), row)
         check_result(self.loss, tried(self.loss, *arrays), TokenLoss(row, row, row, *[mask] * 3))
-        check_result(self.advantages, tried(self.advantages, one, ids, valid, ids), one)
+        named = {"penalty": one} if conditions_of(self.advantages).penalty == "separate" else {}
+        check_result(self.advantages, tried(self.advantages, one, ids, valid, ids, **named), one)
         jax.eval_shape(lambda *x: aggregate(*x, self.aggregation, self.horizon), row, mask)
 
     def token_loss(
@@ -205,8 +221,8 @@ class Objective:
         """Computes the corrected loss per token.
 
         Returns:
-          The loss after all corrections, and the product of their factors, or None without
-          corrections.
+          The loss after all corrections, and the product of their factors (None without
+          corrections).
         """
         if self.policies == "recomputed":
             logp_rollout = logp_old
@@ -224,16 +240,16 @@ class Objective:
         logp: Float[Array, "B T"],
         entropy: Float[Array, "B T"],
         batch: Any,
-    ) -> tuple[Float[Array, ""], Decided]:
-        """Computes the loss that is minimized, before its division by a count.
+    ) -> tuple[Float[Array, ""], LossDetails]:
+        """Computes the loss to minimise, before it is divided by a count.
 
         Args:
           logp: log π_θ; carries a gradient.
-          entropy: entropy of the policy at each response token; carries a gradient.
+          entropy: policy entropy at each response token; carries a gradient.
           batch: a `batch.TrainBatch`.
 
         Returns:
-          The total of the loss, and the decisions behind it for the metrics.
+          The summed loss, and details for the metrics.
         """
         mask = batch.response_mask
         out, factor = self.token_loss(
@@ -248,20 +264,21 @@ class Objective:
         if self.entropy_coefficient:
             loss -= self.entropy_coefficient * entropy
         total, count = aggregate(loss, mask, self.aggregation, self.horizon)
-        return total, jax.lax.stop_gradient(Decided(total, count, out, factor, kl))
+        return total, jax.lax.stop_gradient(LossDetails(total, count, out, factor, kl))
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decided:
-    """Values of one mini-batch that the metrics are computed from.
+class LossDetails:
+    """Mini-batch values from which the metrics are computed.
 
     Attributes:
-      total, count: sums of the loss and of its denominator.
+      total, count: sum of the loss, and its denominator.
       token_loss: loss per token, after corrections.
       factor: product of the corrections' factors, or None without corrections.
-      kl: penalty per token before its coefficient, or None without a penalty.
+      kl: KL penalty per token, before the coefficient; None without a penalty.
     """
 
     total: Float[Array, ""]

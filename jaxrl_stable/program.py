@@ -8,20 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags, logging
 
-from jaxrl_stable import _moved, distributed
+from jaxrl_stable import _moved, distributed, gin_files
+from jaxrl_stable.checks import local_path
 from jaxrl_stable.distributed import watch
 from jaxrl_stable.gin_files import build_experiment, load, one_line, resolved_config
+from jaxrl_stable.hf.config import resuming
 from jaxrl_stable.run.describe import describe
+from jaxrl_stable.run.origin import model_of_run
+from jaxrl_stable.run.rehearsal import rehearse
+from jaxrl_stable.text import any_terminal
 
-GIN_PREFIX = "--gin."
+GIN_PREFIX = gin_files.FLAG
 
 
 class Kind(NamedTuple):
@@ -30,6 +37,8 @@ class Kind(NamedTuple):
     Attributes:
       build: builds it after gin has parsed all files.
       describe: returns the text that a dry run prints.
+      check: checks, in a dry run, everything that a run would before its first step; None checks
+        nothing more than `build`.
       default_workdir: returns the working directory for the given gin files if there is no
         `--workdir`; None makes the flag mandatory.
     """
@@ -37,6 +46,10 @@ class Kind(NamedTuple):
     build: Callable[[], Any]
     describe: Callable[[Any], str]
     default_workdir: Callable[[Sequence[str]], str | None] | None = None
+    check: Callable[[Any, str], None] | None = None
+
+
+EXPERIMENT = Kind(build_experiment, describe, check=rehearse)
 
 
 def define_flags() -> flags.FlagValues:
@@ -50,7 +63,7 @@ def define_flags() -> flags.FlagValues:
             "gin_file", [], "gin files of the experiment; later ones override earlier ones"
         )
         flags.DEFINE_string("workdir", None, "directory of this run; an existing run is resumed")
-        flags.DEFINE_bool("dry_run", False, "print what would run, and stop")
+        flags.DEFINE_bool("dry_run", False, "print what would run, check it, and stop")
         flags.DEFINE_bool("debug", False, "show the traceback of an error")
     return flags.FLAGS
 
@@ -64,9 +77,10 @@ def run(main: Callable[[Any, str], None], kind: Kind | None = None) -> None:
 
     Args:
       main: the program.
-      kind: what it reads from gin; an `Experiment` by default.
+      kind: what it reads from gin; `EXPERIMENT` by default.
     """
-    kind = kind or Kind(build_experiment, describe)
+    any_terminal()
+    kind = kind or EXPERIMENT
     options = define_flags()
     bindings = [arg.removeprefix(GIN_PREFIX) for arg in sys.argv[1:] if arg.startswith(GIN_PREFIX)]
     argv = [arg for arg in sys.argv if not arg.startswith(GIN_PREFIX)]
@@ -81,15 +95,21 @@ def run(main: Callable[[Any, str], None], kind: Kind | None = None) -> None:
                 workdir = kind.default_workdir(options.gin_file)
             if workdir is None:
                 raise ValueError("--workdir is missing; say where this run keeps its files")
+            workdir = local_path("--workdir", workdir)
+            files = [local_path("--gin_file", path) for path in options.gin_file]
             if not options.dry_run:
                 distributed.initialize()
         with watch.together(), errors_in_one_line(options.debug):
-            if jax.config.jax_compilation_cache_dir is None:  # a resumed run need not compile
+            check_jax()
+            if jax.config.jax_compilation_cache_dir is None and not options.dry_run:
                 cache = os.path.join(os.path.abspath(workdir), "xla_cache")
-                jax.config.update("jax_compilation_cache_dir", cache)
-            experiment = load(options.gin_file, bindings, kind.build)
+                jax.config.update("jax_compilation_cache_dir", cache)  # for a resumed run
+            with resuming(partial(model_of_run, pathlib.Path(workdir))):
+                experiment = load(files, bindings, kind.build)
             if options.dry_run:
-                print(resolved_config(), kind.describe(experiment), sep="\n")
+                print(resolved_config(), kind.describe(experiment), sep="\n", flush=True)
+                if kind.check:
+                    kind.check(experiment, workdir)
                 return
             distributed.check_shared(workdir)
             main(experiment, workdir)
@@ -113,9 +133,31 @@ def help_text(module: types.ModuleType, options: flags.FlagValues) -> str:
     return "\n".join(lines)
 
 
+def check_jax() -> None:
+    """Checks that jax finds devices and computes in the types that the programs are written for.
+
+    Raises:
+      ValueError: if 64-bit types are on: sizes and counters are 32-bit integers throughout.
+      RuntimeError: if there is no device of the platforms in JAX_PLATFORMS.
+    """
+    if jax.config.jax_enable_x64:
+        raise ValueError(
+            "JAX_ENABLE_X64 is on, but the programs compute in float32 and bfloat16; unset it"
+        )
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # for "cuda" jax has a bare assertion
+        reason = one_line(error) or "no such device"
+        raise RuntimeError(
+            f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, but jax cannot use it here: {reason}; "
+            "unset it, or install jax for that device (pip install 'jaxrl_stable[cuda]' or '[tpu]')"
+        ) from error
+
+
 @contextlib.contextmanager
 def errors_in_one_line(debug: bool) -> Iterator[None]:
     """Turns user-fixable errors into one line on stderr and exit status 2."""
+    any_terminal()
     logging.set_verbosity(logging.WARNING)  # jax, orbax and grain log each of their steps
     try:
         yield

@@ -1,9 +1,9 @@
-"""What each paper published: token loss and constants, advantages, reduction and corrections.
+"""Recipes as published: token loss and constants, advantages, reduction and corrections.
 
-`PUBLISHED["gspo"](logp, logp_old, logp_rollout, advantages, mask)` is the whole loss.
-`experiments/recipes/*.gin` has the same recipes as experiments, with what a run adds (a KL term,
-dynamic sampling, the number of updates). Constants are the source's; if it gives none, `note` names
-their origin.
+`PUBLISHED["gspo"](logp, logp_old, logp_rollout, advantages, mask)` computes the whole loss.
+`experiments/recipes/*.gin` contains the same recipes as experiments, with their run settings (a KL
+term, dynamic sampling, the number of updates). Constants come from the source; if the source gives
+none, `note` says where they come from.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Published(NamedTuple):
     """One recipe.
 
     Attributes:
-      source: paper, or the code that the form is from.
-      token_loss: function of `objectives` with the published constants.
-      advantages: function of `jaxrl_stable.advantages` with the published constants.
+      source: paper or code that the form is taken from.
+      token_loss: function from `objectives` with the published constants.
+      advantages: function from `jaxrl_stable.advantages` with the published constants.
       aggregation: one of `objectives.MODES`; "seq-mean-token-sum-norm" needs a horizon.
-      corrections: functions of `jaxrl_stable.corrections` with the published constants.
-      note: parts that are not from the source.
+      corrections: functions from `jaxrl_stable.corrections` with the published constants.
+      note: origin of anything that is not from the source.
     """
 
     source: str
@@ -45,7 +45,7 @@ class Published(NamedTuple):
         mask: Bool[Array, "B T"],
         horizon: float | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Returns the (total, count) of the loss; see `objectives.aggregate`."""
+        """Returns the loss as (total, count); see `objectives.aggregate`."""
         arrays = logp, logp_old, logp_rollout, advantages, mask
         out = self.token_loss(*arrays)
         for correction in self.corrections:
@@ -72,24 +72,24 @@ PUBLISHED: Mapping[str, Published] = {
         "arXiv:2505.24298",
         objectives.ppo,
         corrections=(partial(corrections.token_tis, cap=5.0),),
-        note="cap ours",
+        note="our cap",
     ),
-    "cispo": Published("arXiv:2506.13585", objectives.cispo, note="bounds of arXiv:2510.13786"),
+    "cispo": Published("arXiv:2506.13585", objectives.cispo, note="bounds from arXiv:2510.13786"),
     "gspo": Published("arXiv:2507.18071", objectives.gspo, aggregation=MEAN),
     "gspo_token": Published(
         "arXiv:2507.18071", partial(objectives.gspo, form="token"), aggregation=MEAN
     ),
-    "luspo": Published("TRL", objectives.luspo, aggregation=MEAN, note="the paper was not read"),
+    "luspo": Published("TRL", objectives.luspo, aggregation=MEAN, note="paper not read"),
     "sapo": Published("arXiv:2511.20347", objectives.sapo, aggregation=MEAN),
     "gmpo": Published("arXiv:2507.20673", objectives.gmpo, aggregation=MEAN),
     "dppo_tv": Published("arXiv:2602.04879", objectives.dppo, _centered),
     "dppo_kl": Published(
         "arXiv:2602.04879", partial(objectives.dppo, divergence="kl", threshold=0.05), _centered
     ),
-    "m2po": Published("arXiv:2510.01161", objectives.m2po, note="form of AReaL, threshold ours"),
-    "vespo": Published("arXiv:2602.10693", objectives.vespo, note="constants of the authors' code"),
-    "minpro": Published("arXiv:2601.22718", objectives.minpro, note="bounds ours (CISPO's)"),
-    "bapo": Published("arXiv:2510.18927", objectives.bapo, note="form of a note on the paper"),
+    "m2po": Published("arXiv:2510.01161", objectives.m2po, note="AReaL's form, our threshold"),
+    "vespo": Published("arXiv:2602.10693", objectives.vespo, note="constants from authors' code"),
+    "minpro": Published("arXiv:2601.22718", objectives.minpro, note="our bounds (CISPO's)"),
+    "bapo": Published("arXiv:2510.18927", objectives.bapo, note="form from a note on the paper"),
     "bapo_code": Published(
         "WooooDyy/BAPO",
         partial(
@@ -108,7 +108,7 @@ PUBLISHED: Mapping[str, Published] = {
         note="siiRL's form and constants",
     ),
     "tis": Published("Yao et al. 2025", _dapo, corrections=(corrections.token_tis,)),
-    "icepop": Published("Ring-1T", _dapo, corrections=(corrections.icepop,), note="bounds of verl"),
+    "icepop": Published("Ring-1T", _dapo, corrections=(corrections.icepop,), note="verl's bounds"),
     "geometric_mask": Published(
         "SkyRL",
         _dapo,
@@ -119,7 +119,7 @@ PUBLISHED: Mapping[str, Published] = {
         objectives.ppo,
         aggregation=MEAN,
         corrections=(corrections.off_policy_sequence_mask,),
-        note="threshold of TRL's example",
+        note="threshold from TRL's example",
     ),
-    "dro": Published("verl", objectives.dro, note="β of verl's test, no published default"),
+    "dro": Published("verl", objectives.dro, note="β from verl's test; no published default"),
 }

@@ -1,10 +1,10 @@
-"""Means with intervals: avg@k, pass@k and gains over problems, other figures over seeds.
+"""Means with confidence intervals: avg@k, pass@k and gains over problems, and means over seeds.
 
-Also running means for smoothing curves.
+The module also has a running mean for smoothing curves.
 
-For accuracy the unit of resampling is the *problem*: the k samples of one problem share its
-difficulty, so they are not independent, and an interval that treated them as independent would be
-too narrow. Accuracies are fractions in [0, 1]. Needs numpy and scipy only.
+Accuracies are resampled by *problem*. The k samples of a problem share its difficulty, so they are
+not independent, and an interval that treats them as independent is too narrow. Accuracies are
+fractions in [0, 1]. The module needs only numpy and scipy.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ class Estimate:
 def avg_at_k(
     correct: Num[np.ndarray, "problems k"] | Bool[np.ndarray, "problems k"], *, seed: int = 0
 ) -> Estimate:
-    """Returns the mean over problems of the mean score over the k samples of each (avg@k).
+    """Returns avg@k: the mean over problems of each problem's mean score over k samples.
 
-    avg@k = (1/P) Σ_p (1/k) Σ_j correct[p, j]. Fractional scores are allowed. A NaN is a sample
-    whose score is not known: it is left out, and so is a problem that has no other.
+    avg@k = (1/P) Σ_p (1/k) Σ_j correct[p, j]. Fractional scores are allowed. NaN marks a sample
+    whose score is unknown. Such samples are excluded, and so are problems without any known score.
     """
     return bootstrap_mean(_means(_scores(correct))[1], seed=seed)
 
@@ -46,15 +46,16 @@ def pass_at_k(
 ) -> Estimate:
     """Returns the probability that at least one of k samples is correct, from n ≥ k samples.
 
-    Unbiased estimator of Chen et al. 2021 (https://arxiv.org/abs/2107.03374, eq. 1), with c correct
-    of n: pass@k = mean_p [1 − C(n−c, k) / C(n, k)] = mean_p [1 − Π_{i=n−c+1}^{n} (1 − k/i)].
-    The product form avoids the binomials, which overflow from n ≈ 60 on. A NaN is a sample whose
-    score is not known: n counts the other samples of a problem, and a problem with fewer than k of
-    them is left out.
+    This is the unbiased estimator of Chen et al. 2021 (https://arxiv.org/abs/2107.03374, eq. 1).
+    With c of n samples correct,
+    pass@k = mean_p [1 − C(n−c, k) / C(n, k)] = mean_p [1 − Π_{i=n−c+1}^{n} (1 − k/i)].
+    The product form avoids the binomials, which overflow from n ≈ 60 on. NaN marks a sample whose
+    score is unknown: n counts only a problem's known samples, and problems with fewer than k known
+    samples are excluded.
 
     Raises:
-      ValueError: if no problem has k known samples, k is less than 1, or an entry is neither 0 nor
-        1 nor NaN.
+      ValueError: if no problem has k known samples, k is less than 1, or an entry is not 0, 1 or
+        NaN.
     """
     scores = _scores(correct)
     known = ~np.isnan(scores)
@@ -67,7 +68,7 @@ def pass_at_k(
         raise ValueError("pass_at_k: entries must be 0 or 1; threshold fractional scores first")
     i = np.arange(1, scores.shape[1] + 1)
     # Factor i is in the product if n − c < i ≤ n. With fewer than k wrong samples this includes
-    # i = k, whose factor is 0: each choice of k then has a correct sample, and pass@k is exactly 1.
+    # i = k, whose factor is 0, so pass@k is exactly 1: every k samples include a correct one.
     wrong = n - np.nansum(scores, axis=1)
     among = (i > wrong[:, None]) & (i <= n[:, None])
     factors = np.where(among, 1.0 - k / i, 1.0)
@@ -80,19 +81,19 @@ def gain(
     *,
     seed: int = 0,
 ) -> Estimate:
-    """Returns avg@k after minus avg@k before on the same problems in the same order (paired).
+    """Returns the paired gain in avg@k, after minus before, over the same problems in order.
 
-    Pairing removes the spread of difficulty between problems, which both separate scores' intervals
-    contain; so this interval is the one to read for "did it improve?". A problem without any known
-    score on one side is left out.
+    Pairing removes the differences in difficulty between problems, which widen the intervals of the
+    two separate scores. To answer "did it improve?", read this interval. Problems without a known
+    score on either side are excluded.
 
     Raises:
-      ValueError: if the numbers of problems differ, or no problem is known on both sides.
+      ValueError: if the numbers of problems differ, or no problem has a known score on both sides.
     """
     first, second = _scores(before), _scores(after)
     if len(first) != len(second):
         raise ValueError(
-            f"gain: {len(first)} problems before, {len(second)} after; evaluate the same ones"
+            f"gain: {len(first)} problems before, {len(second)} after; evaluate the same problems"
         )
     (known_before, before), (known_after, after) = _means(first), _means(second)
     difference = np.full(len(first), np.nan)
@@ -107,8 +108,8 @@ def gain(
 def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> Estimate:
     """Returns the mean and its percentile bootstrap interval (Efron 1979).
 
-    It takes `DRAWS` resamples of the problems. Known limit: equal values give an interval of zero
-    width, so 0 of 30 says less than it seems to.
+    The interval uses `DRAWS` resamples of the problems. Known limitation: if all values are equal,
+    it has zero width, so a score of 0 out of 30 looks more certain than it is.
     """
     values = np.asarray(values, np.float64)
     # Problems with equal values are interchangeable: drawing how often each *distinct* value occurs
@@ -121,14 +122,14 @@ def bootstrap_mean(values: Float[np.ndarray, "problems"], *, seed: int = 0) -> E
 
 
 def mean_over_seeds(values: Iterable[float]) -> Estimate:
-    """Returns the mean of one figure per seed, with Student's t interval: seeds are few.
+    """Returns the mean over seeds with Student's t interval, which suits small samples.
 
     Raises:
       ValueError: if there are fewer than two seeds.
     """
     values = np.array(tuple(values), np.float64)
     if len(values) < 2:
-        raise ValueError(f"statistics: {len(values)} seeds; an interval needs at least 2")
+        raise ValueError(f"statistics: got {len(values)} seeds; an interval needs at least 2")
     mean = values.mean()
     half = stdtrit(len(values) - 1, 0.5 + LEVEL / 2) * values.std(ddof=1) / np.sqrt(len(values))
     return Estimate(float(mean), float(mean - half), float(mean + half))
@@ -139,11 +140,12 @@ def bootstrap_band(
 ) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
     """Returns the mean over runs with a pointwise 95 % bootstrap interval.
 
-    Whole runs are resampled, so a curve remains a curve. The plain percentile interval is too
-    narrow for few runs (for 5 normal ones it covers the mean in 84 % of cases), so the percentiles
-    are Hesterberg's "expanded" ones (https://arxiv.org/abs/1411.5279): the tail that Student's t
-    leaves over, Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). Up to 4 runs the interval spans the lowest to the
-    highest run. A NaN is excluded from its point; a point needs two runs for an interval.
+    Whole runs are resampled, so curves stay intact. The plain percentile interval is too narrow for
+    few runs (with 5 normally distributed runs, it covers the mean in only 84 % of cases). We
+    therefore use Hesterberg's "expanded" percentiles (https://arxiv.org/abs/1411.5279), which match
+    the tail to Student's t: Φ(−√(n/(n−1)) t₀.₉₇₅,ₙ₋₁). With up to 4 runs, the interval spans the
+    lowest to the highest run. NaNs are excluded point by point. A point needs two runs for an
+    interval.
 
     Returns:
       (mean, low, high), NaN where undefined.
@@ -168,11 +170,11 @@ def bootstrap_band(
 
 
 def smooth(y: Float[np.ndarray, "points"], width: int | None = None) -> Float[np.ndarray, "points"]:
-    """Returns a centered running mean; NaNs are left out.
+    """Returns a centred running mean that ignores NaNs.
 
     Args:
       y: the curve.
-      width: odd number of points; by default 1/20 of the curve, at least 5.
+      width: window width, an odd number of points; by default 1/20 of the curve, at least 5.
     """
     if not len(y):
         return y
@@ -201,7 +203,7 @@ def _scores(correct: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "problems k
 def _means(
     scores: Float[np.ndarray, "problems k"],
 ) -> tuple[Bool[np.ndarray, "problems"], Float[np.ndarray, "known"]]:
-    """Returns which problems have a known score, and the mean of each of these."""
+    """Returns a mask of the problems with a known score, and the mean score of each of these."""
     known = ~np.isnan(scores)
     some = known.any(axis=1)
     return some, np.nansum(scores[some], axis=1) / known[some].sum(axis=1)

@@ -1,25 +1,33 @@
-"""Text for people: byte counts, durations, tables, safe text, and errors of a command line."""
+"""Text for people: byte counts, durations, tables, safe text, and command-line errors."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import unicodedata
 from collections.abc import Sequence
 from typing import NoReturn
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong command line in one line, without the usage.
+    """An argument parser that reports errors on one line, without the usage text.
 
     Attributes:
-      label: first word of the line.
+      label: first word of that line.
     """
 
     label = "error"
 
     def error(self, message: str) -> NoReturn:
-        """Exits with status 2."""
+        """Prints the error and exits with status 2."""
         self.exit(2, f"{self.label}: {message} ({self.prog} --help lists the arguments)\n")
+
+
+def any_terminal() -> None:
+    """Lets stdout and stderr print "?" for characters that the terminal's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def byte_size(count: float) -> str:
@@ -51,9 +59,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def visible(text: str) -> str:
-    """Makes control characters visible (ESC, NUL, direction marks, …), so that they do not act.
+    """Makes control characters (ESC, NUL, direction marks, …) visible and thus harmless.
 
-    Newlines and tabs stay. C0 controls become their pictures (ESC → ␛), the rest \\u escapes.
+    Newlines and tabs are kept. C0 controls become their pictures (ESC → ␛), others \\u escapes.
     """
     return "".join(map(_visible_character, text))
 
@@ -67,7 +75,7 @@ def _visible_character(character: str) -> str:
     if code == 0x7F:
         return "\u2421"
     # Cc: C1 controls; Cf: direction marks and zero-width characters; Cs: lone surrogates; Zl, Zp:
-    # line breaks. The zero-width joiner stays: emoji and several scripts need it.
+    # line breaks. The zero-width joiner is kept because emoji and several scripts need it.
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and code != 0x200D:
         return f"\\u{code:04x}"
     return character

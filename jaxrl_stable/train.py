@@ -18,9 +18,10 @@ from functools import partial
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Bool
 
 from jaxrl_stable import _moved, diagnostics, distributed, program
-from jaxrl_stable.checkpoint import Checkpointer
+from jaxrl_stable.checkpoint import Checkpointer, has_checkpoints
 from jaxrl_stable.configs import Experiment, Reinforcement
 from jaxrl_stable.data import prompt_iterator
 from jaxrl_stable.diagnostics import Metrics
@@ -30,19 +31,27 @@ from jaxrl_stable.model.transformer import parameter_count
 from jaxrl_stable.run.describe import implementations
 from jaxrl_stable.run.dynamic_sampling import Round, collect
 from jaxrl_stable.run.evaluation import evaluate, evaluation_key, make_sampler
-from jaxrl_stable.run.gates import check_failed_rewards, check_finite, check_first_mini_batch
+from jaxrl_stable.run.gates import (
+    check_conditions,
+    check_failed_rewards,
+    check_finite,
+    check_first_mini_batch,
+)
+from jaxrl_stable.run.identity import data_of_run, settings_of_run
 from jaxrl_stable.run.judge import (
     Judged,
     advantage_inputs,
     failed_share,
-    informative,
     judge,
     reward_metrics,
 )
+from jaxrl_stable.run.lock import locked
 from jaxrl_stable.run.profile import Profiler, ProfileSteps, parse_profile_steps
 from jaxrl_stable.run.programs import make_programs
+from jaxrl_stable.run.reference import kept_reference
+from jaxrl_stable.run.rehearsal import rehearse
 from jaxrl_stable.run.samples import sample_rows
-from jaxrl_stable.run.start import first_policy, restore_or_start
+from jaxrl_stable.run.start import restore_or_start
 from jaxrl_stable.run.task import load_task
 from jaxrl_stable.run.wandb_log import check_installed
 from jaxrl_stable.run.writer import Clock, open_writer
@@ -70,9 +79,11 @@ def train(
       The last state.
 
     Raises:
-      ValueError, FileNotFoundError: if the experiment or its data is invalid.
-      RuntimeError: if the first mini-batch after a start disagrees with `score`, or if too many
-        gradients in a row are not finite.
+      ValueError, FileNotFoundError: if the experiment or its data is invalid, if `workdir` holds
+        another run, or if another run is writing to it.
+      RuntimeError: if the first mini-batch after a start disagrees with `score`, if too many
+        gradients in a row are not finite, or if a reward is outside the range that the advantages
+        are right for.
       Stopped: if the run was asked to stop; the state is saved.
     """
     workdir, rl = pathlib.Path(workdir), experiment.reinforcement
@@ -83,14 +94,17 @@ def train(
 
     with contextlib.ExitStack() as stack:
         # --- Data, checkpoints, and agreement between processes -----------------------------------
+        stack.enter_context(locked(workdir))
         stack.enter_context(jax.set_mesh(mesh))
-        task = stack.enter_context(load_task(experiment, workdir))
+        cold_start = not has_checkpoints(workdir / "checkpoints")  # else it is over
+        task = stack.enter_context(load_task(experiment, workdir, cold_start))
         checkpoints = stack.enter_context(
             Checkpointer(
                 workdir / "checkpoints",
                 experiment.model.architecture(),
                 rl.keep_checkpoints,
-                data=f"{task.identity}, {rl.prompts} prompts a step, seed {experiment.seed}",
+                data=data_of_run(experiment, task.identity),
+                settings=settings_of_run(experiment, task.heldout, task.reward),
             )
         )
         known = f"{resolved_config()} {task.identity} {checkpoints.steps}"
@@ -109,10 +123,10 @@ def train(
         # --- State and programs -------------------------------------------------------------------
         state, key, start = restore_or_start(experiment, task, mesh, workdir, checkpoints, prompts)
         reference = None
-        if rl.objective.kl_coefficient:
-            reference = first_policy(experiment, task, mesh, workdir)
+        if rl.objective.kl_coefficient and start < rl.steps:
+            reference = kept_reference(experiment, mesh, workdir)
         if distributed.is_main():
-            (workdir / "config.gin").write_text(resolved_config())
+            (workdir / "config.gin").write_text(resolved_config(), encoding="utf-8")
         sampling = task.sampling(rl.max_tokens, rl.temperature, rl.top_k, rl.top_p)
         programs = make_programs(rl, sampling)
         sampler = make_sampler(task, experiment.evaluation, rl.max_tokens)
@@ -159,7 +173,13 @@ def train(
                 jax.block_until_ready(trajectory)
             with clock("reward"):
                 index = np.repeat(batch["index"], rl.group_size)
-                return Round(index, trajectory, judge(task, problems, trajectory))
+                judged = judge(task, problems, trajectory)
+                check_conditions(rl.objective.advantages, judged, step)
+                return Round(index, trajectory, judged)
+
+        def informative(judged: Judged) -> Bool[np.ndarray, "groups"]:
+            arrays = shard_rows(mesh, advantage_inputs(rl, judged))
+            return distributed.replicated(programs.informative(*arrays))
 
         if start == 0:
             checkpoints.save(0, to_parts(state) | {"key": key}, prompts, run_evaluation(0))
@@ -169,7 +189,11 @@ def train(
             with profiler.step(step):
                 # --- Rollout, reward and advantage: μ_old -----------------------------------------
                 (index, trajectory, judged), rounds = collect(
-                    partial(draw, step, clock), programs.fill, rl.group_size, rl.max_rounds
+                    partial(draw, step, clock),
+                    programs.fill,
+                    informative,
+                    rl.group_size,
+                    rl.max_rounds,
                 )
                 with clock("reward"):
                     arrays = shard_rows(mesh, advantage_inputs(rl, judged))
@@ -200,10 +224,13 @@ def train(
             if scored is not None and step == start + 1:
                 check_first_mini_batch(updates[0], rl.gate(experiment.model.dtype), step)
             check_finite(state, rl.max_skipped)
-            values = clock.values() | host_metrics(rl, judged, rounds, task.reward.right_at)
+            values = clock.values() | host_metrics(
+                rl, rounds, informative(judged), task.reward.right_at
+            )
             measured = programs.summarize(updates, scored.metrics if scored else {})
             values |= diagnostics.as_floats(measured)
             values["gradient/skipped"] = float(jax.device_get(state.skipped))
+            values["optimizer/learning_rate"] = float(programs.learning_rate(state))
             values["gradient_steps"] = float(step * rl.objective.mini_batches)
             values["throughput/tokens_per_s"] = values["response/tokens"] / values["time/step"]
             writer.write(step, values)
@@ -233,29 +260,43 @@ def train(
 
 
 def host_metrics(
-    rl: Reinforcement, judged: Judged, rounds: Sequence[Judged], right_at: int | float
+    rl: Reinforcement,
+    rounds: Sequence[Judged],
+    informative: Bool[np.ndarray, "groups"],
+    right_at: int | float,
 ) -> dict[str, float]:
     """Returns the host-side metrics of a step.
 
     Args:
       rl: settings of the run.
-      judged: the batch that is trained on.
-      rounds: every rollout batch that was drawn for it. Rewards are those of the first, because
-        later rounds are selected.
+      rounds: every rollout batch that was drawn. Rewards are those of the first, because later
+        rounds are selected.
+      informative: the informative groups of the batch that is trained on.
       right_at: score from which a response is right.
     """
     return reward_metrics(rounds[0], rl.group_size, right_at) | {
         "reward/failed_share": failed_share(rounds),
         "response/tokens": float(sum(each.lengths.sum() for each in rounds)),
         "sampling/rounds": float(len(rounds)),
-        "sampling/informative_share": float(informative(judged, rl.group_size).mean()),
+        "sampling/informative_share": float(informative.mean()),
     }
+
+
+def profiled() -> ProfileSteps | None:
+    """Returns the steps of `--profile_steps`, if any."""
+    # `main` can be called directly, without flags.
+    return parse_profile_steps(PROFILE_STEPS.value if flags.FLAGS.is_parsed() else "")
+
+
+def check(experiment: Experiment, workdir: str) -> None:
+    """Checks, in a dry run, what `main` would refuse before its first step."""
+    profiled()
+    rehearse(experiment, workdir, resumes=True)
 
 
 def main(experiment: Experiment, workdir: str) -> None:
     """Trains, then writes the report."""
-    flag = PROFILE_STEPS.value if flags.FLAGS.is_parsed() else ""  # `main` can be called directly
-    profile_steps = parse_profile_steps(flag)
+    profile_steps = profiled()
     if distributed.is_main():
         print(implementations(experiment))
     begin = time.time()
@@ -278,4 +319,4 @@ __getattr__ = _moved.moved_names("jaxrl_stable.train")  # names that have moved
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, program.EXPERIMENT._replace(check=check))

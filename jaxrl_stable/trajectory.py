@@ -1,4 +1,4 @@
-"""Trajectory: what the sampler hands to the trainer."""
+"""Trajectory: the samples that the sampler passes to the trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from jaxrl_stable.routing import Routing
 from jaxrl_stable.sharding import ROWS, constrain, join_rows
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
@@ -25,7 +26,8 @@ class Trajectory:
       real: True on prompt and response tokens, False on padding.
       response_mask: True exactly on sampled tokens, EOS included.
       logp_rollout: log μ_old of each sampled token, 0 elsewhere.
-      routing: experts of every token that was an input: all except the last token of a response.
+      routing: experts of each token that was fed to the model; the last token of a response was
+        not.
       finished: whether the response ended with a stop token; False if it was cut off.
       prompt_width: P, static.
     """
@@ -40,7 +42,7 @@ class Trajectory:
 
 
 def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
-    """Joins stacked trajectories whose rows `cut_rows` separated."""
+    """Joins stacked trajectories whose rows were split by `cut_rows`."""
     rows = partial(join_rows, over=over)
     routing = Routing(rows(parts.routing.experts, axis=1), rows(parts.routing.valid))
     others = jax.tree.map(rows, dataclasses.replace(parts, routing=None))
@@ -48,9 +50,9 @@ def join_trajectories(parts: Trajectory, over: tuple[str, ...]) -> Trajectory:
 
 
 def fill_rows(old: Trajectory, new: Trajectory, rows: Int[Array, "B"]) -> Trajectory:
-    """Replaces row i of `old` by row `rows[i]` of `new`; −1 keeps the old row.
+    """Replaces row i of `old` with row `rows[i]` of `new`; −1 keeps the old row.
 
-    On a mesh, every device gathers all of `new`, which takes much memory for long responses.
+    On a mesh, every device gathers all of `new`, which takes a lot of memory for long responses.
     """
 
     def pick(axis: int):

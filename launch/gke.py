@@ -3,7 +3,7 @@
     python launch/gke.py image --image=REGISTRY/NAME:TAG
     python launch/gke.py run --name=qwen3 --image=REGISTRY/NAME:TAG --topology=v5p:4x4x4 \
         --bucket=BUCKET --service_account=trainer -- \
-        python -m jaxrl_stable.train --gin_file=… --workdir=/mnt/jaxrl/qwen3
+        python -m jaxrl_stable.train --gin_file=... --workdir=/mnt/jaxrl/qwen3
 
 Actions: image, run, logs, status, stop, resume, delete. `--dry_run` prints the manifest and the
 commands. Needs kubectl (and docker for `image`) but not the package.

@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--patience", type=float, default=90, help="seconds that others may outlive a failure"
     )
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- python -m …")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- python -m ...")
     options = parser.parse_args(arguments)
     options.command = options.command[options.command[:1] == ["--"] :]
     if not options.command:

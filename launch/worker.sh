@@ -43,7 +43,9 @@ mount_storage() {
       ;;
     *)
       command -v mount.nfs >/dev/null || apt_install nfs-common
-      sudo mount -t nfs "$storage" "$directory"
+      # A version-3 server never releases the lock of a machine that has vanished, and the run
+      # could not continue on new ones. Version 4 releases it and ignores this option.
+      sudo mount -t nfs -o local_lock=flock "$storage" "$directory"
       sudo chown "$(id -u):$(id -g)" "$directory"
       ;;
   esac

@@ -58,7 +58,7 @@ def test_a_checkpoint_without_a_position_is_not_resumed(tmp_path, config, state,
     """Starting the data over would silently repeat prompts."""
     with Checkpointer(tmp_path, config.architecture()) as checkpoints:
         checkpoints.save(1, to_parts(state))
-        with pytest.raises(ValueError, match="holds no position in the data"):
+        with pytest.raises(ValueError, match="lacks a position in the data"):
             checkpoints.restore(to_parts(template), numbers())
 
 
@@ -100,7 +100,7 @@ def test_another_model_is_refused_before_anything_is_read(tmp_path, config, stat
         checkpoints.restore(to_parts(template))
     with (
         Checkpointer(tmp_path, config.architecture()) as checkpoints,
-        pytest.raises(ValueError, match="on one side only"),
+        pytest.raises(ValueError, match="only one of them has"),
     ):
         checkpoints.restore({"optimizer": {"other": jnp.zeros(())}})
 
@@ -118,6 +118,53 @@ def test_changed_data_is_refused(tmp_path, config, state, template):
         checkpoints.restore(to_parts(template), numbers())
 
 
+def test_changed_settings_are_refused_by_name(tmp_path, config, state, template):
+    """Entries that one side does not know are not compared, and are not lost."""
+
+    def checkpointer(**settings):
+        return Checkpointer(tmp_path, config.architecture(), settings=settings)
+
+    with checkpointer(samples=8, reward="numeric", later=[1, None]) as checkpoints:
+        checkpoints.save(1, to_parts(state), numbers())
+    with (
+        checkpointer(samples=4, reward="exact") as checkpoints,
+        pytest.raises(
+            ValueError,
+            match=r"reward is 'numeric' there and 'exact' here; samples is 8 there and 4 here\. C",
+        ),
+    ):
+        checkpoints.restore(to_parts(template), numbers())
+    with checkpointer(samples=4) as checkpoints:  # without a position: another run, or `evaluate`
+        assert checkpoints.restore({"model": template.model}) is not None
+    with checkpointer(samples=8, newer=1) as checkpoints:
+        assert checkpoints.restore(to_parts(template), numbers()) is not None
+        checkpoints.save(2, to_parts(state), numbers())
+    for settings in ({"newer": 2}, {"reward": "exact"}, {"later": [1]}):
+        with checkpointer(**settings) as checkpoints, pytest.raises(ValueError, match="settings"):
+            checkpoints.restore(to_parts(template), numbers())
+
+
+def test_checkpoints_of_an_older_version_have_no_settings(
+    tmp_path, config, state, template, monkeypatch
+):
+    with Checkpointer(tmp_path, config.architecture()) as checkpoints:
+        save = checkpoints._orbax.save_checkpointables
+        monkeypatch.setattr(
+            checkpoints._orbax,
+            "save_checkpointables",
+            lambda step, items, **options: save(step, _without_settings(items), **options),
+        )
+        checkpoints.save(1, to_parts(state), numbers())
+        assert "settings" not in checkpoints._about(1)
+    with Checkpointer(tmp_path, config.architecture(), settings={"samples": 8}) as checkpoints:
+        assert checkpoints.restore(to_parts(template), numbers()) is not None
+
+
+def _without_settings(items):
+    about = {name: value for name, value in items["about"].items() if name != "settings"}
+    return items | {"about": about}
+
+
 def test_execution_fields_do_not_matter(tmp_path, config, state, template):
     with Checkpointer(tmp_path, config.architecture()) as checkpoints:
         checkpoints.save(1, to_parts(state), numbers())
@@ -128,8 +175,8 @@ def test_execution_fields_do_not_matter(tmp_path, config, state, template):
 
 
 def test_missing_checkpoints_are_named(tmp_path, config, template):
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="is not a directory"):
         load_model(tmp_path / "absent", config.architecture(), template.model)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="contains no checkpoint"):
         load_model(tmp_path / "empty", config.architecture(), template.model)

@@ -103,6 +103,44 @@ def test_sizes_that_do_not_fit(fails):
     assert "micro_batch_size (3) must divide it" in line
 
 
+@pytest.mark.fast
+def test_a_length_penalty_for_an_estimator_without_one(fails):
+    line = fails(
+        "--gin.configs.Objective.advantages=@advantages.maxrl",
+        "--gin.configs.Reinforcement.overlong_buffer=0.5",
+        "--dry_run",
+    )
+    assert "Reinforcement.overlong_buffer adds a length penalty, but maxrl reads" in line
+
+
+@pytest.mark.fast
+def test_groups_of_one_with_their_own_baseline(fails):
+    one = "--gin.configs.Reinforcement.group_size=1", "--gin.configs.Reinforcement.prompts=16"
+    line = fails(*one, "--dry_run")
+    assert "Reinforcement.group_size is 1, but centered compares the responses of a group" in line
+    estimator = "--gin.configs.Objective.advantages=@advantages.reinforce_plus_plus"
+    assert "but reinforce_plus_plus compares" in fails(*one, estimator, "--dry_run")
+    whole = "--gin.advantages.reinforce_plus_plus.baseline=False"
+    experiment = gin_files.load_experiment(
+        [GIN], [x.removeprefix("--gin.") for x in (*one, estimator, whole)]
+    )
+    assert experiment.reinforcement.group_size == 1
+
+
+def test_rewards_that_the_advantages_are_not_made_for(fails):
+    """Found in the first rollout, before the first update."""
+    line = fails(
+        "--gin.configs.Experiment.cold_start=None",
+        "--gin.configs.Objective.advantages=@advantages.maxrl",
+        "--gin.configs.Data.reward='tests.test_errors:plus_or_minus'",
+    )
+    assert "step 1: maxrl needs rewards of at least 0, but response 0 has -1; use" in line
+
+
+def plus_or_minus(problem, response):
+    return -1.0
+
+
 def test_tokenizer_larger_than_the_model(fails):
     line = fails("--gin.model.tiny.vocab_size=64")
     assert "has 96 entries but ModelConfig.vocab_size is 64" in line

@@ -28,6 +28,12 @@ class Source:
     def __init__(self, size: int = 4, other: int = 0):
         self.made.append(size)
 
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"prompt": "1+1?", "answer": "2"}
+
 
 def small(layers: int = 1) -> ModelConfig:
     return tiny(num_layers=layers)
@@ -245,9 +251,47 @@ def test_each_field_is_read_in_the_longest_scope_that_binds_it(load):
     assert (optimizer.eps, optimizer.b1, optimizer.b2) == (1e-6, 0.5, 0.6)
 
 
-def test_a_macro_that_nothing_reads_is_no_mistake(load):
-    assert load("LAYERS = 3\n" + MODEL).model.num_layers == 2
-    assert load("UNUSED = 3").seed == 0
+MACROS = """
+LAYERS = 3
+HELDOUT = "test.jsonl"
+configs.Experiment.data = @configs.Data()
+configs.Data.heldout = %HELDOUT
+configs.Experiment.model = @own.small()
+own.small.layers = %LAYERS
+"""
+
+
+@pytest.mark.parametrize(
+    ("macro", "message"),
+    [
+        ("HELD_OUT='mine.jsonl'", r"the macro HELD_OUT is bound .* did you mean HELDOUT\?"),
+        ("layer=2", r"the macro layer is bound .* did you mean LAYERS\?"),
+        ("STEPS=2", r"the macro STEPS is bound .* the macros in use are HELDOUT, LAYERS$"),
+    ],
+)
+def test_a_macro_that_nothing_reads(load, macro, message):
+    """`--gin.HELD_OUT=…` for HELDOUT would evaluate on another file, in silence."""
+    with pytest.raises(ValueError, match=message):
+        load(MACROS, bindings=[macro])
+    with pytest.raises(ValueError, match=message):
+        load(MACROS + macro)
+
+
+def test_macros_that_are_read(load):
+    experiment = load(MACROS, bindings=["HELDOUT='mine.jsonl'", "LAYERS=2"])
+    assert experiment.data.heldout == "mine.jsonl" and experiment.model.num_layers == 2
+    assert load("A = 3\nB = %A\nconfigs.Experiment.seed = %B").seed == 3  # read through another
+
+
+def test_a_macro_whose_reader_a_later_file_replaced(load):
+    assert load(MACROS, "configs.Data.heldout = 'mine.jsonl'").data.heldout == "mine.jsonl"
+    with pytest.raises(ValueError, match="the macro HELDOUT is bound but nothing uses it"):
+        load(MACROS, bindings=["configs.Data.heldout='mine.jsonl'", "HELDOUT='other.jsonl'"])
+
+
+def test_a_macro_without_any_in_use(load):
+    with pytest.raises(ValueError, match=r"macro UNUSED .*these gin files use no macros"):
+        load("UNUSED = 3")
 
 
 @pytest.mark.fast

@@ -70,7 +70,7 @@ def test_a_later_file_may_orphan_what_an_earlier_one_bound(tmp_path):
         (["objectives.minirl.clip_low=1.2"], "clip_low=1.2"),
         (["configs.Objective.loss=@objectives.gpso"], "gpso"),
         (["configs.Objective.loss=@x/objectives.gspo"], "gspo has a scope"),
-        (["configs.Objective.corrections=[@corrections.token_tis]"], "both weigh the mismatch"),
+        (["configs.Objective.corrections=[@corrections.token_tis]"], "each weight by the mismatch"),
     ],
     ids=str,
 )

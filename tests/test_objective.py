@@ -36,8 +36,8 @@ def test_defaults_are_minirl():
         ({"policies": "two"}, r"Objective\.policies is 'two'; use one of 'all'"),
         ({"aggregation": "mean"}, r"Objective\.aggregation is 'mean'"),
         ({"kl_estimator": "k4"}, r"Objective\.kl_estimator is 'k4'"),
-        ({"mini_batches": 0}, r"Objective\.mini_batches is 0; it must be at least 1"),
-        ({"kl_weighted": True, "kl_estimator": "k2"}, "kl_weighted biases kl_estimator='k2'"),
+        ({"mini_batches": 0}, r"Objective\.mini_batches is 0; use at least 1"),
+        ({"kl_weighted": True, "kl_estimator": "k2"}, "kl_weighted makes kl_estimator='k2' biased"),
     ],
 )
 def test_settings_that_make_no_sense(options, message):
@@ -52,16 +52,16 @@ TIS, ICEPOP = corrections.token_tis, corrections.icepop
 @pytest.mark.parametrize(
     ("together", "message"),
     [
-        ({"corrections": [TIS]}, "minirl and token_tis both weigh the mismatch"),
-        ({"corrections": [ICEPOP]}, "minirl and icepop both weigh"),
+        ({"corrections": [TIS]}, "minirl and token_tis each weight by the mismatch"),
+        ({"corrections": [ICEPOP]}, "minirl and icepop each weight by"),
         ({"corrections": [partial(ICEPOP, weigh=False)]}, None),
         ({"corrections": [corrections.veto, corrections.geometric_mask]}, None),
         ({"loss": partial(objectives.minirl, weight="none"), "corrections": [TIS]}, None),
-        ({"loss": objectives.ppo, "corrections": [TIS, ICEPOP]}, "token_tis and icepop both weigh"),
+        ({"loss": objectives.ppo, "corrections": [TIS, ICEPOP]}, "token_tis and icepop each"),
         ({"loss": objectives.vespo, "corrections": [corrections.sequence_tis]}, None),
         (
             {"loss": partial(objectives.vespo, tis_cap=2.0), "corrections": [TIS]},
-            "vespo and token_tis both weigh",
+            "vespo and token_tis each weight by",
         ),
         (
             {"corrections": [corrections.geometric_mask], "policies": "bypass"},
@@ -125,10 +125,16 @@ def broken(*arrays):
     return {}["key"]
 
 
+@estimators.with_conditions(penalty="separate")
+def no_penalty(rewards, group_ids, valid=None, lengths=None):
+    return rewards
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
+        (Objective(advantages=no_penalty), "no_penalty raised TypeError: .*'penalty'"),
         (Objective(loss=wrong_result), r"wrong_result returns .* instead of TokenLoss"),
         (Objective(corrections=[wrong_shape]), "wrong_shape returns"),
         (Objective(advantages=broken), "broken raised KeyError: 'key'"),
@@ -136,7 +142,7 @@ def broken(*arrays):
         (Objective(corrections=[partial(TIS, cap=0.0)], loss=objectives.ppo), "token_tis: cap=0.0"),
         (
             Objective(corrections=[partial(ICEPOP, low=5.0, high=0.5, weigh=False)]),
-            "icepop: low=5.0, high=0.5 bounds a ratio",
+            "icepop: low=5.0, high=0.5 must bound a ratio",
         ),
         (Objective(loss=partial(objectives.gspo, form="x")), "form 'x' is unknown"),
         (Objective(loss=partial(objectives.minirl, clip_low=1.2)), "clip_low=1.2"),

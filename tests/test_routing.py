@@ -79,14 +79,14 @@ def test_wrong_dtypes_are_refused(dtype, num_experts):
 def test_experts_out_of_range_are_refused():
     one = routing()
     bad = dataclasses.replace(one, experts=one.experts.at[1, 0, 2, 1].set(255))  # a stored −1
-    with pytest.raises(ValueError, match="names expert 255; the model has 8"):
+    with pytest.raises(ValueError, match="contains expert 255; the model has 8"):
         validate(bad, 2, 8)
 
 
 def test_an_expert_twice_is_refused_with_its_place():
     one = routing()
     bad = dataclasses.replace(one, experts=one.experts.at[1, 0, 2].set(5))
-    with pytest.raises(ValueError, match="twice at layer 1, row 0, position 2"):
+    with pytest.raises(ValueError, match="repeats an expert at layer 1, row 0, position 2"):
         validate(bad, 2, 8)
 
 
@@ -97,7 +97,7 @@ def test_rows_without_a_choice_are_not_checked():
     # The reported place skips rows without a choice.
     bad = dataclasses.replace(padded, valid=padded.valid.at[0, 0].set(False))
     bad = dataclasses.replace(bad, experts=bad.experts.at[0, 1, 1].set(3))
-    with pytest.raises(ValueError, match="twice at layer 0, row 1, position 1"):
+    with pytest.raises(ValueError, match="repeats an expert at layer 0, row 1, position 1"):
         validate(bad, 2, 8)
     validate(Routing(one.experts, jnp.zeros_like(one.valid)), 2, 8)
 
@@ -158,9 +158,9 @@ def test_conversions_inside_jit_are_those_outside():
         ((0, 1, 1), -1, r"row 0, position 1 is incomplete: -1 at layer 1, choice 0.*dense"),
         ((1, 0, 0, 1), -1, r"row 1, position 0 is incomplete: -1 at layer 0, choice 1"),
         ((0, 0, 0, 0), 5, r"row 0, position 0 is incomplete: -1 at layer 0, choice 1"),
-        ((1, 1, 0, 0), 8, "names expert 8; the model has 8"),
-        ((1, 1, 0, 0), 259, "names expert 259"),  # 3 once it is stored in eight bits
-        ((0, 2, 1, 1), 6, "twice at layer 1, row 0, position 2"),
+        ((1, 1, 0, 0), 8, "contains expert 8; the model has 8"),
+        ((1, 1, 0, 0), 259, "contains expert 259"),  # 3 once it is stored in eight bits
+        ((0, 2, 1, 1), 6, "repeats an expert at layer 1, row 0, position 2"),
     ],
 )
 def test_wrong_token_major_values_are_refused_on_the_host(index, value, message):
@@ -177,5 +177,5 @@ def test_wrong_token_major_values_are_refused_on_the_host(index, value, message)
 )
 def test_wrong_token_major_layouts_are_refused_also_when_tracing(wrong):
     for convert in (from_token_major, jax.jit(from_token_major, static_argnums=1)):
-        with pytest.raises(ValueError, match=r"\[B, T, L, K\] and a signed integer type"):
+        with pytest.raises(ValueError, match=r"\[B, T, L, K\] and a signed integer dtype"):
             convert(wrong, 8)

@@ -137,6 +137,9 @@ def test_run_leaves_everything_behind(finished):
         "validity/staleness_value_error",
         "gradient/norm",
         "gradient/skipped",
+        "gradient/zero_share",
+        "optimizer/learning_rate",
+        "sampling/informative_share",
         "routing/agreement",
         "routing/agreement_layer_00",
         "routing/differing_tokens_share",
@@ -151,6 +154,14 @@ def test_run_leaves_everything_behind(finished):
     assert expected <= trained[0].keys()
     assert all(row[name] is not None for row in trained for name in expected)
     assert trained[0]["mismatch/kl_k3_token_mean"] > 0  # the int8 sampler is not the trainer
+
+
+def test_the_learning_rates_are_recorded(finished):
+    """The cold start is 8 steps into a warm-up of 50; reinforcement has a constant rate."""
+    cold_start = read_jsonl(finished / "cold_start" / "metrics.jsonl")[-1]
+    assert cold_start["optimizer/learning_rate"] == pytest.approx(1e-3 * 8 / 50)
+    trained = [row for row in read_jsonl(finished / "metrics.jsonl") if "gradient/norm" in row]
+    assert [row["optimizer/learning_rate"] for row in trained] == pytest.approx([1e-3] * 6)
 
 
 def test_sampled_tokens_are_explained(finished):
@@ -212,7 +223,7 @@ def test_finished_run_only_writes_its_report(finished, environment):
 def test_checkpoint_of_another_model(finished, environment):
     result = run(finished, environment, "--gin.model.tiny.num_heads=2")
     assert result.returncode == 2
-    assert "is of another model: num_heads is 4 there and 2 here" in result.stderr
+    assert "holds a different model: num_heads is 4 there and 2 here" in result.stderr
     assert result.stderr.strip().count("\n") == 0
 
 
@@ -262,6 +273,7 @@ def test_run_with_a_dead_judge_names_its_exception_and_keeps_the_samples(
 def test_start_from_another_run(finished, tmp_path, environment):
     flags = (
         f"--gin.configs.Experiment.init_from='{finished}'",
+        "--gin.configs.Experiment.cold_start=None",
         "--gin.configs.Reinforcement.steps=1",
         "--gin.configs.Objective.mini_batches=1",
         "--gin.configs.Objective.replay='none'",

@@ -1,4 +1,7 @@
-"""Memory of a program on one chip, and the tensors that take it up."""
+"""Memory of a program on one chip, and the tensors that take it up.
+
+`programs.py` compiles the programs for a slice of `topology.py`; no TPU is needed.
+"""
 
 from __future__ import annotations
 

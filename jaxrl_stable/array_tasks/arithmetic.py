@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from jaxrl_stable.array_tasks.series import Series, SeriesTask
 from jaxrl_stable.array_tasks.task import AnyArray, check_sizes, left_padded, with_eos
+from jaxrl_stable.checks import field_types
 
 
 class _Sum(SeriesTask):
@@ -25,6 +26,7 @@ class _Sum(SeriesTask):
     worked: bool
 
     def __post_init__(self):
+        field_types(self)
         if self.modulus < 2:
             name = type(self).__name__
             raise ValueError(f"{name}.modulus is {self.modulus}; use at least 2")

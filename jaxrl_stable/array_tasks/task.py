@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_stable import _moved
-from jaxrl_stable.checks import one_of
+from jaxrl_stable.checks import field_types, one_of
 
 PAD, EOS = 0, 1
 HELDOUT_SHARE = 4  # one problem in four is held out
@@ -63,6 +63,7 @@ class ArrayTask(abc.ABC):
     reward_kind: str = "binary"
 
     def __post_init__(self):
+        field_types(self)
         one_of(self, "reward_kind", self.REWARD_KINDS)
 
     @property
@@ -233,6 +234,7 @@ def with_eos(tokens: Int[AnyArray, "W"], length: Size) -> Int[Array, "W+1"]:
 
 def check_sizes(task: ArrayTask, least: int) -> None:
     """Checks that least ≤ task.smallest ≤ task.largest; raises ValueError if not."""
+    field_types(task)
     if not least <= task.smallest <= task.largest:
         raise ValueError(
             f"{type(task).__name__}.smallest is {task.smallest} and largest {task.largest}; use "

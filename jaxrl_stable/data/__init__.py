@@ -1,15 +1,23 @@
 """Problems, tokenizers, and the grain pipelines that turn them into batches of NumPy arrays."""
 
 from jaxrl_stable.data.arithmetic import ArithmeticSource
-from jaxrl_stable.data.demonstrations import packed_iterator
-from jaxrl_stable.data.prompts import check_prompts, encode_prompts, prompt_ids, prompt_iterator
+from jaxrl_stable.data.demonstrations import check_demonstrations, packed_iterator
+from jaxrl_stable.data.prompts import (
+    check_prompts,
+    encode_prompts,
+    overlap,
+    prompt_ids,
+    prompt_iterator,
+)
+from jaxrl_stable.data.records import Message, Problem
 from jaxrl_stable.data.sources import (
+    Concatenated,
     JsonlSource,
-    Message,
-    Problem,
     ReasoningGymSource,
     Source,
     Subset,
+    concatenate,
+    open_source,
     subset,
 )
 from jaxrl_stable.data.templates import ChatTemplate, Template, load_chat_template
@@ -19,12 +27,16 @@ from jaxrl_stable.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
-    train_sentencepiece,
+    unknown_tokens,
 )
+from jaxrl_stable.data.turns import Ending, ending
+from jaxrl_stable.data.vocabulary import train_sentencepiece
 
 __all__ = [
     "ArithmeticSource",
     "ChatTemplate",
+    "Concatenated",
+    "Ending",
     "HFTokenizer",
     "JsonlSource",
     "Message",
@@ -35,14 +47,20 @@ __all__ = [
     "Subset",
     "Template",
     "Tokenizer",
+    "check_demonstrations",
     "check_prompts",
+    "concatenate",
     "convert_tiktoken",
     "encode_prompts",
+    "ending",
     "load_chat_template",
     "load_tokenizer",
+    "open_source",
+    "overlap",
     "packed_iterator",
     "prompt_ids",
     "prompt_iterator",
     "subset",
     "train_sentencepiece",
+    "unknown_tokens",
 ]

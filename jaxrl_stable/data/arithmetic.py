@@ -5,7 +5,8 @@ import zlib
 
 import numpy as np
 
-from jaxrl_stable.data.sources import Problem
+from jaxrl_stable.checks import field_types
+from jaxrl_stable.data.records import Problem
 
 # One key in eight is held out.
 _HELDOUT_MODULUS = 8
@@ -91,6 +92,7 @@ class ArithmeticSource:
     slips: int | float = 0.0
 
     def __post_init__(self):
+        field_types(self)
         if self.split not in ("train", "heldout"):
             raise ValueError(f"ArithmeticSource: split is {self.split!r}; choose train or heldout")
         for field, low in (("size", 1), ("seed", 0), ("steps", 1), ("largest", 2)):

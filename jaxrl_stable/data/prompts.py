@@ -1,15 +1,19 @@
 """Prompt batches for rollouts: shuffled, endless, left-padded, split over processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxrl_stable.data.sources import Problem, Source
+from jaxrl_stable.checks import record_name
+from jaxrl_stable.data.records import Problem, check_characters
+from jaxrl_stable.data.sources import Source
 from jaxrl_stable.data.templates import PLACE, ChatTemplate, Template, fill
 from jaxrl_stable.data.tokenizer import Tokenizer, prefix_ids
+
+CHECKED_TOGETHER = 1000  # records, which bounds the memory of their encodings
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: Template = PLACE) -> list[int]:
@@ -20,23 +24,70 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer, template: Template = PLAC
 
     Raises:
       ValueError: if the template does not contain `{prompt}` exactly once or fails to render, or if
-        the problem contains a control token (`Tokenizer.control_token`). Spelling the token out
-        would be safe, but prompts that were already rendered, with any template, would then pass
-        unnoticed and make no sense.
+        the problem contains a control token (`Tokenizer.control_token`) or half of a surrogate
+        pair. Spelling a control token out would be safe, but prompts that were already rendered,
+        with any template, would then pass unnoticed and make no sense.
     """
-    turns = problem.get("messages", [])
-    for text in (*(turn["content"] for turn in turns), problem["prompt"]):
-        token = tokenizer.control_token(text)
-        if token is not None:
-            raise ValueError(
-                f"the prompt contains the control token {token!r}, which only a template may "
-                "write; remove it (Data.chat writes the turns of a conversation)"
-            )
+    (found,) = all_prompt_ids([problem], tokenizer, template)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def all_prompt_ids(
+    problems: Sequence[Problem], tokenizer: Tokenizer, template: Template = PLACE
+) -> list[list[int] | ValueError]:
+    """Returns, per problem, its token ids or the error that `prompt_ids` raises.
+
+    All texts are encoded together, which is several times as fast with some tokenizers.
+    """
+    prefix = [] if isinstance(template, ChatTemplate) else prefix_ids(tokenizer)
+    texts, errors = [], {}
+    tokens = _control_tokens(problems, tokenizer)
+    for i, (problem, token) in enumerate(zip(problems, tokens, strict=True)):
+        try:
+            texts.append(_text(problem, token, template))
+        except ValueError as error:
+            errors[i] = error
+    ids = iter(encode_all(texts, tokenizer))
+    return [errors[i] if i in errors else [*prefix, *next(ids)] for i in range(len(problems))]
+
+
+def encode_all(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Encodes many texts, together if the tokenizer can."""
+    batch = getattr(tokenizer, "encode_batch", None)
+    return batch(texts) if batch else [tokenizer.encode(text) for text in texts]
+
+
+def _text(problem: Problem, control_token: str | None, template: Template) -> str:
+    """Returns the text of a prompt; raises ValueError if it is invalid."""
+    check_characters(problem)
+    if control_token is not None:
+        raise ValueError(
+            f"the prompt contains the control token {control_token!r}, which only a template may "
+            "write; remove it (Data.chat writes the turns of a conversation)"
+        )
     if isinstance(template, ChatTemplate):
-        return tokenizer.encode(template.render(problem))
-    if turns:
+        return template.render(problem)
+    if problem.get("messages"):
         raise ValueError("the prompt is a list of messages; turn on Data.chat, or make it a string")
-    return [*prefix_ids(tokenizer), *tokenizer.encode(fill(template, problem["prompt"]))]
+    return fill(template, problem["prompt"])
+
+
+def _control_tokens(problems: Sequence[Problem], tokenizer: Tokenizer) -> list[str | None]:
+    """Returns the first control token of each problem, or None."""
+    texts, owners = [], []
+    for owner, problem in enumerate(problems):
+        turns = [turn["content"] for turn in problem.get("messages", [])]
+        for text in dict.fromkeys([*turns, problem["prompt"]]):
+            texts.append(text.encode("utf-8", errors="replace").decode())  # half characters: later
+            owners.append(owner)
+    batch = getattr(tokenizer, "control_tokens", None)
+    tokens = batch(texts) if batch else [tokenizer.control_token(text) for text in texts]
+    found: list[str | None] = [None] * len(problems)
+    for owner, token in zip(owners, tokens, strict=True):
+        found[owner] = found[owner] or token
+    return found
 
 
 def encode_prompts(
@@ -86,24 +137,76 @@ def check_prompts(
       Length of the longest prompt in tokens.
 
     Raises:
-      ValueError: if a prompt is invalid or does not fit. The message names the first such record,
-        their number, and the width that all prompts need.
+      ValueError: if a prompt is invalid or does not fit. The message names the first such record
+        (file and line, if the source knows them), their number, and the width that all prompts
+        need.
+    """
+
+    def lengths(problems: Sequence[Problem]) -> list[int | ValueError]:
+        found = all_prompt_ids(problems, tokenizer, template)
+        return [ids if isinstance(ids, ValueError) else len(ids) for ids in found]
+
+    return check_lengths(source, lengths, lambda length: _check_length(length, width))
+
+
+def check_lengths(
+    source: Source,
+    lengths: Callable[[Sequence[Problem]], Sequence[int | ValueError]],
+    check: Callable[[int], None],
+) -> int:
+    """Checks the length of every record of a source.
+
+    Args:
+      source: the problems.
+      lengths: returns the length of each problem in tokens, or what is wrong with it.
+      check: raises ValueError if a length is not allowed.
+
+    Returns:
+      The largest length.
+
+    Raises:
+      ValueError: if a record is faulty. The message names the first one, their number, and the
+        largest length.
     """
     first, faulty, longest = "", 0, 0
-    for i in range(len(source)):
-        problem = source[i]
-        try:
-            length = len(prompt_ids(problem, tokenizer, template))
-            longest = max(longest, length)
-            _check_length(length, width)
-        except ValueError as error:
-            first = first or f"{source!r}[{i}]: {error}"
-            faulty += 1
+    for start in range(0, len(source), CHECKED_TOGETHER):
+        indices = range(start, min(start + CHECKED_TOGETHER, len(source)))
+        for i, length in zip(indices, lengths([source[i] for i in indices]), strict=True):
+            try:
+                if isinstance(length, ValueError):
+                    raise length
+                longest = max(longest, length)
+                check(length)
+            except ValueError as error:
+                first = first or f"{record_name(source, i)}: {error}"
+                faulty += 1
     if faulty:
         raise ValueError(
             f"{first} (records affected: {faulty} of {len(source)}; longest: {longest} tokens)"
         )
     return longest
+
+
+def overlap(train: Source, heldout: Source, problems: int) -> str:
+    """Returns how many held-out prompts are also training prompts, in one line; "" if none is.
+
+    Prompts are compared as text, up to white space.
+
+    Args:
+      train: training problems.
+      heldout: held-out problems.
+      problems: number of held-out problems that are evaluated, from the start.
+    """
+    asked = {_turns(heldout[i]) for i in range(problems)}
+    known = asked.intersection(_turns(train[i]) for i in range(len(train)))
+    shared = sum(_turns(heldout[i]) in known for i in range(problems))
+    return f"{shared} of {problems} held-out prompts are in the training set" if shared else ""
+
+
+def _turns(problem: Problem) -> tuple[str, ...]:
+    """Returns the texts of a prompt and its earlier turns, with white space made uniform."""
+    earlier = [f"{turn['role']} {turn['content']}" for turn in problem.get("messages", [])[:-1]]
+    return tuple(" ".join(text.split()) for text in (*earlier, problem["prompt"]))
 
 
 def prompt_iterator(
@@ -151,12 +254,15 @@ def prompt_iterator(
         tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
         mask = np.zeros((batch_size, width), bool)
         problems = [source[int(i)] if mine else None for i, mine in zip(index, held, strict=True)]
-        names = [f"{source!r}[{i}]" for i in index[held]]
+        names = [record_name(source, int(i)) for i in index[held]]
         known = [problem for problem in problems if problem is not None]
         tokens[held], mask[held] = encode_prompts(known, tokenizer, width, template, names)
         return {"tokens": tokens, "mask": mask, "problems": problems, "index": index}
 
-    batches = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().batch(batch_size)
+    order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
+    # An endless data set has sys.maxsize items. grain rounds their number in batches of one, in
+    # floating point, to more than that, and fails.
+    batches = order.batch(batch_size) if batch_size > 1 else order.map(lambda i: np.array([i]))
     # One thread: problem generators need not be thread-safe. Prefetching two batches hides slow
     # ones.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
@@ -181,5 +287,5 @@ def _check_length(length: int, width: int) -> None:
     if length > width:
         raise ValueError(
             f"the prompt has {length} tokens, more than the prompt width of {width}; "
-            "increase the width or remove the record"
+            "increase the width (Data.prompt_width) or remove the record"
         )

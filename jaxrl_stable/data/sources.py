@@ -5,33 +5,30 @@ The `__repr__` has no absolute paths or memory addresses: a run records it in it
 compares it when it resumes, to detect other data.
 """
 
+import bisect
 import difflib
-import json
+import itertools
 import os
-import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-ROLES = ("system", "user", "assistant")
+from jaxrl_stable.checks import local_path, record_name
+from jaxrl_stable.data.records import ROLES, Message, Problem, read_records
 
-
-class Message(TypedDict):
-    """One turn of a conversation; `role` is one of `ROLES`."""
-
-    role: str
-    content: str
-
-
-class Problem(TypedDict):
-    """A prompt and its reference answer, which a reward function reads.
-
-    A conversation has all its turns in `messages`. The last turn is the user's and is also the
-    prompt.
-    """
-
-    prompt: str
-    answer: str
-    messages: NotRequired[list[Message]]
+__all__ = [
+    "ROLES",
+    "Concatenated",
+    "JsonlSource",
+    "Message",
+    "Problem",
+    "ReasoningGymSource",
+    "Remembered",
+    "Source",
+    "Subset",
+    "concatenate",
+    "open_source",
+    "subset",
+]
 
 
 @runtime_checkable
@@ -47,8 +44,9 @@ class JsonlSource:
     """A file with one `{"prompt": str, "answer": str}` per line.
 
     The prompt of a chat may be a list of `{"role": "user", "content": str}` that ends with the
-    user's turn. The whole file is read and checked once. Blank lines are skipped and other fields
-    are ignored.
+    user's turn. The whole file is read and checked once. Blank lines are skipped. Other fields
+    reach the reward function, except `messages` (see `records.parse_line`). The file may be
+    compressed with gzip.
 
     Raises:
       FileNotFoundError: if the file does not exist.
@@ -57,29 +55,9 @@ class JsonlSource:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self._name = os.path.basename(path)
-        try:
-            with open(path, "rb") as file:
-                content = file.read()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such data set; check the path") from None
-        self._crc32 = zlib.crc32(content)
-        self._problems: list[Problem] = []
-        faults = []
-        # Not str.splitlines, which also splits at U+2028 and others that JSON strings may contain.
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                self._problems.append(_parse_line(line))
-            except ValueError as error:
-                faults.append(f"{path}, line {number}: {error}")
-        if faults:
-            raise ValueError(f"{faults[0]} (faulty lines in this file: {len(faults)})")
-        if not self._problems:
-            raise ValueError(
-                f'{path}: empty data set; write one {{"prompt": "...", "answer": "..."}} per line'
-            )
+        path = local_path("JsonlSource.path", path)
+        self._path, self._name = path, os.path.basename(path)
+        self._problems, self._lines, self._crc32 = read_records(path)
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -87,64 +65,12 @@ class JsonlSource:
     def __getitem__(self, index: int) -> Problem:
         return self._problems[_check_index(index, len(self), self)]
 
+    def where(self, index: int) -> str:
+        """Returns the file and line of a problem, for error messages."""
+        return f"{self._path}, line {self._lines[index]}"
+
     def __repr__(self) -> str:
         return f"JsonlSource({self._name!r}, size={len(self)}, crc32={self._crc32:08x})"
-
-
-def _parse_line(line: bytes) -> Problem:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"byte {error.start + 1} is not UTF-8; save the file in that encoding"
-        ) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}); write one JSON object per line") from None
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"expected a JSON object, found {_json_type(record)}; "
-            'write {"prompt": "...", "answer": "..."}'
-        )
-    for field in ("prompt", "answer"):
-        if field not in record:
-            present = ", ".join(map(repr, sorted(record))) or "none"
-            raise ValueError(
-                f"field {field!r} is missing (present: {present}); add it or rename one"
-            )
-        if field == "prompt" and isinstance(record[field], list):
-            _check_messages(record[field])
-            continue
-        if not isinstance(record[field], str):
-            found = _json_type(record[field])
-            remedy = "put it in quotes" if found == "number" else "make it a string"
-            raise ValueError(f"field {field!r} is a {found}, expected a string; {remedy}")
-        if not record[field].strip():
-            raise ValueError(f"field {field!r} is empty; fill it in or remove the line")
-    prompt, answer = record["prompt"], record["answer"]
-    if isinstance(prompt, str):
-        return Problem(prompt=prompt, answer=answer)
-    return Problem(prompt=prompt[-1]["content"], answer=answer, messages=prompt)
-
-
-def _check_messages(messages: list) -> None:
-    for number, message in enumerate(messages, start=1):
-        fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
-        if set(fields) != {"role", "content"} or role not in ROLES or not isinstance(content, str):
-            raise ValueError(
-                f"field 'prompt', message {number}: expected a role ({', '.join(ROLES)}) and "
-                'text content, nothing else; write {"role": "user", "content": "..."}'
-            )
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise ValueError(
-            "field 'prompt' is a conversation that does not end with a user message; "
-            "add one, and move what follows it to 'answer'"
-        )
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
 
 
 class ReasoningGymSource:
@@ -238,6 +164,10 @@ class Subset:
     def __getitem__(self, index: int) -> Problem:
         return self._source[self._start + _check_index(index, len(self), self)]
 
+    def where(self, index: int) -> str:
+        """Returns the name of a problem in the whole source."""
+        return record_name(self._source, self._start + index)
+
     def __repr__(self) -> str:
         return f"{self._source!r}[{self._start}:{self._stop}]"
 
@@ -254,6 +184,83 @@ def subset(source: Source, start: int, stop: int) -> Subset:
             f"choose 0 <= start < stop <= {len(source)}"
         )
     return Subset(source, start, stop)
+
+
+class Concatenated:
+    """The problems of several sources, one source after the other; see `concatenate`."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = tuple(sources)
+        self._starts = [0, *itertools.accumulate(map(len, self._sources))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Problem:
+        source, within = self._locate(_check_index(index, len(self), self))
+        return source[within]
+
+    def where(self, index: int) -> str:
+        """Returns the name of a problem in its own source."""
+        return record_name(*self._locate(index))
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        number = bisect.bisect_right(self._starts, index) - 1
+        return self._sources[number], index - self._starts[number]
+
+    def __repr__(self) -> str:
+        return f"({' + '.join(map(repr, self._sources))})"
+
+
+def concatenate(sources: Sequence[Source]) -> Source:
+    """Returns the problems of several sources as one source, in order.
+
+    A single source is returned as it is.
+
+    Raises:
+      ValueError: if `sources` is empty.
+    """
+    if not sources:
+        raise ValueError("the list of data files is empty; name at least one")
+    return sources[0] if len(sources) == 1 else Concatenated(sources)
+
+
+def open_source(source: Source | str | os.PathLike[str] | Sequence[Source | str]) -> Source:
+    """Returns a source as it is, or opens the JSONL file at a path, or several in a list or tuple.
+
+    Raises:
+      FileNotFoundError: if a file does not exist.
+      ValueError: if a line is invalid (`JsonlSource`), or the list is empty.
+    """
+    if isinstance(source, str | os.PathLike):
+        return JsonlSource(source)
+    # A list of problems is a source itself.
+    files = isinstance(source, list | tuple) and not any(isinstance(x, Mapping) for x in source)
+    if files:
+        return concatenate([open_source(each) for each in source])
+    return source
+
+
+class Remembered:
+    """A source whose problems are generated once, however often they are read."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._problems: dict[int, Problem] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Problem:
+        if index not in self._problems:
+            self._problems[index] = self._source[index]
+        return self._problems[index]
+
+    def where(self, index: int) -> str:
+        return record_name(self._source, index)
+
+    def __repr__(self) -> str:
+        return repr(self._source)
 
 
 def _check_index(index: int, size: int, source: Source) -> int:

@@ -5,11 +5,11 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrl_stable.data.records import Message, Problem
 from jaxrl_stable.data.sandbox import compile_template, render_template
-from jaxrl_stable.data.sources import Message, Problem
 from jaxrl_stable.data.tokenizer import special_tokens
 from jaxrl_stable.files import read_json
 
@@ -80,13 +80,25 @@ class ChatTemplate:
         Raises:
           ValueError: if the template rejects the conversation or fails.
         """
+        return self.render_messages(self.messages(problem))
+
+    def render_messages(self, messages: Sequence[Message], generate: bool = True) -> str:
+        """Returns the text of a conversation.
+
+        Args:
+          messages: its turns, the system message included.
+          generate: whether the text ends with the start of an assistant's turn.
+
+        Raises:
+          ValueError: if the template rejects the conversation or fails.
+        """
         told = {
             "tools": None,
             "documents": None,
             **self.tokens,
             **self.variables,
-            "messages": self.messages(problem),
-            "add_generation_prompt": True,
+            "messages": list(messages),
+            "add_generation_prompt": generate,
         }
         return render_template(self.source, told)
 

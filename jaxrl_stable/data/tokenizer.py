@@ -1,25 +1,23 @@
 """Tokenizers behind one small protocol: SentencePiece and Hugging Face `tokenizer.json`."""
 
-import io
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece
 import tokenizers
 from absl import logging
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
-from jaxrl_stable.files import existing, read_json, write_atomic
+from jaxrl_stable import _moved
+from jaxrl_stable.files import existing, read_json
 
-# Special ids of the tokenizers that `train_sentencepiece` writes.
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
-# A vocabulary smaller than this has no room for the 256 pieces of byte fallback.
-_MIN_BYTE_FALLBACK = 1024
+REPLACEMENT = "\ufffd"  # an id without a token
 
 _USUAL_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[EOS]")
 _USUAL_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
@@ -31,9 +29,18 @@ _CONTROL_FORM = re.compile("<[|｜].*[|｜]>")  # DeepSeek's bars are full-width
 class Tokenizer(Protocol):
     """Converts text to token ids and back.
 
-    `encode` does not add special tokens. `decode` drops special tokens, and ids beyond `vocab_size`
-    (a model may round up the rows of its embedding). `control_token` returns the first token of
-    `text` that only a template may write, such as the end of a turn, or None.
+    `encode` does not add special tokens. `decode` drops special tokens. `control_token` returns the
+    first token of `text` that only a template may write, such as the end of a turn, or None.
+
+    A model often has more rows in its embedding than the tokenizer has tokens, and can sample their
+    ids. `decode` writes each as U+FFFD, so that a reward never sees a clean text around them, and
+    `unknown_tokens` counts them. They are not masked in the sampler: their mass is part of the
+    policy that the trainer, other engines and transformers compute, so a mask would have to be part
+    of the model.
+
+    Two optional methods process many texts faster: `encode_batch(texts)` and
+    `control_tokens(texts)`, which return one result per text. An optional attribute `gaps` has the
+    ids below `vocab_size` that have no token.
 
     Attributes:
       vocab_size: number of ids, gaps included.
@@ -87,11 +94,14 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts))
+
     def decode(
         self, ids: Sequence[int] | Int[np.ndarray, "T"], special_tokens: bool = False
     ) -> str:
         # BOS, EOS and pad are never shown; pieces that a user defined are ordinary text here.
-        return self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size])
+        return _decode_known(self, ids, self._model.decode)
 
     def control_token(self, text: str) -> str | None:
         return None
@@ -131,7 +141,9 @@ class HFTokenizer:
         self._model.no_padding()
 
         # Ids may have gaps, so the number of tokens is not an upper bound.
-        self.vocab_size: int = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        known = set(self._model.get_vocab(with_added_tokens=True).values())
+        self.vocab_size: int = max(known) + 1
+        self.gaps: frozenset[int] = frozenset(set(range(self.vocab_size)) - known)
         self._added = self._model.get_added_tokens_decoder()
         self._control: dict[int, str] = {
             i: token.content
@@ -203,15 +215,45 @@ class HFTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # Without the offsets of tokens, which nothing here reads.
+        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
+
     def decode(
         self, ids: Sequence[int] | Int[np.ndarray, "T"], special_tokens: bool = False
     ) -> str:
-        known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._model.decode(known, skip_special_tokens=not special_tokens)
+        decode = partial(self._model.decode, skip_special_tokens=not special_tokens)
+        return _decode_known(self, ids, decode)
 
     def control_token(self, text: str) -> str | None:
+        return self.control_tokens([text])[0]
+
+    def control_tokens(self, texts: Sequence[str]) -> list[str | None]:
         # Compares ids, not text: a normaliser may map other characters to a token's.
-        return next((self._control[i] for i in self.encode(text) if i in self._control), None)
+        control = self._control
+        return [
+            next((control[i] for i in ids if i in control), None)
+            for ids in self.encode_batch(texts)
+        ]
+
+
+def unknown_tokens(tokenizer: Tokenizer, tokens: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
+    """Returns a mask of the ids that a tokenizer has no token for."""
+    gaps = sorted(getattr(tokenizer, "gaps", ()))
+    return (tokens < 0) | (tokens >= tokenizer.vocab_size) | np.isin(tokens, gaps)
+
+
+def _decode_known(
+    tokenizer: Tokenizer,
+    ids: Sequence[int] | Int[np.ndarray, "T"],
+    decode: Callable[[list[int]], str],
+) -> str:
+    """Decodes the ids between unknown ones, and writes U+FFFD for those."""
+    ids = np.asarray(ids, np.int64)
+    unknown = np.flatnonzero(unknown_tokens(tokenizer, ids))
+    first, *others = np.split(ids, unknown)  # each of the others begins with an unknown id
+    return REPLACEMENT.join([decode(first.tolist()), *(decode(x[1:].tolist()) for x in others)])
 
 
 def special_tokens(file: pathlib.Path, *, overridden: bool = True) -> dict[str, str | None]:
@@ -275,71 +317,4 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     )
 
 
-def train_sentencepiece(
-    texts: Iterable[str],
-    path: str | os.PathLike[str],
-    vocab_size: int,
-    *,
-    byte_fallback: bool | None = None,
-) -> SentencePieceTokenizer:
-    """Trains a byte-pair model on `texts`, writes it to `path` atomically, and opens it.
-
-    The file does not depend on the order of the texts. Text is taken literally (no Unicode
-    normalisation, no added or dropped spaces), so that `decode(encode(x)) == x`. This is checked on
-    every training text. Each digit is a separate token, and so is the line break. Ids: pad 0,
-    BOS 1, EOS 2, unknown 3.
-
-    Args:
-      texts: training texts; the vocabulary contains all their characters.
-      path: `.model` file to write.
-      vocab_size: exact number of pieces, including the four special ones.
-      byte_fallback: whether to spell unknown characters in bytes (which takes 256 pieces) instead
-        of losing them; by default only if `vocab_size` is at least 1,024.
-
-    Raises:
-      ValueError: if `texts` is empty, `vocab_size` is too small or too large for it, or a text does
-        not round-trip.
-    """
-    texts = sorted(texts)
-    if not any(texts):
-        raise ValueError("train_sentencepiece: no text to train on; give at least one")
-    if byte_fallback is None:
-        byte_fallback = vocab_size >= _MIN_BYTE_FALLBACK
-    buffer = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=buffer,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=byte_fallback,
-            pad_id=PAD_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            unk_id=UNK_ID,
-            character_coverage=1.0,
-            split_digits=True,
-            user_defined_symbols=["\n"],
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            # SentencePiece silently skips longer texts.
-            max_sentence_length=4 * max(map(len, texts)) + 1,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        # The message ends with the advice: "... too high (N). Please set it to a value <= M."
-        reason = str(error).rsplit("] ", 1)[-1].strip()
-        raise ValueError(
-            f"train_sentencepiece: vocab_size {vocab_size} does not suit these texts: {reason}"
-        ) from None
-    model = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue())
-    for text in texts:
-        if model.decode(model.encode(text)) != text:
-            raise ValueError(
-                f"train_sentencepiece: {text[:60]!r} does not survive encoding; remove carriage "
-                "returns, other control characters and U+2581 from it"
-            )
-    write_atomic(pathlib.Path(path), buffer.getvalue())
-    return SentencePieceTokenizer(path)
+__getattr__ = _moved.moved_names("jaxrl_stable.data.tokenizer")  # names that have moved

@@ -1,14 +1,18 @@
-"""Metrics: each with its formula and its names elsewhere, as parts that combine exactly.
+"""Metrics as parts that combine exactly, each with its formula and its names in other systems.
 
-One file per family, and one for what they share:
+There is one file per family of metrics, and one for the parts that they share:
 
-    parts.py      Mean, Max, Min, Sum, Spread, Correlation; how they combine and become figures
+    parts.py      Mean, Max, Min, Sum, Spread, Correlation; how they combine and become numbers
     mismatch.py   sampler against trainer (`mismatch/…`), current policy against the rollout's
                   (`staleness/…`)
     weights.py    importance weights (`weight/…`), the clip (`clip/…`), corrections (`correction/…`)
     validity.py   how well the token-level objective approximates the sequence-level one
                   (`validity/…`)
     routing.py    agreement of routers (`routing/…`), load and confidence (`experts/…`)
+
+Metrics that only the host knows are computed in `run/judge.py` (`reward/…`, `response/…`),
+`run/evaluation.py` (`eval/…`) and `train.py` (`sampling/…`). `report/meanings.py` explains all of
+them in words.
 """
 
 from jaxrl_stable.diagnostics.mismatch import (

@@ -1,15 +1,16 @@
-"""How far the sampler is from the trainer, and the current policy from the rollout's policy.
+"""Distance of the sampler from the trainer, and of the current policy from the rollout's policy.
 
 On the sampled tokens, Δ = log π_old − log μ_old is the mismatch and s = log π_θ − log π_old the
-staleness; p is e^{log π_old}, q is e^{log μ_old}. The end of a name says how values are reduced:
+staleness; p is e^{log π_old}, q is e^{log μ_old}. The suffix of a name says how values are reduced:
 
     token_mean     over all response tokens of the batch; long responses weigh more
     seq_mean       over responses, after a mean (or product) over the tokens of each
-    max, min, std  over the same; std is the population's
+    max, min, std  over the same values; std is the population standard deviation
 
-Systems share names, not definitions: the same batch gave a "KL" of 0.0074 in verl and 0.0097 in
-slime. So each entry says who records it, and under which name. Before every `exp`, Δ and its mean
-or sum over a response are bounded at ±20. A row without response tokens does not count.
+Systems use the same names for different quantities: one batch gave a "KL" of 0.0074 in verl and
+0.0097 in slime. So each entry says which systems record it, and under which name. Before every
+`exp`, Δ and its mean or sum over a response are bounded at ±20. Rows without response tokens are
+not counted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from jaxrl_stable.importance import at_least_float32, bounded, log_ratio, respon
 
 
 def k3(log_ratio: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """Returns e^x − 1 − x of the bounded x: on samples of q, an unbiased, nonnegative KL(q ‖ p)."""
+    """Returns e^x − 1 − x for bounded x: unbiased for KL(q ‖ p) on samples of q, never negative."""
     x = bounded(log_ratio)
     return jnp.expm1(x) - x
 
@@ -54,20 +55,20 @@ def mismatch_metrics(
 def token_mismatch(
     logp_old: Float[Array, "B T"], logp_rollout: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """Returns metrics over all response tokens; mean is their mean, divergences are in nats.
+    """Returns metrics over all response tokens; `mean` is over tokens, divergences are in nats.
 
     - `mismatch/kl_k1_token_mean`: mean(−Δ), the paper's D_KL[μ_old ‖ π_old] (arXiv:2512.01374,
       §4.2); unbiased, can be negative. verl and ms-swift `kl`
     - `mismatch/kl_k3_token_mean`: mean(e^Δ − 1 − Δ); same expectation, never negative, lower
       variance. verl and ms-swift `k3_kl`, prime-rl `mismatch_kl`, AReaL `rollout_train_k3_kl`,
       NeMo-RL `gen_kl_error`
-    - `mismatch/kl_k3_reverse_token_mean`: mean(e^−Δ − 1 + Δ). NeMo-RL `policy_kl_error`. Not the KL
-      of the other direction, which would need samples of π_old: a single token that the sampler
-      greatly overrated dominates it
+    - `mismatch/kl_k3_reverse_token_mean`: mean(e^−Δ − 1 + Δ). NeMo-RL `policy_kl_error`. This
+      is not the reverse KL, which would need samples of π_old. A single token to which the sampler
+      gave far too much probability can dominate it
     - `mismatch/js_token_mean`: mean(ln cosh(Δ/2)). NeMo-RL `js_divergence_error`, written there as
       half the sum of k3 of p and of q against m = (p + q)/2, on the sampled token
-    - `mismatch/mult_prob_error_token_mean`: mean e^|Δ|, 1 when equal. NeMo-RL
-      `token_mult_prob_error`; its gates are 1.05, and 1.02 under replay
+    - `mismatch/mult_prob_error_token_mean`: mean e^|Δ|, 1 if p = q. NeMo-RL
+      `token_mult_prob_error`, whose limits are 1.05, and 1.02 under replay
     - `mismatch/abs_token_mean`, `…_max`, `…_min`, `…_std`: statistics of |Δ|. SkyRL
       `rollout_train_logprobs_abs_diff_…`, TRL `sampling_logp_difference/…`; slime and miles
       `train_rollout_logprob_abs_diff`
@@ -100,10 +101,10 @@ def token_mismatch(
 def response_mismatch(
     logp_old: Float[Array, "B T"], logp_rollout: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """Returns metrics over responses; mean_t is over one response's tokens, mean_i over responses.
+    """Returns metrics over responses; mean_t is over a response's tokens, mean_i over responses.
 
     - `mismatch/kl_k1_seq_mean`: mean_i mean_t(−Δ). slime `kl`; verl, ms-swift and slime
-      `log_ppl_diff`, the same number: log perplexity of the trainer minus the sampler's
+      `log_ppl_diff`, which is equal: the trainer's log perplexity minus the sampler's
     - `mismatch/kl_k3_seq_mean`: mean_i mean_t(e^Δ − 1 − Δ). slime `k3_kl`
     - `mismatch/log_ppl_diff_abs_seq_mean`: mean_i |mean_t Δ|. verl, ms-swift and slime
       `log_ppl_abs_diff`
@@ -117,11 +118,11 @@ def response_mismatch(
       same systems' `ppl_ratio`
     - `mismatch/chi2_token_seq_mean`: mean_i mean_t(e^{2Δ}) − 1. slime `chi2_token`
     - `mismatch/chi2_seq_product`: mean_i exp(2 Σ_t Δ) − 1. verl and slime `chi2_seq`
-    - `mismatch/chi2_seq_geometric`: mean_i exp(2 mean_t Δ) − 1. ms-swift `chi2_seq`: same name,
-      another quantity
+    - `mismatch/chi2_seq_geometric`: mean_i exp(2 mean_t Δ) − 1. ms-swift `chi2_seq`, a
+      different quantity under the same name as verl's
     - `mismatch/ratio_token_seq_mean`: mean_i mean_t e^Δ. ROLL `train_infer_ratio_token`
     - `mismatch/ratio_geometric_seq_mean`: mean_i exp(mean_t Δ). ROLL `train_infer_ratio_geometric`,
-      and its `…_segment`, the geometric mean per turn, since a response is one turn here
+      and `…_segment`, the geometric mean per turn (here a response is a single turn)
     - `mismatch/ratio_product_seq_mean`: mean_i exp(Σ_t Δ). ROLL `train_infer_ratio_sequence`
     """
     delta = log_ratio(logp_old, logp_rollout, mask)
@@ -156,14 +157,14 @@ def response_mismatch(
 def probability_mismatch(
     logp_old: Float[Array, "B T"], logp_rollout: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """Returns metrics of the probabilities p and q themselves, where unlikely tokens count less.
+    """Returns metrics of the probabilities p and q themselves, which weigh unlikely tokens less.
 
     - `mismatch/prob_abs_diff_token_mean`, `…_max`, `…_std`: statistics of |p − q|. verl
       `rollout_probs_diff_…` (its std divides by n − 1)
-    - `mismatch/prob_pearson`: correlation of p and q over all tokens; MiniMax-M1's check
+    - `mismatch/prob_pearson`: correlation of p and q over all tokens, the check used for MiniMax-M1
       (arXiv:2506.13585). verl `rollout_actor_probs_pearson_corr`
-    - `mismatch/prob_diff_seq_mean`: mean_i mean_t(p − q). ROLL `train_infer_diff_token`, and, as
-      its means are equal, `…_geometric` and `…_segment`
+    - `mismatch/prob_diff_seq_mean`: mean_i mean_t(p − q). ROLL `train_infer_diff_token`; also
+      `…_geometric` and `…_segment`, whose means are equal to it
     - `mismatch/prob_diff_sum_seq_mean`: mean_i Σ_t (p − q). ROLL `train_infer_diff_sequence`
     """
     p, q = (jnp.exp(jnp.where(mask, at_least_float32(x), 0.0)) for x in (logp_old, logp_rollout))
@@ -182,7 +183,7 @@ def probability_mismatch(
 def staleness_metrics(
     logp: Float[Array, "B T"], logp_old: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Metrics:
-    """Returns the distance of the current policy from the rollout's, both in the training program.
+    """Returns the distance of the current policy from the rollout's, as computed by the trainer.
 
     - `staleness/kl_k3_token_mean`: mean(e^s − 1 − s)
     - `staleness/abs_token_mean`: mean |s|

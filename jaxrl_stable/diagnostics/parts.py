@@ -1,7 +1,7 @@
 """Metric accumulators, combined over micro-batches, mini-batches and devices.
 
-A part holds sums, not results, so any split of the rows gives the same figures as the whole, and
-`value` divides once. `collapse` combines the entries of a leading axis.
+A part holds sums, not results, so it does not matter how the rows are split; `value` divides once.
+`collapse` combines the entries along a leading axis.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxrl_stable.array_types import Array, Bool, Float, Shaped
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """total / count; combines by addition. 0 if nothing was counted."""
+    """total / count, or 0 if nothing was counted; combines by addition."""
 
     total: Float[Array, "*n"]
     count: Float[Array, "*n"]
@@ -37,7 +37,7 @@ class Mean:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Max:
-    """Largest value; combines by maximum. −∞ if empty."""
+    """Largest value, or −∞ if empty; combines by maximum."""
 
     maximum: Float[Array, "*n"]
 
@@ -52,7 +52,7 @@ class Max:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Min:
-    """Smallest value; combines by minimum. ∞ if empty."""
+    """Smallest value, or ∞ if empty; combines by minimum."""
 
     minimum: Float[Array, "*n"]
 
@@ -82,10 +82,10 @@ class Sum:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Population standard deviation √(Σ (x − x̄)² / n): n, not n − 1. 0 if empty.
+    """Population standard deviation √(Σ (x − x̄)² / n), with n, not n − 1; 0 if empty.
 
-    Squares are taken around each part's own mean and moved to the common mean on combining (Chan,
-    Golub and LeVeque 1979). E[x²] − E[x]² would drown in float32 rounding where x is near 1.
+    Each part sums squares around its own mean; combining shifts them to the common mean (Chan,
+    Golub and LeVeque 1979). E[x²] − E[x]² would be lost in float32 rounding for x near 1.
     """
 
     count: Float[Array, "*n"]
@@ -110,7 +110,7 @@ class Spread:
 class EffectiveShare(Spread):
     """Effective sample size as a share: (mean w)² / mean w² = x̄² / (x̄² + variance), Kish 1965.
 
-    1 if all weights are equal, 1/n if only one is not 0; 0 if empty.
+    It is 1 if all weights are equal, 1/n if only one is non-zero, and 0 if empty.
     """
 
     def value(self) -> Float[Array, "*n"]:
@@ -124,7 +124,7 @@ class EffectiveShare(Spread):
 class Correlation:
     """Pearson's Σ (x − x̄)(y − ȳ) / √(Σ (x − x̄)² Σ (y − ȳ)²); combines like `Spread`.
 
-    NaN if x or y does not vary: an undefined correlation is not 0.
+    It is NaN if x or y does not vary, because the correlation is undefined then, not 0.
     """
 
     count: Float[Array, "*n"]
@@ -159,13 +159,13 @@ def is_metric(x: object) -> bool:
 
 
 def masked_mean(x: Shaped[Array, "*n"], mask: Bool[Array, "*n"]) -> Mean:
-    """Returns Σ m x over Σ m."""
+    """Returns Σ m x / Σ m, where m is the mask."""
     x = jnp.where(mask, x.astype(jnp.float32), 0.0)
     return Mean(x.sum(), mask.sum(dtype=jnp.float32))
 
 
 def weighted_mean(x: Float[Array, "*n"], weight: Float[Array, "*n"]) -> Mean:
-    """Returns Σ w x over Σ w; the weights are not negative."""
+    """Returns Σ w x / Σ w, for non-negative weights w."""
     return Mean((weight * x).sum(), weight.sum())
 
 
@@ -209,7 +209,7 @@ def merge(parts: list[Metrics]) -> Metrics:
 
 
 def finalize(metrics: Metrics) -> dict[str, Float[Array, ""]]:
-    """Returns the figures. Metrics that need more than one part are derived here:
+    """Returns the values of all metrics, including those derived from more than one part:
 
     - `experts/…_violation`, `experts/idle_share`: see `load_metrics`
     - `mismatch/kl_entropy_ratio`: `mismatch/kl_k3_token_mean` / `entropy`, the mismatch in units of
@@ -231,7 +231,7 @@ def finalize(metrics: Metrics) -> dict[str, Float[Array, ""]]:
 
 
 def as_floats(values: Mapping[str, Array]) -> dict[str, float]:
-    """Returns Python floats, in one transfer to the host."""
+    """Converts values to Python floats, with one transfer to the host."""
     return {name: float(value) for name, value in jax.device_get(dict(values)).items()}
 
 
@@ -242,6 +242,6 @@ def _common_mean(count: Float[Array, "n *m"], mean: Float[Array, "n *m"]) -> Flo
 def _centred(
     x: Float[Array, "*n"], mask: Bool[Array, "*n"]
 ) -> tuple[Float[Array, ""], Float[Array, "*n"]]:
-    """Returns the mean over the mask and each deviation from it, 0 outside."""
+    """Returns the mean over the mask, and the deviations from it, 0 outside the mask."""
     mean = masked_mean(x, mask).value()
     return mean, jnp.where(mask, x.astype(jnp.float32) - mean, 0.0)

@@ -1,4 +1,4 @@
-"""Agreement of the routers with the sampler's choice, and balance of the experts' load."""
+"""Agreement of the training routers with the sampler's, and balance of the experts' load."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"])
     - `routing/agreement_layer_XX`: mean over valid tokens in one MoE layer
     - `routing/differing_tokens_share`: share of tokens with at least one differing layer
       (94 % at 48 layers in arXiv:2510.11370)
-    - `routing/zero_overlap_share`: share of layers and tokens whose choices share no expert.
-      Routers rarely differ that much; a high share points to routes that are shifted, stale, or
-      from another row. The replay check of miles counts the same quantity
+    - `routing/zero_overlap_share`: share of (layer, token) pairs whose choices have no expert in
+      common. Routers rarely differ that much, so a high share suggests that the recorded routing is
+      shifted, stale, or from another row. The replay check of miles counts the same quantity
     """
     if agreement.shape[0] == 0:
         return {}
@@ -44,30 +44,32 @@ def load_metrics(
     real: Bool[Array, "B T"],
     devices: int = 1,
 ) -> Metrics:
-    """Returns the balance of the experts and the confidence of the routers; padding is not load.
+    """Returns the balance of the experts and the confidence of the routers, without padding.
 
-    With the violation v = E · (expert's share of its layer's load) − 1, which is 0 for every expert
-    in perfect balance (arXiv:2408.15664, eq. 4), `finalize` derives from the total load:
+    An expert's violation v = E · (its share of the layer's load) − 1 is 0 if the load is perfectly
+    balanced (arXiv:2408.15664, eq. 4). From the total load, `finalize` derives:
 
     - `experts/max_violation`: largest v of all layers, up to E − 1. verl `max_vio/max`; prime-rl's
       `max_vio` excludes the K busiest experts of each layer
-    - `experts/min_violation`: smallest v of all layers, −1 for an expert without tokens. verl's
-      `min_vio`, of which it reports the largest and the mean over layers
+    - `experts/min_violation`: smallest v of all layers, −1 for an expert without tokens. verl
+      reports the largest and the mean over layers of its `min_vio`
     - `experts/avg_violation`: mean of |v| over layers and experts. verl `avg_vio/avg`
     - `experts/idle_share`: share of experts that got no token
 
     These are recorded directly:
 
     - `experts/confidence`: mean probability mass of the experts used; prime-rl's routing confidence
-    - `experts/device_imbalance`: pairs served by the busiest device over pairs of the average one,
-      averaged over layers and passes. The others wait for the busiest, so experts take longer than
-      in balance by this factor. Counted over all copies of the experts together
+    - `experts/device_imbalance`: pairs served by the busiest device divided by the mean over
+      devices, averaged over layers and passes. All devices wait for the busiest, so the experts
+      take longer by this factor than in perfect balance. All replicas of the experts are counted
+      together
 
     Args:
       load: (token, choice) pairs of each expert in one pass.
       confidence: probability mass of each token's experts.
       real: tokens that are not padding.
-      devices: number of devices over which the experts are split, in runs of E / devices.
+      devices: number of devices over which the experts are split, each with E / devices
+        consecutive experts.
     """
     if load.shape[0] == 0:
         return {}

@@ -17,37 +17,38 @@ def validity_metrics(
     mask: Bool[Array, "B T"],
     tolerance: float = 0.1,
 ) -> Metrics:
-    """How well the token-level objective approximates the sequence-level one on a batch.
+    """Measures how well the token-level objective approximates the sequence-level one on a batch.
 
-    The paper writes ρ_t = π_θ/μ_old = 1 + δ_t and drops products of δ's (arXiv:2512.01374, §2). One
-    response has the weight S = Π_t (1 + δ_t), of which F = 1 + Σ_t δ_t is kept:
+    The paper writes ρ_t = π_θ/μ_old = 1 + δ_t and drops products of δ's (arXiv:2512.01374, §2). The
+    weight of a response is S = Π_t (1 + δ_t), and the approximation keeps only F = 1 + Σ_t δ_t:
 
         e   = (S − F) / max(1, S, |F|)      eq. 1 minus eq. 3, up to a constant without gradient
         g_t = |S − ρ_t| / max(1, S, ρ_t)    eq. 2 minus eq. 4, in the weight of token t's gradient
 
-    The divisor is 1 near the approximation. Away from it, it keeps e in [−1, 1.4] and g in [0, 1],
-    so no single response dominates. e is of second order, Σ_{s<t} δ_s δ_t. Its gradient is of first
-    order: g_t is about |Σ_{s≠t} δ_s|. With advantages A_i, one per response:
+    The divisor is 1 where the approximation is good. Elsewhere it keeps e in [−1, 1.4] and g in
+    [0, 1], so that no single response dominates. To leading order e is Σ_{s<t} δ_s δ_t, of second
+    order, while the error of the gradient is of first order: g_t is about |Σ_{s≠t} δ_s|. With
+    advantages A_i, one per response:
 
     - `validity/violating_share`: share of responses with |e| > tolerance
     - `validity/value_error`: Σ |A_i| |e_i| / Σ |A_i|
-    - `validity/value_bias`: Σ A_i e_i / Σ |A_i|. S − F has mean 0 over responses, so only its
-      correlation with the reward biases; positive if the token-level objective is too low
+    - `validity/value_bias`: Σ A_i e_i / Σ |A_i|, positive if the token-level objective is too low.
+      S − F has mean 0 over responses, so only its correlation with the reward causes a bias
     - `validity/gradient_error`: Σ |A_i| g_it / Σ |A_i| over the tokens of all responses
     - `validity/mismatch_…` and `validity/staleness_…`: the same metrics with π_old/μ_old and with
-      π_θ/π_old in place of ρ_t (eq. 5), as if the other were 1
+      π_θ/π_old in place of ρ_t (eq. 5), as if the other ratio were 1
     - `validity/interaction`: Σ |A_i| |e_i − e_i^mismatch − e_i^staleness| / Σ |A_i|, the part that
-      neither causes alone
+      neither ratio causes alone
 
     All weights are taken before truncation and clipping, even if the objective applies them. Under
     replay π is the policy with the replayed experts.
 
     Args:
-      logp: log π_θ, a constant here.
-      logp_old: log π_old. None means that it is π_θ, so staleness is 0.
+      logp: log π_θ; no gradient is needed.
+      logp_old: log π_old. None means that π_old is π_θ, so staleness is 0.
       logp_rollout: log μ_old, as the sampler recorded it.
       advantages: one per response.
-      mask: response tokens; a row without tokens does not count.
+      mask: response tokens; rows without any are not counted.
       tolerance: bound of `violating_share`.
     """
     responses = mask.any(-1)
@@ -91,8 +92,8 @@ def _first_order_errors(
 ) -> tuple[Float[Array, "B"], Float[Array, "B T"]]:
     """Returns e and g of `validity_metrics`; `log_weight` is 0 outside the mask.
 
-    Takes differences of S − 1, F − 1 and ρ − 1 rather than of S, F and ρ: second-order terms would
-    drown in float32 rounding of numbers near 1.
+    It takes differences of S − 1, F − 1 and ρ − 1 rather than of S, F and ρ, because second-order
+    terms would be lost in the float32 rounding of numbers near 1.
     """
     product = jnp.expm1(bounded(log_weight.sum(-1)))
     delta = jnp.expm1(bounded(log_weight))

@@ -1,6 +1,6 @@
-"""Importance weights before and after their bounds, the clip's decisions, and corrections.
+"""Metrics of importance weights before and after their bounds, of the clip, and of corrections.
 
-w is the ratio that the objective uses: π_θ/μ_old, or an ablation's ratio of other policies. Means
+w is the ratio that the objective uses: π_θ/μ_old, or in ablations a ratio of other policies. Means
 are over all response tokens unless the name says `seq`.
 """
 
@@ -23,7 +23,7 @@ from jaxrl_stable.diagnostics.parts import (
 from jaxrl_stable.importance import bounded, log_ratio, response_mean
 from jaxrl_stable.objectives.token_loss import TokenLoss
 
-# A histogram as ordinary means; names have bounds in hundredths, the lower one inclusive.
+# A histogram made of ordinary means. Names give the bounds in hundredths; the lower is inclusive.
 BUCKETS = {
     "weight/bucket_000_025": (0.0, 0.25),
     "weight/bucket_025_050": (0.25, 0.5),
@@ -45,9 +45,9 @@ def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
     - `weight/raw_mean`, `raw_max`, `raw_min`, `raw_std`: statistics of w
     - `weight/raw_seq_mean`, `raw_seq_max`, `raw_seq_min`, `raw_seq_std`: statistics of each
-      response's mean w. verl `rollout_is_seq_…` if it does not truncate (its std divides by n − 1)
+      response's mean w. verl `rollout_is_seq_…` without truncation (its std divides by n − 1)
     - `weight/abs_log_mean`: mean |ln w|. SkyRL `minibatch_rollout_train_logprobs_abs_diff_mean` if
-      w is π_θ/μ_old: compared with `mismatch/abs_token_mean`, it shows what updates add
+      w is π_θ/μ_old; the excess over `mismatch/abs_token_mean` comes from the updates
     - `weight/share_above_2`, `share_below_half`: mean 1[w > 2], mean 1[w < 1/2]. verl
       `rollout_is_ratio_fraction_high`, `…_low` with its usual C = 2
     - `weight/seq_share_above_2`, `seq_share_below_half`: shares of responses whose mean w is above
@@ -80,11 +80,11 @@ def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
 
 def used_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """Returns metrics of w after bounds or gate: the factor of −Â ∇log π_θ where not clipped.
+    """Returns metrics of w after bounds or gate: the factor on −Â ∇log π_θ where not clipped.
 
-    - `weight/used_mean`, `used_max`, `used_min`, `used_std`. verl `rollout_is_mean`, …, which,
-      unlike its fractions, are of the truncated weights
-    - `weight/truncated_share`: share of tokens whose weight hit a bound and that keep their
+    - `weight/used_mean`, `used_max`, `used_min`, `used_std`: statistics of this factor. verl
+      `rollout_is_mean`, …, which it computes after truncation, unlike its fractions
+    - `weight/truncated_share`: share of tokens whose weight hit a bound but which keep their
       gradient
     - `weight/ess`: (mean w)² / mean w², the effective sample size as a share (Kish 1965); 1 if all
       weights are equal. verl `rollout_is_eff_sample_size`
@@ -102,7 +102,7 @@ def used_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 def clip_metrics(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
     """Returns metrics of the tokens whose gradient the clip actually zeroes, by the sign of Â.
 
-    - `clip/high_share`, `clip/low_share`: share of tokens with Â > 0, and with Â < 0. TRL
+    - `clip/high_share`, `clip/low_share`: share of tokens clipped with Â > 0, and with Â < 0. TRL
       `clip_ratio/high_mean`, `low_mean`; for a trust region, prime-rl `is_masked_high`, `…_low`
     - `clip/region_share`: their sum. TRL `clip_ratio/region_mean`, prime-rl `is_masked`; verl
       `pg_clipfrac` + `pg_clipfrac_lower` (the dual clip's share), except for CISPO and DPPO, where
@@ -132,7 +132,7 @@ def correction_metrics(
     logp_rollout: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> Metrics:
-    """Returns metrics of a correction: a factor per token's loss, 0 where the token is dropped.
+    """Returns metrics of a correction: a factor on each token's loss, 0 where it is dropped.
 
     - `correction/factor_mean`: mean over all tokens, dropped ones included. open-instruct
       `rho_weight`

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, agree, share rows, and end together."""
+"""The processes of a run: how they start, agree, exchange rows, and end together."""
 
 from jaxrl_stable.distributed.processes import (
     BARRIER,

@@ -11,8 +11,8 @@ from jaxrl_stable import distributed
 class StopRequest:
     """Context manager that records SIGTERM.
 
-    Spot machines receive it seconds before they are taken away. The first signal is only recorded;
-    a second one ends the process at once, as it would without this context manager.
+    Spot machines receive it seconds before they are reclaimed. The first signal is only recorded; a
+    second one ends the process at once, as it would without this context manager.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
 
 
 class Stopped(SystemExit):
-    """Raised after a requested stop is complete; exits with status 0."""
+    """Raised when a requested stop is complete; exits with status 0."""
 
     def __init__(self, step: int, directory: str) -> None:
         if distributed.is_main():

@@ -1,8 +1,8 @@
 """Processes of a run: how they find each other and agree.
 
-All processes run the same program in lockstep. Everything that decides what comes next (rewards,
-lengths, a request to stop) is exchanged, so that all processes decide the same. With a single
-process, nothing here costs or waits.
+All processes run the same program in lockstep. They exchange everything that determines the next
+step (rewards, lengths, a request to stop), so all of them make the same decisions. With a single
+process, these functions cost nothing and never wait.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ import numpy as np
 from jax._src.distributed import global_state  # its key-value store has no public name
 from jax.experimental import multihost_utils
 
-# Set by `launch/local.py`; if one is missing, jax asks the cluster (TPU, Slurm, Open MPI).
+# Set by `launch/local.py`; if they are missing, JAX asks the cluster (TPU, Slurm, Open MPI).
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # process counts of known launchers
 
-# Seconds without a heartbeat after which jax's own service ends all processes, without a readable
-# message. It beats twice per period, so that happens 30 to 60 s after a death; `watch` is faster.
+# Seconds without a heartbeat after which JAX's own service ends all processes, without a readable
+# message. Heartbeats come twice per period, so it acts 30 to 60 s after a death; `watch` is faster.
 SERVICE_DEAD = 60
-BARRIER = 3600  # seconds that processes wait for each other on the host
+BARRIER = 3600  # maximum time that processes wait for each other on the host, in seconds
 
 
 def initialize() -> None:
-    """Joins the processes of a run. Must be called before anything that asks for a device.
+    """Connects the processes of a run. Must be called before any code uses a device.
 
-    On Cloud TPU, and under Slurm or Open MPI, jax finds the other processes. Elsewhere the three
-    variables above give the address of process 0 ("host:port"), the number of processes, and the
-    index of this one. Without a cluster and without variables this function does nothing.
+    On Cloud TPU, and under Slurm or Open MPI, JAX finds the other processes. Elsewhere, three
+    environment variables give the address of process 0 ("host:port", ADDRESS), the number of
+    processes (COUNT) and the index of this process (INDEX). Without a cluster and without these
+    variables, the function does nothing.
 
     Raises:
-      ValueError: if some of the variables are missing or are not numbers.
+      ValueError: if only some of the variables are set, or COUNT or INDEX is not a number.
     """
     if jax.distributed.is_initialized():
         return
@@ -47,8 +48,8 @@ def initialize() -> None:
         missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in given]
         if missing or not (given[COUNT] + given[INDEX]).isdecimal():
             raise ValueError(
-                f"the environment has {given}; processes need all of {ADDRESS} (host:port of "
-                f"process 0), {COUNT} and {INDEX} (from 0)"
+                f"the environment has {given}; set all of {ADDRESS} (host:port of process 0), "
+                f"{COUNT} and {INDEX} (numbered from 0)"
             )
         if given[COUNT] == "1":
             return
@@ -60,21 +61,22 @@ def initialize() -> None:
         )
     elif not _of_a_cluster():
         return
-    # The processes agree on a stop by SIGTERM between two steps (`preemption`); jax's own service
-    # would swallow the signal.
+    # The processes agree between two steps whether SIGTERM asked for a stop (see `preemption`);
+    # JAX's own service would swallow the signal.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=SERVICE_DEAD, **arguments)
     except ValueError:
         if arguments or ADDRESS in given:
             raise
-        # Otherwise this is a TPU outside a cluster: one process.
+        # Otherwise this is a TPU outside a cluster, with a single process.
 
 
 def _of_a_cluster() -> bool:
-    """Returns whether jax can be expected to find several processes. TPUs take precedence."""
+    """Returns whether JAX can be expected to find several processes. TPUs take precedence."""
     tasks = max(int(os.environ.get(name, 1)) for name in TASKS)
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES")  # set on GKE; a TPU VM asks its metadata
+    # Set on GKE; on a TPU VM, JAX asks the metadata server instead.
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES")
     one_host = hosts is not None and "," not in hosts and "MEGASCALE_NUM_SLICES" not in os.environ
     return tasks > 1 or ("tpu" in (jax.config.jax_platforms or "") and not one_host)
 
@@ -89,11 +91,11 @@ def several() -> bool:
     return global_state.num_processes > 1
 
 
-# --- Agreement: every process must call these in the same order. --------------------------------
+# --- Agreement: every process must call these, in the same order. -------------------------------
 
 
 def replicated(tree: Any) -> Any:
-    """Returns global arrays in full, on the host of every process."""
+    """Copies global arrays in full to the host of every process."""
     if not several():
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
@@ -107,7 +109,7 @@ def any_process(flags: Any) -> np.ndarray:
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until all processes have called this. Each `name` can be used once per program."""
+    """Waits until all processes have called this; each `name` can be used once per program."""
     if several():
         global_state.client.wait_at_barrier(f"jaxrl_stable/{name}", 1000 * BARRIER)
 
@@ -120,7 +122,7 @@ def check_same(what: str, text: str) -> None:
       text: compared by checksum.
 
     Raises:
-      ValueError: if it differs; the error names the processes.
+      ValueError: if the text differs; the error names the processes.
     """
     if not several():
         return
@@ -128,16 +130,16 @@ def check_same(what: str, text: str) -> None:
     others = np.flatnonzero(every != every[0]).tolist()
     if others:
         raise ValueError(
-            f"processes {others} have a different {what} from process 0; give all hosts the same "
-            "files and the same command"
+            f"processes {others} have a different {what} from process 0; use the same files and "
+            "the same command on all hosts"
         )
 
 
 def check_shared(directory: str | os.PathLike) -> None:
-    """Makes a directory and checks that all processes see the same one.
+    """Creates a directory and checks that all processes see the same one.
 
     Raises:
-      ValueError: if some do not, because each host has its own.
+      ValueError: if some processes do not see it, because each host has its own.
     """
     if not several():
         return
@@ -158,6 +160,6 @@ def check_shared(directory: str | os.PathLike) -> None:
         marker.unlink()
     if blind:
         raise ValueError(
-            f"processes {blind} do not see what process 0 writes in {directory}; give a --workdir "
+            f"processes {blind} do not see what process 0 writes in {directory}; use a --workdir "
             "on a file system that all hosts share"
         )

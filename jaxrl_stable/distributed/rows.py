@@ -1,4 +1,4 @@
-"""Which process holds and owns which rows of a batch, and how processes exchange rows."""
+"""Rows of a batch: which processes hold them, which one owns each, and how they are exchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrl_stable.distributed.processes import several
 
 
 def holders(sharding: Sharding, rows: int) -> list[list[int]]:
-    """Returns, per row of an array with this sharding, the processes whose devices hold it."""
+    """Returns, for each row of an array with this sharding, the processes whose devices hold it."""
     found: list[set[int]] = [set() for _ in range(rows)]
     for device, index in sharding.devices_indices_map((rows,)).items():
         for row in range(*index[0].indices(rows)):
@@ -28,12 +28,12 @@ def held_rows(sharding: Sharding, rows: int) -> Bool[np.ndarray, "B"]:
 
 
 def row_owners(sharding: Sharding, rows: int) -> Int[np.ndarray, "B"]:
-    """Returns the owner of each row: one of the processes that hold it, in turn."""
+    """Returns the owner of each row, chosen in turn from the processes that hold it."""
     return np.array([p[row % len(p)] for row, p in enumerate(holders(sharding, rows))], int)
 
 
 def on_host(x: Array) -> np.ndarray:
-    """Copies an array to the host; rows that only other processes hold are zero."""
+    """Copies an array to the host; rows held only by other processes are zero."""
     if x.is_fully_addressable:
         return np.asarray(x)
     out = np.zeros(x.shape, x.dtype)

@@ -1,9 +1,9 @@
-"""Joint shutdown of the processes of a run, each with one line that gives the reason.
+"""Joint shutdown of the processes of a run, each of which prints the reason in one line.
 
-A process that fails reports why through jax's coordination service, which runs in process 0; a
+A process that fails reports why through JAX's coordination service, which runs in process 0. A
 process that dies stops sending heartbeats. In both cases every other process prints one line and
 exits, even if its main thread is blocked in a collective operation that will never finish. Exit
-status 2 means that the user has to fix something, 1 that the same command may continue.
+status 2 means that the user has to fix something, 1 that the same command can continue the run.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from jax._src.distributed import global_state  # its key-value store has no publ
 from jaxrl_stable.distributed.processes import BARRIER, is_main, several, wait_for_all
 
 BEAT = 2.0  # seconds between heartbeats
-DEAD = 20.0  # seconds without one after which a process counts as dead
+DEAD = 20.0  # seconds without a heartbeat after which a process counts as dead
 BROKEN_DEAD = 3 * BEAT  # like DEAD, once a process has reported a broken connection
-GRACE = 2.0  # seconds for a process to find the error that another one reports
+GRACE = 2.0  # seconds that a process has to notice another process's error
 FAILED, BROKEN, ALIVE, PORT = (
     f"jaxrl_stable/{name}" for name in ("failed", "broken", "alive", "port")
 )
 NOTHING = "null"  # value of FAILED after a normal end
 AGAIN = "run the same command to continue from the last checkpoint"
-# Words in errors that only indicate that another process is gone.
+# Words in errors that only show that another process is gone.
 ECHOES = ("Gloo", "UNAVAILABLE", "Connection reset", "Connection closed", "oordination service")
 
 _leaving = threading.Lock()
@@ -41,10 +41,10 @@ _leaving = threading.Lock()
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Ends all processes of a program together, regardless of what ends one of them.
+    """Ends all processes of a program together, regardless of why one of them ends.
 
-    With several processes an error does not propagate out of this context: it ends the process,
-    because an orderly exit would wait for the others.
+    With several processes, an error does not propagate out of this context. It ends the process at
+    once, because an orderly exit would wait for the others.
     """
     if not several():
         yield
@@ -74,17 +74,17 @@ def together() -> Iterator[None]:
 
 
 def report(message: str, status: int = 2) -> bool:
-    """Tells the other processes that this one ends, and why.
+    """Tells the other processes that this one is ending, and why.
 
-    An error that is only a consequence of another process's end is delayed: the watch thread soon
-    learns the reason and ends this process with it.
+    An error that is only a consequence of another process's end is held back. Meanwhile, the watch
+    thread learns the real reason and ends this process with it.
 
     Args:
       message: reason, in one line.
       status: exit status of all processes.
 
     Returns:
-      True if this process should print the message, False if another process already has.
+      True if this process should print the message; False if another process already has.
     """
     if not several():
         return True
@@ -141,7 +141,7 @@ def _look_for_the_dead(client: Any, beats: dict[str, tuple[str, float]]) -> None
     dead = [name for name, (_, since) in beats.items() if now - since > limit]
     if dead:
         message = (
-            f"process {', '.join(dead)} gives no sign of life (killed, out of memory, or its "
+            f"process {', '.join(dead)} has stopped responding (killed, out of memory, or its "
             f"machine is gone); {AGAIN}"
         )
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
@@ -149,11 +149,11 @@ def _look_for_the_dead(client: Any, beats: dict[str, tuple[str, float]]) -> None
 
 
 def _line_to_process_0(over: threading.Event) -> contextlib.AbstractContextManager:
-    """Connects every process to process 0, to notice at once when it ends.
+    """Connects every process to process 0, so that the others notice at once when it ends.
 
-    When process 0 ends, jax's service aborts the others with a long traceback; this lets our
-    one-line message come first. No data is sent; if the connection fails, only the traceback
-    appears.
+    When process 0 ends, JAX's service aborts the others with a long traceback. Thanks to this
+    connection, our one-line message comes first. No data is sent; if the connection fails, only the
+    traceback appears.
     """
     client, processes = global_state.client, global_state.num_processes
     if is_main():
@@ -167,7 +167,7 @@ def _line_to_process_0(over: threading.Event) -> contextlib.AbstractContextManag
 
 
 def _hold(address: tuple[str, int], over: threading.Event) -> None:
-    """Holds a connection to process 0; a refused reconnect means that it has exited."""
+    """Holds a connection to process 0; if reconnecting is refused, process 0 has exited."""
     held = False
     while not over.is_set():
         try:
@@ -186,7 +186,7 @@ def _hold(address: tuple[str, int], over: threading.Event) -> None:
 
 
 def _leave(status: int, message: str = "") -> NoReturn:
-    """Ends the process at once; process 0, which runs the service, first lets peers read it."""
+    """Ends this process at once; process 0 first waits for its peers to read the report."""
     _leaving.acquire()  # never released: only one thread reports
     if message:
         os.write(2, f"error: {message}\n".encode())  # bypasses buffers that another thread may hold

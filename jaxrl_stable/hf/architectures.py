@@ -1,4 +1,7 @@
-"""Maps `config.json` of each supported architecture to the fields of `ModelConfig` and back."""
+"""Maps `config.json` of each supported architecture to the fields of `ModelConfig` and back.
+
+A new family also needs its tensor names (`names.py`) and the options that it refuses (`config.py`).
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,7 @@ def _read_deepseek_v3(content: Json) -> Json:
 
 
 def _write_deepseek_v3(config: ModelConfig) -> Json:
-    latent = config.latent or LatentSizes(0, 0, 0)
+    latent = config.latent or LatentSizes(1, 2, 1)  # any: it reads back as another model
     return dict(
         head_dim=latent.rotary_dim,  # transformers uses it for the rotation
         qk_head_dim=config.head_dim,

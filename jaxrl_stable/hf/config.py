@@ -5,23 +5,45 @@ An option that is not implemented is an error that names the option, never a sil
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxrl_stable.checks import local_path
 from jaxrl_stable.files import read_json
 from jaxrl_stable.hf.architectures import ARCHITECTURES, Architecture, Json, no_experts
 from jaxrl_stable.model.config import EXECUTION_FIELDS, ModelConfig, Yarn
+
+# Returns the model of the run that is being resumed, given execution fields, or None.
+ModelOfRun = Callable[..., ModelConfig | None]
+_model_of_run: contextvars.ContextVar[ModelOfRun] = contextvars.ContextVar(
+    "model_of_run", default=lambda **execution: None
+)
+
+
+@contextlib.contextmanager
+def resuming(model_of_run: ModelOfRun) -> Iterator[None]:
+    """Lets `read_config` answer for a directory that is gone, if the run knows its own model."""
+    token = _model_of_run.set(model_of_run)
+    try:
+        yield
+    finally:
+        _model_of_run.reset(token)
 
 
 def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
     """Reads the architecture of a checkpoint directory.
 
+    A resumed run does not need the directory: its checkpoints hold the architecture (`resuming`).
+
     Args:
       directory: directory with a `config.json`.
       **execution: fields of `ModelConfig` that a checkpoint does not specify, such as `dtype`,
-        `param_dtype`, `remat` or `head_chunk`.
+        `param_dtype`, `remat` or `head_chunk`; or `max_positions`, in place of what it says.
 
     Raises:
       FileNotFoundError: if `config.json` does not exist.
@@ -33,9 +55,13 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
             f"read_config got {wrong[0]}, which the checkpoint determines; give only "
             f"{', '.join(EXECUTION_FIELDS)}"
         )
-    content, file = read_config_json(directory), pathlib.Path(directory) / "config.json"
+    directory = local_path("read_config.directory", directory)
+    file = pathlib.Path(directory) / "config.json"
+    if not file.exists() and (model := _model_of_run.get()(**execution)) is not None:
+        return model
+    content = read_config_json(directory)
     try:
-        return ModelConfig(**from_json(content), **execution)
+        return ModelConfig(**from_json(content) | execution)
     except KeyError as error:
         raise ValueError(f"{file}: {error.args[0]} is missing; restore it") from None
     except (ValueError, TypeError) as error:
@@ -150,7 +176,20 @@ def _common(content: Json) -> Json:
         tie_embeddings=content.get("tie_word_embeddings", False),
         rope_theta=theta,
         rope_scaling=scaling,
+        max_positions=_context(content, scaling),
     )
+
+
+def _context(content: Json, scaling: Yarn | None) -> Any:
+    """Returns the number of positions that a model was trained or stretched for; 0 if not known.
+
+    YaRN stretches `original_max_position_embeddings` by its factor. DeepSeek's files have the
+    product in `max_position_embeddings`; Qwen's instructions leave the original value there.
+    """
+    context = content.get("max_position_embeddings") or 0
+    if scaling is None or not isinstance(context, int):
+        return context
+    return max(context, int(scaling.factor * scaling.original_context))
 
 
 def _common_json(config: ModelConfig) -> Json:
@@ -174,6 +213,8 @@ def _common_json(config: ModelConfig) -> Json:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         rope_theta=config.rope_theta,
     )
+    if config.max_positions:
+        content["max_position_embeddings"] = config.max_positions
     yarn = config.rope_scaling
     if yarn is not None:
         # Version 4 derives the factor from this field; 5.23 reads the one below.

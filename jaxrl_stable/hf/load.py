@@ -54,18 +54,8 @@ def load(
         of an unknown type or not finite (the message lists them), or if tied embeddings are stored
         twice and differ.
     """
-    stored = read_config(directory)
-    config = stored if config is None else config
-    if config.architecture() != stored.architecture():
-        differing = [
-            f"{name} is {value!r} there and {config.architecture()[name]!r} here"
-            for name, value in stored.architecture().items()
-            if config.architecture()[name] != value
-        ]
-        raise ValueError(
-            f"{directory} holds another model: {'; '.join(differing)}. Take the architecture from "
-            "the checkpoint: hf.read_config"
-        )
+    config = read_config(directory) if config is None else config
+    _check_architecture(directory, config)
     files = TensorFiles(directory)
     abstract = abstract_state(mesh, lambda: init_model(config, 0))
     plan = plan_of(files, config, abstract)
@@ -82,6 +72,34 @@ def load(
     if broken:
         raise ValueError(files.not_finite(sorted(broken)))
     return jax.tree.unflatten(jax.tree.structure(abstract), loaded)
+
+
+def check(directory: str | pathlib.Path, config: ModelConfig) -> None:
+    """Checks that `load` would find a model's tensors: architecture, names, shapes and types.
+
+    No values are read, except those of a head next to tied embeddings.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load` does, except for values that are not finite.
+    """
+    _check_architecture(directory, config)
+    files = TensorFiles(directory)
+    plan_of(files, config, jax.eval_shape(lambda: init_model(config, 0)))
+    check_copy(files, config)
+
+
+def _check_architecture(directory: str | pathlib.Path, config: ModelConfig) -> None:
+    stored = read_config(directory)
+    if config.architecture() != stored.architecture():
+        differing = [
+            f"{name} is {value!r} there and {config.architecture()[name]!r} here"
+            for name, value in stored.architecture().items()
+            if config.architecture()[name] != value
+        ]
+        raise ValueError(
+            f"{directory} holds another model: {'; '.join(differing)}. Take the architecture from "
+            "the checkpoint: hf.read_config"
+        )
 
 
 def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, list[Piece]]:

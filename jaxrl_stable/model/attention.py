@@ -1,4 +1,4 @@
-"""Grouped-query attention (Qwen3, OLMoE, Mixtral), its norms, and the frame all layers share.
+"""Grouped-query attention (Qwen3, OLMoE, Mixtral), its norms, and the inputs that layers share.
 
 Latent attention (DeepSeek-V3) is in `latent_attention` and has the same call signature.
 """
@@ -49,10 +49,11 @@ def make_frame(
     cache: Cache | None,
     layout: Layout = ONE_DEVICE,
 ) -> Frame:
-    """Builds rotations and mask: a token attends to its segment's columns up to its own.
+    """Builds rotations and mask: a token attends to columns of its segment, up to its own column.
 
-    Causality follows columns, not positions, so left padding and packing need no special case.
-    The splash kernel builds the mask itself if all existing columns are new, so none is made then.
+    Causality follows columns, not positions, so left padding and packing need no special case. If
+    all columns are new (training and prefill), the splash kernel builds its own mask, and `mask` is
+    None.
     """
     shared = *rotations(config, positions), segment_ids, segment_ids != 0
     width = positions.shape[1] if cache is None else cache.segment_ids.shape[1]
@@ -154,7 +155,7 @@ def attend(
         y = splash_attention(q * scale, k, v, frame.segment_ids, layout)
         return checkpoint_name(y, "attended")
     implementation = attention_implementation(config)
-    # cuDNN supports neither columns nor unevenly split heads over devices.
+    # cuDNN supports neither sharded columns nor heads split unevenly over devices.
     unequal = layout.columns or k.shape[2] % layout.size(("tensor",))
     if implementation == "splash" or unequal:
         implementation = "xla"
@@ -174,12 +175,12 @@ def softmax_scale(config: ModelConfig) -> float:
 def attention_implementation(config: ModelConfig, backend: str | None = None) -> str:
     """Resolves "auto": splash on TPU, cuDNN for half precision on NVIDIA GPUs, else plain XLA.
 
-    Only some GPUs support heads wider than 128 (as in latent attention) with cuDNN, so these use
-    XLA. On TPU a decode step, whose columns are in a cache, also runs as plain XLA.
+    Heads wider than 128 (as in latent attention) use XLA, since cuDNN supports them only on some
+    GPUs. On TPU, decode steps also run as plain XLA, because their keys are in a cache.
 
     Args:
-      config: configuration of the model.
-      backend: "cpu", "gpu" or "tpu"; the backend of this machine by default.
+      config: model configuration.
+      backend: "cpu", "gpu" or "tpu"; JAX's default backend if None.
 
     Returns:
       "splash", "cudnn" or "xla".

@@ -1,7 +1,8 @@
 """Key/value cache for decoding: fixed shape, one write column for all rows.
 
-Prompts are left-padded, so every row appends at the same column and the write is one
-`dynamic_update_slice`. Only `segment_ids` marks validity (0 is padding), never the values.
+Prompts are left-padded, so all rows append at the same column and a write is one
+`dynamic_update_slice`. Only `segment_ids` marks which columns are valid (0 is padding), never the
+values.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from jaxtyping import Array, Float, Int
 from jaxrl_stable.model.config import ModelConfig
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of all layers, dense layers included.
 
-    Latent attention stores less: `keys` holds the one rotated key that all heads share, `values`
-    the latent from which the rest is computed.
+    Latent attention stores less: `keys` holds the one rotated key that all heads share, and
+    `values` the latent from which the rest is computed.
 
     Attributes:
       keys, values: columns written so far; columns from `length` on are zero.
-      segment_ids: segment of each column; 0 if it holds padding or is not yet written.
+      segment_ids: segment of each column; 0 for padding and for columns not yet written.
       length: number of columns written.
     """
 
@@ -37,7 +39,7 @@ class Cache:
     length: Int[Array, ""]
 
     def extend(self, segment_ids: Int[Array, "B T"]) -> Cache:
-        """Marks T new columns, which the layers then `write`. Leaves `length` unchanged."""
+        """Marks T new columns, which each layer then fills with `write`; `length` is unchanged."""
         marks = jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, self.length))
         return dataclasses.replace(self, segment_ids=marks)
 
@@ -60,7 +62,7 @@ class Cache:
         return dataclasses.replace(self, length=self.length + columns)
 
     def widen(self, columns: int) -> Cache:
-        """Returns the same content with room for `columns` columns."""
+        """Returns a cache with the same content and room for `columns` columns in total."""
         more = columns - self.segment_ids.shape[1]
         room = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
         return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Architecture of the policy, and the repeating pattern of its layers.
+"""Policy architecture, and the repeating patterns of its layers.
 
 One set of fields covers Qwen3 (dense and MoE), OLMoE, Mixtral and DeepSeek-V3; `hf.architectures`
 reads them from a Hugging Face `config.json`.
@@ -11,8 +11,10 @@ import math
 import warnings
 from typing import Any
 
-# Fields that determine how a model is computed, not what it computes. Configs that differ only in
-# these can share a checkpoint.
+from jaxrl_stable.checks import field_types, one_of, positive, within
+
+# Fields that determine how a model is computed and used, not what it computes. Configs that differ
+# only in these fields can share a checkpoint.
 EXECUTION_FIELDS = (
     "dtype",
     "param_dtype",
@@ -23,7 +25,17 @@ EXECUTION_FIELDS = (
     "experts_exchange",
     "experts_rows",
     "head_chunk",
+    "max_positions",
 )
+
+
+DTYPES = ("float32", "bfloat16")
+PARAM_DTYPES = (*DTYPES, "float16")  # float16 keeps the weights of such a checkpoint as they are
+# Types that users ask for and that do not work, with the reason.
+NOT_SUPPORTED = {
+    "float16": "its products are not available on every device and overflow at 65,504",
+    "float64": "jax computes it in float32 unless told otherwise, and kernels lack it",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +45,9 @@ class Yarn:
     Attributes:
       factor: ratio of the new context length to the original one.
       original_context: context length of the original training, in positions.
-      beta_fast, beta_slow: rotations over the original context above which a frequency is kept,
-        and below which it is divided by `factor`; frequencies between them follow a linear ramp.
+      beta_fast, beta_slow: rotation counts over the original context. Frequencies with more than
+        `beta_fast` rotations are kept, frequencies with fewer than `beta_slow` are divided by
+        `factor`, and a linear ramp interpolates in between.
       rotation_scale: factor on cosines and sines.
       softmax_mscale: m in the factor (0.1 m ln(factor) + 1)² on the scale of attention logits
         (DeepSeek-V3: `mscale_all_dim`); 0 leaves the scale unchanged.
@@ -49,6 +62,12 @@ class Yarn:
     softmax_mscale: float = 0.0
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        field_types(self)
+        positive(self, "original_context")
+        within(self, "factor", "beta_fast", "beta_slow", "rotation_scale", above=0)
+        within(self, "softmax_mscale")
+
     @property
     def softmax_scale(self) -> float:
         return (0.1 * self.softmax_mscale * math.log(max(self.factor, 1.0)) + 1.0) ** 2
@@ -60,10 +79,11 @@ class LatentSizes:
 
     Attributes:
       key_value_rank: width of the latent from which keys and values are computed.
-      rotary_dim: rotated dimensions of each query and key head; the others carry no position.
+      rotary_dim: number of rotated dimensions per query and key head; the rest carry no position.
       value_dim: size of one value head.
       query_rank: width of the queries' own latent; None projects queries directly.
-      interleaved: whether rotated pairs are neighbours (0, 1), (2, 3), … or half a head apart.
+      interleaved: if True, rotated pairs are neighbours (0, 1), (2, 3), …; if False, the members
+        of a pair are half a head apart.
     """
 
     key_value_rank: int
@@ -71,6 +91,10 @@ class LatentSizes:
     value_dim: int
     query_rank: int | None = None
     interleaved: bool = True
+
+    def __post_init__(self) -> None:
+        field_types(self)
+        positive(self, "key_value_rank", "rotary_dim", "value_dim", "query_rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,36 +117,40 @@ class ModelConfig:
       selection_bias: whether each expert has a bias that affects the choice but never the gates.
         It is not trained here (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
       expert_groups: number of equal groups into which the experts are divided.
-      chosen_groups: number of groups to choose experts from: those whose two best scores have the
-        largest sum.
+      chosen_groups: number of groups that experts are chosen from. These are the groups whose two
+        best scores have the largest sum.
       routed_scaling: factor on the gates.
-      num_shared_experts: experts applied to every token; computed as one dense layer of their total
-        width.
-      decoder_sparse_step: layer i (from 0) is MoE if (i + 1) is a multiple of it.
+      num_shared_experts: number of experts applied to every token; computed as one dense layer of
+        their total width.
+      decoder_sparse_step: layer i (from 0) is MoE if i + 1 is a multiple of this.
       mlp_only_layers: layers that are dense regardless of `decoder_sparse_step`.
       query_key_norm: RMSNorm of queries and keys over each "head" (Qwen3), over all heads of the
         "layer" (OLMoE), or "none" (Mixtral).
-      clip_qkv: bound on |query|, |key|, |value| before the rotation, or None.
+      clip_qkv: bound on |query|, |key| and |value| before the rotary embedding, or None.
       latent: sizes of latent attention, or None for grouped-query attention.
       rope_theta: base of the rotary embedding.
       rope_scaling: YaRN stretching of the rotary embedding, or None.
       rms_norm_eps: epsilon of every norm.
       tie_embeddings: whether the output head is the transposed embedding.
-      dtype: type of activations and of weights in products. Router, norms, attention weights and
-        log-probabilities are always float32.
-      param_dtype: storage type of parameters; the optimiser works in float32.
-      scan_layers: whether to scan over repeated layers (one compiled body) or to unroll them.
+      dtype: compute dtype of activations, and of weights in matrix products. Router, norms,
+        attention weights and log-probabilities are always float32.
+      param_dtype: storage dtype of the parameters; the optimiser works in float32.
+      scan_layers: whether to scan over repeated layers (one compiled body) or unroll them.
       remat: activations that a block keeps for the backward pass: "none" keeps all of them,
-        "dots" keeps the most expensive products (queries, keys, values, attention, the experts'
-        hidden layer), "block" only its input, "offload" that input in host memory.
-      attention: "auto", "xla", "cudnn" or "splash".
+        "dots" the most expensive products (queries, keys, values, attention, the experts' hidden
+        layer), "block" only its input, and "offload" that input in host memory.
+      attention: attention kernel: "auto", "xla", "cudnn" or "splash".
       experts: grouped matrix product: "auto", "ragged", "blocked", "megablox", "tokamax", or
-        "dense" (every expert on every token: the test oracle).
+        "dense" (every expert on every token; the reference that tests compare against).
       experts_exchange: how tokens reach experts on other devices: "all_gather" or
         "ragged_all_to_all"; see `expert_parallel`.
       experts_rows: capacity of a device's buffer of (token, choice) pairs, in rows of D numbers;
         tokens that exceed it pass through the experts in several chunks.
-      head_chunk: tokens per device whose logits exist at a time; rounded to whole columns.
+      head_chunk: number of tokens per device whose logits are in memory at a time; rounded to whole
+        columns.
+      max_positions: context length that the model was trained for, in positions; runs with longer
+        sequences are refused. 0 means unknown and allows any length. It does not change what the
+        model computes.
     """
 
     vocab_size: int
@@ -160,35 +188,42 @@ class ModelConfig:
     experts_exchange: str = "all_gather"
     experts_rows: int = 262_144
     head_chunk: int = 2048
+    max_positions: int = 0
 
     def __post_init__(self) -> None:
-        choices = {
-            "router_score": ("softmax", "sigmoid"),
-            "query_key_norm": ("head", "layer", "none"),
-            "remat": ("none", "dots", "block", "offload"),
-            "attention": ("auto", "xla", "cudnn", "splash"),
-            "experts": ("auto", "ragged", "blocked", "megablox", "tokamax", "dense"),
-            "experts_exchange": ("all_gather", "ragged_all_to_all"),
-        }
-        for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
+        field_types(self)
+        for field, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
+            value = getattr(self, field)
+            if value in NOT_SUPPORTED and value not in allowed:
                 raise ValueError(
-                    f"ModelConfig.{field} is {getattr(self, field)!r}; use one of {allowed}"
+                    f"ModelConfig.{field} is {value!r}, which is not supported "
+                    f"({NOT_SUPPORTED[value]}); use 'bfloat16' or 'float32'"
                 )
+            one_of(self, field, allowed)
+        one_of(self, "router_score", ("softmax", "sigmoid"))
+        one_of(self, "query_key_norm", ("head", "layer", "none"))
+        one_of(self, "remat", ("none", "dots", "block", "offload"))
+        one_of(self, "attention", ("auto", "xla", "cudnn", "splash"))
+        experts = ("auto", "ragged", "blocked", "megablox", "tokamax", "dense")
+        one_of(self, "experts", experts)
+        one_of(self, "experts_exchange", ("all_gather", "ragged_all_to_all"))
+        positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
+        positive(self, "head_dim", "decoder_sparse_step", "expert_groups", "chosen_groups")
+        positive(self, "experts_rows", "head_chunk")
+        within(self, "intermediate_size", "num_experts", "num_experts_per_token", at_least=0)
+        within(self, "num_shared_experts", "max_positions", at_least=0)
+        within(self, "clip_qkv", "rope_theta", "rms_norm_eps", "routed_scaling", above=0)
+        if self.num_experts:
+            positive(self, "moe_intermediate_size")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"ModelConfig.num_heads ({self.num_heads}) must be a multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
-        positive = ("vocab_size", "hidden_size", "num_layers", "decoder_sparse_step")
-        positive += ("experts_rows", "head_chunk")
-        for field in positive:
-            if getattr(self, field) < 1:
-                raise ValueError(f"ModelConfig.{field} is {getattr(self, field)}; use at least 1")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
-                f"ModelConfig rotates {self.rotary_dim} of head_dim {self.head_dim}; use an even "
-                "number of at most head_dim"
+                f"ModelConfig rotates {self.rotary_dim} of {self.head_dim} dimensions per head; "
+                "use an even number, at most head_dim"
             )
         if any(not 0 <= layer < self.num_layers for layer in self.mlp_only_layers):
             raise ValueError(
@@ -212,7 +247,7 @@ class ModelConfig:
         size, rest = divmod(self.num_experts, self.expert_groups)
         if rest or size < 2:
             raise ValueError(
-                f"ModelConfig.expert_groups is {self.expert_groups}; it must cut num_experts "
+                f"ModelConfig.expert_groups is {self.expert_groups}; it must divide num_experts "
                 f"({self.num_experts}) into equal groups of two or more"
             )
         fewest = -(-self.num_experts_per_token // size)
@@ -247,7 +282,7 @@ class ModelConfig:
 
     @classmethod
     def from_architecture(cls, fields: dict[str, Any], **execution: Any) -> ModelConfig:
-        """Inverse of `architecture`; also accepts fields that went through JSON."""
+        """Inverse of `architecture`; also accepts fields that were stored as JSON."""
         nested = {"latent": LatentSizes, "rope_scaling": Yarn}
         built = {
             name: nested[name](**value) if name in nested and value else value
@@ -269,7 +304,7 @@ def layer_plan(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
     plan, start = [], 0
     while start < len(kinds):
         rest = kinds[start:]
-        best = (1, 1)  # (period, repeats) that covers the most layers; the shortest period wins
+        best = (1, 1)  # (period, repeats) that covers the most layers; the shortest wins ties
         for period in range(1, len(rest) // 2 + 1):
             repeats = 1
             while rest[repeats * period : (repeats + 1) * period] == rest[:period]:
@@ -283,7 +318,7 @@ def layer_plan(config: ModelConfig) -> list[tuple[tuple[bool, ...], int]]:
 
 
 def tiny(**overrides: Any) -> ModelConfig:
-    """Returns a policy of a few hundred thousand parameters, for tests and laptops."""
+    """Returns a config with a few hundred thousand parameters, for tests and laptops."""
     fields = dict(
         vocab_size=128,
         hidden_size=64,
@@ -302,7 +337,7 @@ def tiny(**overrides: Any) -> ModelConfig:
 
 
 def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
-    """Returns Qwen3-30B-A3B (from its public `config.json`)."""
+    """Returns the config of Qwen3-30B-A3B (from its public `config.json`)."""
     fields = dict(
         vocab_size=151_936,
         hidden_size=2_048,
@@ -314,6 +349,7 @@ def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
         num_experts=128,
         num_experts_per_token=8,
         moe_intermediate_size=768,
+        max_positions=40_960,
         dtype="bfloat16",
         remat="block",
     )
@@ -321,7 +357,7 @@ def qwen3_30b_a3b(**overrides: Any) -> ModelConfig:
 
 
 def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
-    """Returns Qwen3-235B-A22B (from its public `config.json`)."""
+    """Returns the config of Qwen3-235B-A22B (from its public `config.json`)."""
     fields = dict(
         vocab_size=151_936,
         hidden_size=4_096,
@@ -333,6 +369,7 @@ def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
         num_experts=128,
         num_experts_per_token=8,
         moe_intermediate_size=1_536,
+        max_positions=40_960,
         dtype="bfloat16",
         remat="block",
     )
@@ -340,7 +377,7 @@ def qwen3_235b_a22b(**overrides: Any) -> ModelConfig:
 
 
 def __getattr__(name: str) -> Any:
-    """Resolves the former name of `LatentSizes`, which older gin files bind."""
+    """Resolves the former name of `LatentSizes`, which older gin files use."""
     if name == "LatentAttention":
         warnings.warn(
             "model.config.LatentAttention is now called LatentSizes; write model.LatentSizes",

@@ -1,9 +1,10 @@
-"""Grouped products: rows sorted by expert, each expert's rows multiplied by its own matrix.
+"""Grouped products: rows are sorted by expert and multiplied by their expert's matrix.
 
-Tokens are never dropped. Pairs without a local expert (padding, or an expert on another device)
-sort last and belong to no group. Groups may be padded to a multiple of `block` rows, so that each
-block has one expert; a batched product over blocks then replaces the ragged one. The blocked form
-is for CPUs, where `jax.lax.ragged_dot` multiplies every row by every expert's matrix.
+A pair is a token together with one of its K chosen experts. Tokens are never dropped. Pairs without
+a local expert (padding, or an expert on another device) sort last and belong to no group. Groups
+may be padded to a multiple of `block` rows, so that each block has one expert; a batched product
+over blocks then replaces the ragged product. This blocked form is for CPUs, where
+`jax.lax.ragged_dot` multiplies every row by every expert's matrix.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from jaxrl_stable.model.products import multiply
 
 
 class ExpertWeights(NamedTuple):
-    """Matrices of a layer's SwiGLU experts; E counts the local experts.
+    """Matrices of a layer's SwiGLU experts; E is the number of local experts.
 
     Attributes:
-      gate, up: input projections in the compute type; `Quantized` if activations are quantised.
-      down: output projection, likewise.
+      gate, up: input projections in the compute dtype; `Quantized` if activations are quantised.
+      down: output projection, stored like `gate` and `up`.
     """
 
     gate: Float[Array, "E D F"] | Quantized
@@ -41,9 +42,9 @@ class Groups(NamedTuple):
     """Placement of each (token, choice) pair in the sorted buffer of R rows.
 
     Attributes:
-      source: pair held by each row; N * K if the row is unfilled.
+      source: index of the pair in each row; N * K if the row is unfilled.
       slot: row of each pair; R if the pair has no row.
-      sizes: rows per expert, block padding included.
+      sizes: rows per expert, including block padding.
       block: rows per block; 1 if groups are not padded.
     """
 
@@ -67,7 +68,7 @@ def apply_experts(
     Args:
       weights: matrices of the local experts.
       tokens: activations.
-      real: False on padding, whose output is zero.
+      real: False on padding, for which the output is zero.
       chosen: distinct experts per token; ids outside 0 to E − 1 are not local and add nothing.
       gates: weight of each choice.
       config: selects the implementation of the products.
@@ -100,7 +101,7 @@ def apply_rows(
     config: ModelConfig,
     across: tuple[str, ...] = (),
 ) -> Float[Array, "N D"]:
-    """Applies to each row its one expert; the output is zero if that expert is not local."""
+    """Applies one expert to each row; the output is zero if the expert is not local."""
     gates = jnp.ones_like(rows, shape=(rows.shape[0], 1))
     real = jnp.ones_like(expert, dtype=bool)
     return apply_experts(weights, rows, real, expert[:, None], gates, config, across)
@@ -127,7 +128,7 @@ def _every_expert(
     chosen: Int[Array, "N K"],
     across: tuple[str, ...],
 ) -> Float[Array, "N K D"]:
-    """Applies every expert to every token; the test oracle."""
+    """Applies every expert to every token; the reference that tests compare against."""
 
     def each(
         equation: str,
@@ -157,8 +158,8 @@ def group_by_expert(
       experts: expert ids; ids outside 0 to E − 1 are not local.
       real: False on padding tokens.
       num_experts: E, number of local experts.
-      block: rows per block, see `Groups`.
-      most: upper bound on the number of local pairs; all pairs by default.
+      block: rows per block; see `Groups`.
+      most: upper bound on the number of local pairs; the number of all pairs by default.
     """
     n, k = experts.shape
     most = n * k if most is None else most
@@ -180,7 +181,7 @@ def group_by_expert(
 def stable_argsort(ids: Int[Array, "n"], largest: int) -> Int[Array, "n"]:
     """Returns `jnp.argsort(ids, stable=True)` for ids from 0 to `largest`.
 
-    Sorts a single key that combines id and position, which takes a CPU a sixth of the time.
+    Sorts a single key that combines id and position, which is six times as fast on a CPU.
     """
     n = ids.shape[0]
     if (largest + 1) * n > jnp.iinfo(jnp.int32).max:
@@ -194,8 +195,8 @@ def scatter_rows(
 ) -> Float[Array, "R D"]:
     """Copies each token into its K rows of the buffer; unfilled rows are zero.
 
-    Forward and backward are both gathers: the cotangent of a token is the sum over its K rows. This
-    avoids scatter-add, which is slow on TPU and unordered on GPU.
+    Forward and backward passes are both gathers: a token's cotangent is the sum over its K rows.
+    This avoids scatter-add, which is slow on TPU and sums in arbitrary order on GPU.
     """
     return x.at[source // slot.shape[1]].get(mode="fill", fill_value=0)
 
@@ -255,17 +256,18 @@ def grouped_matmul(
 ) -> Float[Array, "R F"]:
     """Multiplies each group of rows by its expert's matrix.
 
-    Rows outside all groups are set to zero, since kernels may leave anything there.
+    Rows outside all groups are set to zero, since kernels may leave arbitrary values there.
 
     Args:
       x: rows sorted by group.
       w: one matrix per group, as returned by `products.operand`.
       groups: placement of the rows.
       implementation: one of the names that `experts_implementation` returns.
-      across: mesh axes over which D is sharded, see `apply_experts`.
+      across: mesh axes over which D, the contracted dimension, is sharded. For the down projection
+        that is the F of `apply_experts`.
     """
     if isinstance(w, Quantized) and implementation == "tokamax":
-        # Its kernels for two quantised operands are few and differ between chips.
+        # tokamax has few kernels for two quantised operands, and they differ between chips.
         w = dataclasses.replace(w, products="emulated")
     dot = partial(_grouped_dot, groups=groups, implementation=implementation)
     return multiply(dot, x, w, lambda scale: scale[_owner(groups, x.shape[0]), 0], across=across)
@@ -286,11 +288,12 @@ def _grouped_dot(
     groups: Groups,
     implementation: str,
 ) -> Num[Array, "R F"]:
-    """Computes the product with sums of type `dtype`; None means the type of `x`."""
+    """Computes the product, accumulated in `dtype`; None means the dtype of `x`."""
     if implementation == "blocked":
         blocks = x.reshape(-1, groups.block, x.shape[-1])
         owner = _owner(groups, x.shape[0], groups.block)  # rows past the last group are zero
-        # A one-hot product: a CPU gathers matrices element by element, several times slower.
+        # A one-hot product is several times faster than a gather, which on a CPU copies matrices
+        # element by element.
         picked = jax.nn.one_hot(owner, w.shape[0], dtype=w.dtype)
         each = jnp.einsum("ne,edf->ndf", picked, w)
         y = jnp.einsum("nbd,ndf->nbf", blocks, each, preferred_element_type=dtype)
@@ -300,7 +303,7 @@ def _grouped_dot(
     if implementation == "tokamax":
         import tokamax
 
-        # Kernels only: by default tokamax silently falls back to the plain op.
+        # Allow only kernels: by default tokamax silently falls back to the plain op.
         kernels = ("mosaic", "triton") if jax.default_backend() == "gpu" else ("mosaic",)
         y = tokamax.ragged_dot(x, w, sizes, implementation=kernels, **sums)
     elif implementation == "megablox" and dtype is None:
@@ -313,13 +316,13 @@ def _grouped_dot(
 
 
 def experts_implementation(config: ModelConfig, backend: str | None = None) -> str:
-    """Resolves "auto": blocks on CPU, tokamax's kernels on TPU and GPU if installed.
+    """Resolves "auto": "blocked" on CPU, else tokamax's kernels if installed.
 
-    Without tokamax a TPU uses JAX's own kernels ("megablox").
+    Without tokamax, a TPU uses JAX's own kernels ("megablox").
 
     Args:
-      config: configuration of the model.
-      backend: "cpu", "gpu" or "tpu"; the backend of this machine by default.
+      config: model configuration.
+      backend: "cpu", "gpu" or "tpu"; JAX's default backend if None.
 
     Returns:
       A value of `ModelConfig.experts` other than "auto".
@@ -337,17 +340,17 @@ def experts_implementation(config: ModelConfig, backend: str | None = None) -> s
     except ImportError:
         if backend == "gpu":
             raise RuntimeError(
-                "grouped matrix products on a GPU need tokamax: pip "
-                "install 'jaxrl_stable[kernels]', or accept the slow path with "
-                "ModelConfig.experts='ragged'"
+                "grouped matrix products on a GPU need tokamax; run pip install "
+                "'jaxrl_stable[kernels]', or accept the slow path with ModelConfig.experts='ragged'"
             ) from None
         return "megablox"
     return "tokamax"
 
 
 def block_rows(pairs: int, num_experts: int) -> int:
-    """Returns the rows per block: a power of two near a quarter of the mean group, 8 to 128.
+    """Returns the number of rows per block: about a quarter of the mean rows per expert.
 
-    On average half a block per expert is padding, so a quarter keeps the waste near one eighth.
+    It is rounded down to a power of two and clipped to between 8 and 128. On average, half of each
+    expert's last block is padding, so blocks of this size waste about one eighth of the work.
     """
     return int(2 ** np.clip(np.floor(np.log2(max(pairs // (4 * num_experts), 1))), 3, 7))

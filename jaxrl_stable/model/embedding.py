@@ -1,4 +1,4 @@
-"""Embedding lookup on a mesh: ids are sent to the table shards, and rows are sent back."""
+"""Embedding lookup on a mesh: ids are sent to the shards of the table, and rows are sent back."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from jaxrl_stable.sharding.layout import Layout
 def lookup(
     table: nnx.Param, tokens: Int[Array, "B T"], dtype: str, layout: Layout
 ) -> Float[Array, "B T D"]:
-    """Returns row `tokens[b, t]` of the table, in the compute type.
+    """Returns row `tokens[b, t]` of the table, in the compute dtype.
 
-    Each device stores some columns of the table (and some rows, under `tensor`). It looks up its
-    part for the tokens of all devices that share the columns; an all-to-all then gives each device
-    the whole rows of its own tokens. The traffic is D numbers per token, never the table, and the
-    gradient is summed in float32 on the device that stores the row.
+    Each device stores some columns of the table (and with `tensor`, only some rows). It looks up
+    its part for the tokens of all devices among which the columns are split. An all-to-all then
+    gives each device the whole rows for its own tokens. Only D numbers per token are sent, never
+    the table, and the gradient is summed in float32 on the device that stores the row.
 
     Args:
       table: embedding with axes ("vocab", "embed").
       tokens: token ids.
-      dtype: type of the result.
+      dtype: dtype of the result.
       layout: placement of the rows and columns of `tokens` on the mesh.
     """
     value = table.get_value()

@@ -2,13 +2,14 @@
 
 Two exchanges compute the same result and drop no token:
 
-- "all_gather": each device receives the tokens of all devices in its expert group, computes those
-  that chose one of its experts, and a reduce-scatter sums the results. It needs two plain
-  collectives; each device receives D numbers per token of its group, regardless of the choices.
-- "ragged_all_to_all": each token is sent only to the devices of its K experts. This needs less
-  traffic once a group has more devices than a token has experts, but two sorts instead of one.
+- "all_gather": each device receives the tokens of all devices in its expert group and applies its
+  experts to the tokens that chose them; a reduce-scatter then sums the results. This needs only two
+  plain collectives, but each device receives D numbers for every token of its group, regardless of
+  the choices.
+- "ragged_all_to_all": each token is sent only to the devices that hold its K experts. This needs
+  less traffic once a group has more devices than a token has experts, but two sorts instead of one.
 
-The buffers have room for the worst case, in which one device serves every choice. If that exceeds
+Buffers have room for the worst case, in which one device serves every choice. If that exceeds
 `ModelConfig.experts_rows`, tokens are processed in several chunks.
 """
 
@@ -57,7 +58,7 @@ def mixture(
       real: False on padding, which is sent to no expert.
       chosen: experts of each token.
       gates: weight of each choice.
-      config: configuration of the model.
+      config: model configuration.
       layout: placement of rows and columns on the mesh.
     """
     stored = [param.get_value() for param in params]
@@ -72,7 +73,8 @@ def mixture(
         for p, value in zip(params, stored)
     ]
 
-    # The output type of a kernel lacks the mesh axes over which it varies.
+    # These kernels need check_vma=False: their output types do not record the mesh axes over which
+    # the outputs vary.
     checked = experts_implementation(config) not in ("megablox", "tokamax")
     held = {axis for entry in _of_values(partitions[0]) for axis in mesh_axes(entry)}
     copied = tuple(a for a in layout.rows + layout.columns if a not in held)
@@ -84,7 +86,7 @@ def mixture(
         chosen: UInt[Array, "b t K"],
         gates: Float[Array, "b t K"],
     ) -> Float[Array, "b t D"]:
-        if checked and copied:  # sums gradients of the copies in the storage type
+        if checked and copied:  # so that gradients of the copies are summed in the storage dtype
             stored = jax.lax.pcast(stored, copied, to="varying")
         bring = zip(stored, partitions)
         weights = ExpertWeights(*(_bring(operand(w, x.dtype), p) for w, p in bring))
@@ -117,14 +119,14 @@ def _travel(
     """Sends this device's tokens to their experts and returns the combined outputs.
 
     Args:
-      weights: experts of this device, whole except over `tensor`.
-      tokens, real, chosen, gates: local inputs, `[N, ...]`; `chosen` are global expert ids.
-      config: configuration of the model.
+      weights: this device's experts, sharded at most over `tensor`.
+      tokens, real, chosen, gates: local inputs, `[N, ...]`; `chosen` has global expert ids.
+      config: model configuration.
       experts: mesh axes over which experts (and rows) are sharded.
       tensor: mesh axes over which the expert width is sharded.
       layout: sizes of the mesh axes.
     """
-    if tensor:  # all its devices have these tokens; each adds its part
+    if tensor:  # all devices along `tensor` have the same tokens; each computes a partial sum
         tokens, gates = jax.lax.pcast((tokens, gates), tensor, to="varying")
     if experts and config.experts_exchange == "ragged_all_to_all":
         y = _exchange(weights, tokens, real, chosen, gates, config, experts, tensor, layout)
@@ -156,7 +158,7 @@ def _exchange(
     tensor: tuple[str, ...],
     layout: Layout,
 ) -> Float[Array, "N D"]:
-    """Like `_travel`, with `ragged_all_to_all`: K copies per token go to its experts' devices."""
+    """Like `_travel`, but with `ragged_all_to_all`: sends one copy of a token to each expert."""
     size = layout.size(axes)
     E, here = config.num_experts, weights.gate.shape[0]
     with jax.named_scope("dispatch"):
@@ -182,7 +184,10 @@ def _exchange(
 def _journey(
     counts: Int[Array, "size size"], axes: tuple[str, ...]
 ) -> tuple[Int[Array, "size"], ...]:
-    """Returns this device's offsets and sizes in the order of `jax.lax.ragged_all_to_all`."""
+    """Returns this device's offsets and sizes, in the argument order of `ragged_all_to_all`.
+
+    `counts[i, j]` is the number of rows that device i sends to device j.
+    """
     me = jax.lax.axis_index(axes)
     sent, received = counts[me], counts[:, me]
     here = jnp.cumsum(sent) - sent
@@ -196,7 +201,7 @@ def _ragged(
     journey: tuple[Int[Array, "devices"], ...],
     axes: tuple[str, ...],
 ) -> Float[Array, "{size} D"]:
-    """Sends rows to their devices and returns `size` rows; unfilled ones are zero."""
+    """Sends rows to their devices; returns a buffer of `size` rows, zero where none arrived."""
     buffer = jnp.zeros_like(rows, shape=(size, rows.shape[1]))
 
     def collective(
@@ -205,10 +210,11 @@ def _ragged(
         return jax.lax.ragged_all_to_all(rows, buffer, *journey, axis_name=axes)
 
     def plain(rows: Float[Array, "N D"], *journey: Int[Array, "devices"]) -> Float[Array, "R D"]:
-        """Emulates the collective by an all-gather, for CPUs, which lack it."""
+        """Emulates the collective with an all-gather on CPUs, which lack it."""
         here, _, _, received = journey
         every = jax.lax.all_gather(rows, axes)
-        starts = jax.lax.all_to_all(here, axes, 0, 0, tiled=True)  # our slice at each sender
+        # Start of the slice for this device, per sender.
+        starts = jax.lax.all_to_all(here, axes, 0, 0, tiled=True)
         ends = jnp.cumsum(received)
         index = jnp.arange(size)
         sender = jnp.searchsorted(ends, index, side="right")
@@ -228,9 +234,9 @@ def _in_chunks(
     config: ModelConfig,
     senders: int,
 ) -> Float[Array, "B T D"]:
-    """Applies `function` to chunks of tokens that fit the experts' buffer.
+    """Applies `function` to chunks of tokens that fit into the experts' buffer.
 
-    A chunk keeps only its input for the backward pass; otherwise chunking would save no memory.
+    Each chunk keeps only its input for the backward pass; otherwise chunking would save no memory.
     """
     n, k = real.size, chosen.shape[-1]
     most = n * senders * min(k, weights.gate.shape[0])
@@ -251,7 +257,7 @@ def _in_chunks(
 
 
 def _bring(w: Array | Quantized, partition: P | Quantized) -> Array | Quantized:
-    """Gathers a weight over the axes that shard it only for storage; experts stay sharded."""
+    """Gathers a weight over the axes that only shard its storage; experts stay sharded."""
     if isinstance(w, Quantized):
         return jax.tree.map(_bring, w, partition)
     for axis, entry in enumerate(_of_values(partition)):

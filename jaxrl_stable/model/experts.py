@@ -20,11 +20,11 @@ from jaxrl_stable.sharding.layout import ONE_DEVICE, Layout
 
 
 class RouterOutput(NamedTuple):
-    """Routing of one layer, or of all L MoE layers (with a leading `L`).
+    """Routing of one layer, or of all L MoE layers (with a leading `L` axis).
 
     Attributes:
-      experts: experts used, in slot order.
-      live: choice of the live router; equals `experts` unless a choice was replayed.
+      experts: ids of the experts used, in the router's order.
+      live: the live router's choice; equals `experts` unless a choice was replayed.
       confidence: sum of the scores of the experts used, as a share of the sum of all E scores.
       load: number of (token, choice) pairs per expert, padding excluded.
     """
@@ -56,7 +56,7 @@ class FeedForward(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Router, SwiGLU experts and shared experts; no token is dropped."""
+    """Mixture of experts: router, SwiGLU experts and shared experts. No token is dropped."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
@@ -100,7 +100,7 @@ class Experts(nnx.Module):
                 y = y + self.shared(x)
         dtype = expert_dtype(config.num_experts)
         with jax.named_scope("load"):
-            # Not `bincount`: it flattens the sharded rows and columns, which gathers them.
+            # `bincount` would flatten, and therefore gather, the sharded rows and columns.
             counted = jnp.where(real[..., None], chosen, config.num_experts)
             load = jnp.zeros(config.num_experts, jnp.int32).at[counted].add(1, mode="drop")
         return y, RouterOutput(

@@ -1,8 +1,8 @@
 """Output head: log-probabilities and entropy in float32, one chunk of columns at a time.
 
-`[B, T, V]` never exists as a whole: each scan step computes the logits of one chunk, and
-`jax.checkpoint` recomputes them in the backward pass. On a mesh each device scores its own tokens.
-The vocabulary may be sharded over `tensor`; only sums over it are communicated.
+`[B, T, V]` is never materialised as a whole: each scan step computes the logits of one chunk, and
+`jax.checkpoint` recomputes them in the backward pass. On a mesh, each device scores its own tokens.
+The vocabulary may be sharded over `tensor`; then only sums over the vocabulary are communicated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxrl_stable.sharding.layout import layout
 
 
 class HeadOutput(NamedTuple):
-    """Log-probability of each target and entropy of the full distribution, both in nats."""
+    """Log-probability of each target, and entropy of the full distribution, both in nats."""
 
     logp: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
@@ -46,10 +46,10 @@ def token_log_probs(
         log π(y) = z_y − log Σ_v exp z_v,    H = log Σ_v exp z_v − Σ_v π(v) z_v
 
     Args:
-      model: source of the head weight and of `config.head_chunk`.
+      model: provides the head weight and `config.head_chunk`.
       hidden: final hidden states.
       targets: token ids to score.
-      temperature: temperature of the sampler; both sides of an importance ratio must use the same.
+      temperature: the sampler's temperature; both sides of an importance ratio must use the same.
 
     Returns:
       Log-probability and entropy per token.
@@ -66,7 +66,7 @@ def token_log_probs(
     def local(
         weight: Float[Array, "d v"], hidden: Float[Array, "b t D"], targets: Int[Array, "b t"]
     ) -> HeadOutput:  # sizes on one device
-        if copied:  # sums gradients of the copies once, not per chunk
+        if copied:  # so that gradients of the copies are summed once, not per chunk
             weight = jax.lax.pcast(weight, copied, to="varying")
         if stored:  # cast first to send half the bytes
             weight = weight.astype(hidden.dtype)
@@ -90,8 +90,8 @@ def next_token_log_probs(
     """Scores `tokens[b, t]` for t ≥ `first` with the hidden state of column t − 1.
 
     Returns:
-      Log-probability and entropy per token, 0 before column `first`. Columns that are sharded over
-      devices stay in place, so those before `first` are then computed as well.
+      Log-probability and entropy per token, 0 before column `first`. If columns are sharded over
+      devices, they stay in place, and the columns before `first` are computed and discarded.
     """
     if layout(*tokens.shape, sampling=False).columns:
         scored = token_log_probs(model, hidden, jnp.roll(tokens, -1, axis=1), temperature)
@@ -109,12 +109,12 @@ def _score(
     chunk: int,
     tensor: tuple[str, ...] = (),
 ) -> HeadOutput:
-    """Scores the tokens of one device.
+    """Scores one device's tokens.
 
     Args:
       weight: head weight; float32, so that its gradient is summed over chunks in float32.
       hidden, targets, temperature: see `token_log_probs`.
-      chunk: number of tokens whose logits exist at a time.
+      chunk: number of tokens whose logits are in memory at a time.
       tensor: mesh axes over which the vocabulary is sharded.
     """
     B, T, D = hidden.shape
@@ -159,7 +159,8 @@ def _logits(
     weight: Float[Array, "D V"],
     temperature: float | Float[Array, ""],
 ) -> Float[Array, "... V"]:
-    # Casting inside a chunk sums the weight's gradient over chunks in the original type.
+    # The cast is inside the chunk so that the weight's gradient is summed over chunks in the
+    # weight's own dtype.
     weight = weight.astype(hidden.dtype)
     product = jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
     return product / temperature

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1; DeepSeek-V3, arXiv:2412.19437).
 
 Keys and values of all heads are computed from one narrow latent per token, and all heads share the
-rotated part of the keys. The cache holds only these two.
+rotated part of the keys. The cache holds only the latent and the shared rotated keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LATENT_NORM_EPS = 1e-6
 
 
 class LatentAttention(nnx.Module):
-    """Attention with keys and values from a shared latent; queries from x or their own latent."""
+    """Attention with keys and values from a shared latent, queries from x or their own latent."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: int | None) -> None:
         D, H, hd, sizes = config.hidden_size, config.num_heads, config.head_dim, config.latent
@@ -109,11 +109,11 @@ class LatentAttention(nnx.Module):
         rotated: Float[Array, "B S 1 rotary"],
         frame: Frame,
     ) -> Float[Array, "B 1 H vd"]:
-        """Like `_expanded`, in the latent's space: decodes one column without expanding the cache.
+        """Like `_expanded`, but in latent space: decodes one column without expanding the cache.
 
         q · (W_k c) = (W_kᵀ q) · c, and Σ p (W_v c) = W_v Σ p c (arXiv:2405.04434, §2.1.2). If
         products quantise activations, c is rounded as the expanded product would round it. W_k and
-        W_v are dequantised, since their scales belong to the axis summed over here.
+        W_v are dequantised because here the sum runs over the axis of their scales.
         """
         latent = rounded(latent, self.up)
         plain = q.shape[-1] - rotated.shape[-1]
@@ -123,7 +123,7 @@ class LatentAttention(nnx.Module):
         logits += jnp.einsum(
             "bthk,bsk->bhts", q[..., plain:], rotated[:, :, 0], preferred_element_type=jnp.float32
         )
-        # Finite, so that rows without any visible column (finished rows) do not become NaN.
+        # A finite value keeps rows that attend to no column (finished rows) from becoming NaN.
         lowest = 0.7 * jnp.finfo(jnp.float32).min
         logits = jnp.where(frame.mask, logits * softmax_scale(self.config), lowest)
         mixed = jnp.einsum("bhts,bsr->bthr", jax.nn.softmax(logits).astype(q.dtype), latent)

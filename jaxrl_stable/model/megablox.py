@@ -1,9 +1,9 @@
-"""Grouped products on TPU with kernels for all three products: forward and both gradients.
+"""Grouped products on TPU, with kernels for the forward product and both gradients.
 
-XLA for TPU has a kernel for `jax.lax.ragged_dot` and for its gradient in the rows, but not for the
-gradient in the matrices: libtpu 0.0.42 multiplies all rows by a mask per expert, which for E
-experts costs E times the product. This module computes that gradient with JAX's
-`pallas.ops.tpu.megablox`.
+XLA for TPU has a kernel for `jax.lax.ragged_dot` and for its gradient with respect to the rows, but
+not for the gradient with respect to the matrices. For the latter, libtpu 0.0.42 multiplies all rows
+by one mask per expert, which costs E times as much with E experts. This module computes that
+gradient with JAX's `pallas.ops.tpu.megablox`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float, Int
 
-ROWS = 256  # rows of a tile
-WIDTH = 1024  # largest width of a tile; two tiles, product and copies share 16 MiB of VMEM
+ROWS = 256  # rows per tile
+WIDTH = 1024  # maximum width of a tile; two tiles, their product and copies share 16 MiB of VMEM
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -33,7 +33,7 @@ def ragged_dot(
       x: rows sorted by group; rows past the last group are ignored.
       w: one matrix per group.
       sizes: number of rows per group.
-      interpret: run the kernel on any device, slowly; for tests.
+      interpret: whether to interpret the kernel, which is slow but works on any device; for tests.
     """
     return jax.lax.ragged_dot(x, w, sizes)
 

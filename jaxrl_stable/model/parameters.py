@@ -1,8 +1,9 @@
-"""Parameters: shape, logical axes and initialiser of a weight, declared once and together.
+"""Parameters: shape, logical axes and initialiser of each weight, declared in one place.
 
 A weight is an `nnx.Param` with two pieces of metadata. `axes` are its logical axis names, which
-sharding rules map to mesh axes. `inputs` are the axes that a product with it sums over; they set
-the scale of its initialiser and the channels of its quantised copy. `inputs` is None for vectors.
+sharding rules map to mesh axes. `inputs` are the axes that a product with the weight sums over;
+they determine the scale of the initialiser and the channels of the quantised copy. For vectors,
+`inputs` is None.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from jaxtyping import Array, Float, Num
 from jaxrl_stable.sharding import gathered
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """A matrix on a coarse grid, with one float32 scale per output channel: `values * scale`.
 
     Attributes:
-      values: grid values (int8, int4 or float8_e4m3fn), stored in that type or a wider one.
+      values: grid values (int8, int4 or float8_e4m3fn), stored in that dtype or a wider one.
       scale: scale per output channel; axes that a product sums over have size one.
-      products: static; "weight_only" dequantises the matrix, "native" and "emulated" put the
-        activations on the same grid, see `products`.
-      stored_wider: static; name of the grid if `values` has a wider type, see `quantize.expanded`.
+      products: "weight_only" dequantises the matrix; "native" and "emulated" round the activations
+        to the same grid (see `products`). Static.
+      stored_wider: dtype of the grid if `values` has a wider dtype (see `quantize.expanded`), else
+        None. Static.
     """
 
     values: Num[Array, "..."]
@@ -42,7 +45,7 @@ class Quantized:
 
     @property
     def grid(self) -> jnp.dtype:
-        """Type of the grid: int8, int4 or float8_e4m3fn."""
+        """Dtype of the grid: int8, int4 or float8_e4m3fn."""
         return jnp.dtype(self.stored_wider or self.values.dtype)
 
     @property
@@ -67,10 +70,10 @@ def matrix(
     Args:
       rngs: source of the random key.
       axes: logical name and size of each axis, in order.
-      inputs: axes that a product sums over; their sizes multiply to fan_in.
+      inputs: axes that a product sums over; fan_in is the product of their sizes.
       stack: number of layers that share this declaration, or None.
       gain: factor on the standard deviation.
-      dtype: storage type.
+      dtype: storage dtype.
     """
     fan_in = math.prod(axes[name] for name in inputs)
     names, shape = _stacked(axes, stack)
@@ -93,7 +96,7 @@ def offset(axes: Mapping[str, int], *, stack: int | None = None) -> nnx.Param:
 
 
 def read(param: nnx.Param, dtype: DTypeLike) -> Float[Array, "..."]:
-    """Returns a parameter in the compute type, gathered on every device except over `tensor`.
+    """Returns a parameter in the compute dtype, gathered over all its mesh axes except `tensor`.
 
     The cast precedes the gather, which halves the bytes sent. `Quantized` values are dequantised.
     """
@@ -101,7 +104,7 @@ def read(param: nnx.Param, dtype: DTypeLike) -> Float[Array, "..."]:
 
 
 def cast(value: Array | Quantized, dtype: DTypeLike) -> Float[Array, "..."]:
-    """Casts a stored value to the compute type; dequantises it if needed."""
+    """Casts a stored value to `dtype`; dequantises it if needed."""
     if isinstance(value, Quantized):
         return value.dequantize(jnp.dtype(dtype))
     return value.astype(dtype)

@@ -1,15 +1,16 @@
-"""Products of activations with stored matrices, in the compute type or on a coarse grid.
+"""Matrix products of activations with stored weights, in the compute dtype or on a coarse grid.
 
 Weights and activations use the same symmetric quantisation, `x ≈ values · scale`. The scale maps
-the largest |x| of a channel (weights) or of a token (activations, computed anew for each token) to
-the largest value of the grid. In a product of two such operands the scales factor out of the sum:
+the largest |x| of a channel (weights) or of a token (activations, computed afresh for each token)
+to the largest value of the grid. In a product of two such operands the scales factor out:
 
     y[t, f] = scale_x[t] · scale_w[f] · Σ_d x[t, d] · w[d, f]
 
-where x and w are grid values. "native" passes these to the device's int8 or fp8 units in their own
-type and sums in int32 or float32. "emulated" converts them to the compute type, float32 or
-bfloat16, which represents every value of these grids exactly, and sums in float32. Both give the
-same sum up to float32 rounding; for int8 the sum is exact up to 2²⁴ = 1,040 · 127².
+where x and w are grid values. "native" passes these values in their own dtype to the device's int8
+or fp8 units, which accumulate in int32 or float32. "emulated" converts them to the compute dtype,
+float32 or bfloat16, which represents all values of these grids exactly, and accumulates in float32.
+Both give the same sum up to float32 rounding. For int8, even the emulated sum is exact up to 2²⁴,
+that is, for at least 1,040 terms of up to 127².
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from jaxrl_stable.sharding import gathered
 # lacks an infinity (Micikevicius et al. 2022, arXiv:2209.05433, table 1).
 LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0}
 
-Dot = Callable[[Array, Array, DTypeLike | None], Array]  # x, w, type of the sums (None: of x)
+# Arguments: x, w, and the dtype to accumulate in (None: the dtype of x).
+Dot = Callable[[Array, Array, DTypeLike | None], Array]
 
 
 def to_grid(
@@ -40,12 +42,12 @@ def to_grid(
     dtype: DTypeLike,
     across: tuple[str, ...] = (),
 ) -> tuple[Num[Array, "*shape"], Float[Array, "..."]]:
-    """Rounds `x` to a grid, ties to even, without passing gradients back.
+    """Rounds `x` to a grid, ties to even; stops gradients.
 
     Args:
-      x: weights or activations; a non-finite value makes its scale, and so the product, non-finite.
-      axes: axes that share a scale; they are kept with size one.
-      dtype: type of the grid, one of LARGEST.
+      x: weights or activations; a non-finite value makes its scale and the product non-finite.
+      axes: axes that share a scale; the scale keeps them with size one.
+      dtype: dtype of the grid, a key of LARGEST.
       across: inside `jax.shard_map`, mesh axes over which `axes` are sharded.
 
     Returns:
@@ -56,9 +58,9 @@ def to_grid(
 
 
 def nearest(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
-    """Rounds float32 `x`, within the range of the grid, to its nearest value, ties to even.
+    """Rounds float32 `x` to the nearest grid value, ties to even; `x` must be in the grid's range.
 
-    Uses arithmetic only: XLA converts to float8 by way of float16, which is slower on a CPU.
+    Uses only arithmetic: XLA converts to float8 via float16, which is slower on a CPU.
     """
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.round(x)
@@ -73,7 +75,7 @@ def _scaled(
     dtype: DTypeLike,
     across: tuple[str, ...],
 ) -> tuple[Float[Array, "*shape"], Float[Array, "..."]]:
-    """Returns `to_grid` before rounding: the scaled values and their scale."""
+    """Like `to_grid`, without rounding: returns the scaled values and their scale."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     most = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
     if across:
@@ -87,7 +89,7 @@ def product(x: Float[Array, "..."], param: nnx.Param) -> Float[Array, "..."]:
     """Contracts the last axes of `x` with the `inputs` of a parameter, which are its first axes.
 
     Returns:
-      The product in the type of `x`: remaining axes of `x`, then remaining axes of the parameter.
+      The product in the dtype of `x`: remaining axes of `x`, then remaining axes of the parameter.
     """
     metadata = param.get_metadata()
     summed = len(metadata["inputs"])
@@ -113,15 +115,15 @@ def multiply(
     summed: int = 1,
     across: tuple[str, ...] = (),
 ) -> Float[Array, "..."]:
-    """Computes `dot(x, w)`; if `w` is `Quantized`, with the activations on its grid.
+    """Computes `dot(x, w)`; if `w` is `Quantized`, first rounds the activations to its grid.
 
     Args:
-      dot: the product; its result starts with the axes of `x` that it does not sum over.
+      dot: the product; its result starts with the axes of `x` that are not summed.
       x: activations, with one scale per row (token).
       w: matrix as returned by `operand`.
       channels: reshapes the scale of `w` to broadcast against the last axes of the result.
       summed: number of last axes of `x` that `dot` sums over.
-      across: mesh axes over which these axes are sharded, see `to_grid`.
+      across: mesh axes over which these last axes are sharded; see `to_grid`.
     """
     if not isinstance(w, Quantized):
         return dot(x, w, None)
@@ -139,12 +141,12 @@ def multiply(
 
 
 def operand(value: Array | Quantized, dtype: DTypeLike) -> Array | Quantized:
-    """Returns a stored matrix for `multiply`: cast, unless activations are quantised too."""
+    """Prepares a stored matrix for `multiply`: casts it, unless activations are quantised too."""
     return value if quantizes_activations(value) else cast(value, dtype)
 
 
 def rounded(x: Float[Array, "... D"], param: nnx.Param) -> Float[Array, "... D"]:
-    """Rounds activations as `product(x, param)` does, and returns them in their own type."""
+    """Rounds activations as `product(x, param)` does; keeps their dtype."""
     w = param.get_value()
     if not quantizes_activations(w):
         return x
@@ -153,16 +155,16 @@ def rounded(x: Float[Array, "... D"], param: nnx.Param) -> Float[Array, "... D"]
 
 
 def quantizes_activations(value: Array | Quantized) -> bool:
-    """Returns whether products with a stored matrix put the activations on its grid."""
+    """Returns whether products with a stored matrix round the activations to its grid."""
     return isinstance(value, Quantized) and value.products != "weight_only"
 
 
 def products_implementation(dtype: str, device: Any = None) -> str:
-    """Resolves "auto": "native" if the device has units for the type, else "emulated".
+    """Resolves "auto": "native" if the device has units for the dtype, else "emulated".
 
-    int8: TPUs, and NVIDIA GPUs from compute capability 7.5. float8_e4m3fn: TPU7x, and NVIDIA GPUs
-    from 8.9; XLA converts it on other devices. tokamax's grouped kernels are always "emulated", see
-    `dispatch.grouped_matmul`.
+    TPUs, and NVIDIA GPUs of compute capability 7.5 or higher, have units for int8. TPU7x, and
+    NVIDIA GPUs of 8.9 or higher, have units for float8_e4m3fn; elsewhere XLA converts the values.
+    tokamax's grouped kernels are always "emulated"; see `dispatch.grouped_matmul`.
 
     Args:
       dtype: "int8" or "float8_e4m3fn".

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021, arXiv:2104.09864) and their YaRN stretching."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), with YaRN context extension."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxrl_stable.model.config import ModelConfig, Yarn
 def rotations(
     config: ModelConfig, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Returns cosine and sine per position and pair, for angle = position · frequency."""
+    """Returns cosine and sine of the angle position · frequency, per position and pair."""
     angles = positions[..., None].astype(jnp.float32) * frequencies(config)
     scale = config.rope_scaling.rotation_scale if config.rope_scaling else 1.0
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def frequencies(config: ModelConfig) -> Float[np.ndarray, "half"]:
-    """Returns the radians per position of each pair: θ^(−2i/d), stretched if configured."""
+    """Returns each pair's frequency in radians per position: θ^(−2i/d) for pair i, or YaRN's."""
     dim = config.rotary_dim
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     plain = 1.0 / np.float32(config.rope_theta) ** exponents
@@ -34,7 +34,7 @@ def _stretched(plain: np.ndarray, theta: float, yarn: Yarn) -> np.ndarray:
     """Divides slow frequencies by the factor and keeps fast ones (arXiv:2309.00071, eq. 23).
 
     A pair turns `context · frequency / 2π` times over the original context. Solving this for the
-    pair gives the ends of the ramp.
+    index of the pair gives the ends of the ramp.
     """
     dim = 2 * len(plain)
 
@@ -59,9 +59,9 @@ def rotate(
 ) -> Float[Array, "B T H d"]:
     """Rotates each pair of dimensions by its angle, in float32.
 
-    Pairs are (i, i + d/2), the layout of Hugging Face, or neighbours if `interleaved`. In both
-    cases the result holds the first members of all pairs, then the second members; this order does
-    not affect the product of a query with a key.
+    Pairs are (i, i + d/2), as in Hugging Face's layout, or neighbours if `interleaved`. Either way,
+    the result holds the first members of all pairs, then the second members. This order does not
+    affect the product of a query with a key.
     """
     wide = x.astype(jnp.float32)
     if interleaved:

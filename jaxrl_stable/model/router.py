@@ -1,7 +1,7 @@
-"""Routers: the choice of experts per token, its replay (R2, R3), and the gate weights.
+"""Router: the choice of experts per token, its replay (R2, R3), and the gate weights.
 
 Choice and gates are separate functions because replay replaces only the choice. Gates are always
-gathered from the live, dense scores at the chosen indices, never from a masked copy, so an index
+gathered from the live, dense scores at the chosen indices, never from a masked copy. So an expert
 that the live router would not have chosen still has a non-zero gate and receives a gradient.
 """
 
@@ -20,9 +20,9 @@ def choose(
 ) -> Int[Array, "... K"]:
     """Returns the live choice: the K best experts, best first.
 
-    Softmax routers rank by logits (softmax is monotonic). Sigmoid routers rank by
-    σ(s) + bias. With groups, only the `chosen_groups` groups whose two best biased scores have the
-    largest sums are eligible (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
+    Softmax routers rank by logits (softmax is monotonic), sigmoid routers by σ(s) + bias. With
+    groups, only the `chosen_groups` groups whose two best biased scores have the largest sums are
+    eligible (DeepSeek-V3, arXiv:2412.19437, §2.1.2).
     """
     ranked = logits if config.router_score == "softmax" else jax.nn.sigmoid(logits)
     if bias is not None:
@@ -37,10 +37,10 @@ def choose(
 
 
 def replayed(live: Int[Array, "B T K"], replay: Routing) -> Int[Array, "B T K"]:
-    """Returns the replayed experts (Routing Replay, https://arxiv.org/abs/2512.01374, §3).
+    """Replaces the live choice (Routing Replay, https://arxiv.org/abs/2512.01374, §3).
 
     Args:
-      live: the router's own choice, used where the replayed routing is not valid.
+      live: the router's own choice, which is kept where the replayed routing is not valid.
       replay: routing of this layer, without `L`: e^π_old under R2, e^μ under R3.
     """
     return jnp.where(replay.valid[..., None], replay.experts.astype(live.dtype), live)
@@ -56,9 +56,9 @@ def gate_weights(
     depending on `router_score` and `norm_topk_prob`, times `routed_scaling`. Bias and groups do not
     affect the gates, as in transformers' `Qwen3MoeTopKRouter` and `DeepseekV3TopkRouter`.
 
-    Normalised gates are a softmax over K logarithms. This is equal in exact arithmetic and stays
-    finite if replayed experts have vanishing scores, so DeepSeek's 1e-20 in the denominator is not
-    needed (Ma et al., arXiv:2510.11370).
+    Normalised gates are computed as a softmax over K log scores. In exact arithmetic this is the
+    same quantity. It stays finite if replayed experts have vanishing scores, so DeepSeek's 1e-20 in
+    the denominator is not needed (Ma et al., arXiv:2510.11370).
 
     Returns:
       The gates, and the chosen experts' share of the sum of all E scores.

@@ -1,11 +1,12 @@
-"""Splash attention on TPU, which never materialises `[T, T]`; supports context parallelism.
+"""Splash attention on TPU, which never materialises `[T, T]` logits; supports context parallelism.
 
 The kernel is JAX's own (`jax.experimental.pallas.ops.tpu.splash_attention`). Under context
-parallelism each device gathers the keys and values of all columns (few heads, with grouped queries)
-and attends for its own queries. The cost of causal attention grows with the column, so with
-contiguous columns the last device would do twice the mean work. Columns are therefore divided into
-2c chunks, and device i of c attends for chunks i and 2c − 1 − i ("zig-zag"). Queries and results
-are permuted only around the kernel, invisibly to other modules; routing is never permuted.
+parallelism, each device gathers the keys and values of all columns (only a few heads, thanks to
+grouped queries) and computes attention for its own queries. Later columns attend to more columns,
+so with contiguous columns the last device would do twice the average work. Columns are therefore
+divided into 2c chunks, and device i of c handles the queries of chunks i and 2c − 1 − i
+("zig-zag"). Queries and results are permuted only around the kernel; other modules, and routing,
+never see this order.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from jaxtyping import Array, Float, Int
 from jaxrl_stable.sharding import gather_axis
 from jaxrl_stable.sharding.layout import Layout
 
-LANES = 128  # the kernel's blocks and heads are multiples of this
-BLOCK = 1024  # largest number of rows of a block
-FUSED = 8192  # largest number of columns for which one kernel computes all gradients
+LANES = 128  # sizes of the kernel's blocks and heads are multiples of this
+BLOCK = 1024  # maximum number of rows in a block
+FUSED = 8192  # maximum number of columns for which one kernel computes all gradients
 
 
 def splash_attention(
@@ -39,14 +40,14 @@ def splash_attention(
     layout: Layout,
     interpret: bool = False,
 ) -> Float[Array, "B T H vd"]:
-    """Computes softmax(q kᵀ) v over each token's segment, up to its own column.
+    """Computes softmax(q kᵀ) v per token, over its segment up to its own column.
 
     Args:
       q: queries, already scaled.
       k, v: keys and values; G divides H.
       segment_ids: segment of each token; 0 is padding, which attends to padding.
       layout: placement of rows and columns on the mesh.
-      interpret: run the kernel on any device, slowly; for tests.
+      interpret: whether to interpret the kernel, which is slow but works on any device; for tests.
 
     Raises:
       ValueError: if columns are sharded and do not divide into the kernel's blocks.
@@ -60,8 +61,8 @@ def splash_attention(
         k, v = (jnp.repeat(x, H // k.shape[2], axis=2) for x in (k, v))
     if context > 1 and T % (2 * context * LANES):
         raise ValueError(
-            f"{T} columns over context={context} do not divide into blocks; use a multiple of "
-            f"{2 * context * LANES} (prompt width and longest response together)"
+            f"{T} columns do not divide into blocks over context={context}; use a multiple of "
+            f"{2 * context * LANES} (prompt width plus longest response)"
         )
     columns = -T % LANES
     pad = lambda x: jnp.pad(x, ((0, 0), (0, columns), (0, 0), (0, -x.shape[-1] % LANES)))  # noqa: E731
@@ -110,12 +111,12 @@ def _over_mesh(
         local,
         in_specs=(kernel.manual_sharding_spec(of_kernel), each, each, each, layout.spec()),
         out_specs=each,
-        check_vma=False,  # the kernel's output types lack the mesh axes they vary over
+        check_vma=False,  # the kernel's output types do not record how outputs vary over the mesh
     )(kernel, q, k, v, segment_ids)
 
 
 def zigzag(x: Array, layout: Layout, back: bool = False) -> Array:
-    """Permutes columns: device i holds two adjacent chunks and receives `chunks(c)[i]`."""
+    """Permutes columns: device i has two adjacent chunks and receives `chunks(c)[i]`."""
     c = layout.size(layout.columns)
     order = chunks(c)
     owner = {chunk: device for device, pair in enumerate(order) for chunk in pair}
@@ -130,13 +131,13 @@ def zigzag(x: Array, layout: Layout, back: bool = False) -> Array:
 
 
 def chunks(c: int) -> list[tuple[int, int]]:
-    """Returns the two of 2c chunks that each device attends for, the even one first."""
+    """Returns, for each device, the two of 2c chunks whose queries it handles, even chunk first."""
     pairs = [(i, 2 * c - 1 - i) for i in range(c)]
     return [tuple(sorted(pair, key=lambda chunk: chunk % 2)) for pair in pairs]
 
 
 class _ZigZagMask(masks._ComputableMask):
-    """Causal mask with rows in the order of `chunks`."""
+    """Causal mask whose rows are in the order of `chunks`."""
 
     def __init__(self, columns: int, context: int) -> None:
         super().__init__((columns, columns), lambda rows, cols: rows >= cols)
@@ -159,7 +160,7 @@ def _kernel(
 ) -> kernels.SplashAttentionKernel:
     rows = _block(columns // context)
     keys = _block(columns)
-    # One backward kernel is faster, but stores a query gradient per block of keys.
+    # A single backward kernel is faster but stores a query gradient per block of keys.
     fused = columns <= FUSED
     sizes = kernels.BlockSizes(
         block_q=rows,

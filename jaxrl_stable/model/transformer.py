@@ -23,7 +23,7 @@ from jaxrl_stable.routing import Routing, check_layout, expert_dtype
 from jaxrl_stable.sharding.layout import layout
 
 PRODUCTS = ("query", "key", "value", "attended", "gate", "up")  # kept by remat "dots"
-Body = Callable[[Any, Any], tuple[Any, Any]]  # of a scan
+Body = Callable[[Any, Any], tuple[Any, Any]]  # body of a scan
 
 
 class ModelOutput(NamedTuple):
@@ -32,7 +32,7 @@ class ModelOutput(NamedTuple):
     Attributes:
       hidden: final hidden states, after the last norm; `hidden[b, t]` predicts token t + 1.
       router: routing of the L MoE layers.
-      cache: the given cache with the new columns written; None if no cache was given.
+      cache: the input cache, extended by the new columns; None if no cache was passed.
     """
 
     hidden: Float[Array, "B T D"]
@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         V, D = config.vocab_size, config.hidden_size
         self.config = config
-        # fan_in = `embed` gives rows of norm one, hence unit logits if embeddings are tied.
+        # fan_in = `embed` gives rows with a norm of about one, so tied logits are of order one.
         self.embedding = matrix(
             rngs, {"vocab": V, "embed": D}, ("embed",), dtype=config.param_dtype
         )
@@ -111,7 +111,7 @@ class Transformer(nnx.Module):
         Args:
           tokens: token ids; values at padding are ignored.
           positions: rotary positions, counted within a segment.
-          segment_ids: segment of each token, 0 is padding; tokens attend only to their own segment.
+          segment_ids: segment of each token; 0 is padding. Tokens attend only to their own segment.
           replay: experts that replace the live choice where valid; None uses the live choice.
           cache: if given, the new columns are appended to it and attend to its content.
 
@@ -119,7 +119,7 @@ class Transformer(nnx.Module):
           Hidden states, router outputs, and the extended cache.
 
         Raises:
-          ValueError: if shape or type of `replay` do not fit the tokens and routers.
+          ValueError: if the shape or dtype of `replay` does not match the tokens and routers.
         """
         config = self.config
         tokens, positions, segment_ids = map(jnp.asarray, (tokens, positions, segment_ids))
@@ -128,8 +128,8 @@ class Transformer(nnx.Module):
             shape = (*tokens.shape, config.num_experts_per_token)
             if replay.experts.shape[1:] != shape:
                 raise ValueError(
-                    f"replay.experts has shape {replay.experts.shape}; after the layer axis these "
-                    f"tokens need {shape}"
+                    f"replay.experts has shape {replay.experts.shape}; these tokens need {shape} "
+                    "after the layer axis"
                 )
         if cache is not None:
             cache = cache.extend(segment_ids)
@@ -189,7 +189,7 @@ class Transformer(nnx.Module):
 
 
 def init_model(config: ModelConfig, seed: int | Key[Array, ""]) -> Transformer:
-    """Initialises a policy; `jax.eval_shape` of this gives its template."""
+    """Initialises a policy; call this under `jax.eval_shape` to get a template."""
     return Transformer(config, nnx.Rngs(seed))
 
 
@@ -211,7 +211,7 @@ def _repeat(body: Body, carry: Any, xs: Any, repeats: int, *, scan: bool) -> tup
 
 
 def _rematerialised(body: Body, config: ModelConfig) -> Body:
-    """Wraps the scan body in `jax.checkpoint`; policies refer to names of `checkpoint_name`."""
+    """Wraps the scan body in `jax.checkpoint`; policies use the names set by `checkpoint_name`."""
     if config.remat == "none":
         return body
     policies = jax.checkpoint_policies
@@ -225,12 +225,12 @@ def _rematerialised(body: Body, config: ModelConfig) -> Body:
             offload_dst="pinned_host",
         ),
     }[config.remat]
-    # Within a scan the compiler cannot merge the two forward passes; in unrolled code it can.
+    # Within a scan the compiler cannot merge the two forward passes; in unrolled code it could.
     return jax.checkpoint(body, policy=policy, prevent_cse=not config.scan_layers)
 
 
 def _no_router(config: ModelConfig, tokens: Int[Array, "B T"]) -> RouterOutput:
-    """Returns outputs of zero layers, so that dense models have the same output structure."""
+    """Returns the router output of zero layers, so dense models have the same output structure."""
     B, T = tokens.shape
     experts = jnp.zeros((0, B, T, config.num_experts_per_token), expert_dtype(config.num_experts))
     return RouterOutput(

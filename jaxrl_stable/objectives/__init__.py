@@ -1,9 +1,9 @@
-"""Objectives: arrays in, per-token loss out. They know no model, tokenizer or config object.
+"""Objectives: arrays in, per-token loss out, independent of model, tokenizer and config.
 
 All share one signature, `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`, and
-`aggregate` reduces the result. If a paper has a single old policy, it is `logp_old`; called with
-`logp_old=logp_rollout`, an objective takes its ratio to the sampler ("bypass"). `PUBLISHED` has the
-constants, advantages and reduction of each paper.
+`aggregate` reduces the result. If a paper has a single old policy, it is `logp_old` here. Call an
+objective with `logp_old=logp_rollout` to compute its ratio relative to the sampler ("bypass").
+`published.PUBLISHED` lists the constants, advantages and reduction of each paper.
 """
 
 from jaxrl_stable.objectives.aggregation import MODES, aggregate, divide

@@ -1,8 +1,8 @@
 """Reduction of per-token losses to (total, count), so that denominators can be global.
 
-Micro-batches and devices add totals and counts and divide once. Rows without response tokens
-(padding rows) do not count. Rows whose tokens are all clipped do count: clipping zeroes gradients
-but does not shrink the batch.
+Totals and counts are summed over micro-batches and devices and divided once, at the end. Rows
+without response tokens (padding rows) are not counted. Rows whose tokens are all clipped are
+counted: clipping zeroes gradients but does not shrink the batch.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ def aggregate(
     mode: str = SEQ_MEAN_TOKEN_SUM,
     horizon: float | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Reduces a per-token loss to a total and the count that divides it.
+    """Reduces a per-token loss to a total and the count to divide it by.
 
         seq-mean-token-sum        Σ_i Σ_t L         / number of sequences   (MiniRL)
-        seq-mean-token-mean       Σ_i Σ_t L / |y_i| / number of sequences   (GRPO; its length-norm)
+        seq-mean-token-mean       Σ_i Σ_t L / |y_i| / number of sequences   (GRPO; MiniRL ablation)
         seq-mean-token-sum-norm   Σ_i Σ_t L / H     / number of sequences   (Dr.GRPO)
         token-mean                Σ_i Σ_t L         / number of tokens      (DAPO)
-        token-sum                 Σ_i Σ_t L, with a count of 0: nothing divides it (see `divide`)
+        token-sum                 Σ_i Σ_t L, undivided: the count is 0 (see `divide`)
 
     Args:
       loss: per-token loss.
       mask: response tokens.
       mode: one of `MODES` (names as in verl's `agg_loss`).
-      horizon: H, a constant length such as the maximum response length.
+      horizon: H, a constant length, for example the maximum response length.
 
     Returns:
-      (total, count). Sum each over the whole mini-batch, then `divide`.
+      (total, count). Sum each over the whole mini-batch, then call `divide`.
 
     Raises:
       ValueError: if the mode is unknown, "seq-mean-token-sum-norm" has no positive horizon, or the
@@ -89,6 +89,6 @@ def aggregate(
 def divide(total: Float[Array, "*n"], count: Float[Array, ""]) -> Float[Array, "*n"]:
     """Returns total / count, or the total itself if the count is 0.
 
-    `total` may be a gradient: the gradient of the total, divided, is the gradient of the mean.
+    `total` may also be the gradient of a total; the result is then the gradient of the mean.
     """
     return total / jnp.where(count > 0, count, 1.0)

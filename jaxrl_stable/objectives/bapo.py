@@ -1,4 +1,4 @@
-"""BAPO: PPO with bounds that adapt until positive tokens have their share of the loss."""
+"""BAPO: PPO whose clip bounds adapt until tokens with Â > 0 have a target share of the loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bapo(
     target: float = 0.4,
     dual_clip: float | None = None,
 ) -> TokenLoss:
-    """L_t = −min( r Â, clip(r, c_low, c_high) Â ), with bounds found in each call.
+    """L_t = −min( r Â, clip(r, c_low, c_high) Â ), with bounds searched for in each call.
 
         paper:  raise c_high, then c_low, until  Σ_{Â>0} μ |ℓ| / Σ μ |ℓ| ≥ target,
                 ℓ = min( r Â, clip(r, c_low, c_high) Â ),  μ = μ_old(y_t)
@@ -44,28 +44,29 @@ def bapo(
                 P = Σ_{Â>0} min(r, c_high) Â,  N = Σ_{Â<0} max(r, c_low) |Â|
 
     Source: https://arxiv.org/abs/2510.18927. The published code uses c_low .6 to .8, c_high 1.2 to
-    2, steps of .05, target 1 and dual_clip 3. If even the last bounds miss the target, they are
-    used. (In the paper's form as noted, raising c_low only adds to the negative side, so it never
-    helps to reach the target: the note is doubtful.)
+    2, steps of .05, target 1 and dual_clip 3. If no bounds reach the target, the last ones are
+    used.
 
-    The paper's form follows a secondary note (target .4; the authors' README says .5), the code's
-    form follows the authors' repository; they are different objectives. Both decide on all tokens
-    in the call, so pass the whole mini-batch. Published with the token mean.
+    The two forms are different objectives. The paper's form follows a secondary source (target .4;
+    the authors' README says .5), which is doubtful: as described there, raising c_low only adds to
+    the negative side, so it never helps to reach the target. The code's form follows the authors'
+    repository. Both search over all tokens in the call, so pass the whole mini-batch. Published
+    with the token mean.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`. Only the paper's form uses
         `logp_rollout`.
       form: "paper" or "code".
       low, high: start, end and step of the absolute bounds c_low and c_high.
-      target: share (paper) or quotient (code) of the positive tokens.
+      target: share of positive tokens in the loss (paper), or their ratio to negative ones (code).
       dual_clip: see `ppo`.
 
     Returns:
       The token loss, before `aggregate`.
 
     Raises:
-      ValueError: if the form is unknown, the bounds do not rise (0 < start ≤ end, step > 0), or
-        `low` does not end below 1 or `high` does.
+      ValueError: if the form is unknown, the bounds do not rise (0 < start ≤ end, step > 0), `low`
+        does not end below 1, or `high` ends below 1.
     """
     check_shapes("bapo", logp, logp_old, logp_rollout, advantages, mask)
     check_option("bapo", "form", form, ("paper", "code"))
@@ -86,7 +87,7 @@ def bapo(
     first, second = (1, 0) if form == "paper" else (0, 1)
 
     def bounds(i):
-        """Returns pair i of the search: the first bound rises to its end, then the second."""
+        """Returns pair i of the search: one bound rises to its end, then the other."""
         taken = {first: jnp.minimum(i, counts[first]), second: jnp.maximum(i - counts[first], 0)}
         return tuple(
             jnp.minimum(start + step * taken[which].astype(r.dtype), end)

@@ -1,7 +1,7 @@
-"""CAPO: drops tokens for which the step of the output head would be curved or large.
+"""CAPO: drops tokens for which the optimiser's next step looks unsafe.
 
-A step Δψ of the head's matrix changes the logits of one token by u = h Δψ. With the softmax π at
-that token and its sampled entry a, the paper's quadratic forms need only
+A step Δψ of the output head's matrix changes the logits at one position by u = h Δψ. For the
+softmax π at that position and the sampled token a, the paper's quadratic forms need only
 
     c = u_a − E_π[u],    E_π[(e_a − π)ᵀ u]² = c²,    uᵀ F u = Var_π[u]
 
@@ -22,15 +22,15 @@ from jaxrl_stable.objectives.token_loss import TokenLoss, check_shapes, per_toke
 
 
 class CapoHead(NamedTuple):
-    """Inputs of the output head and the step that the optimizer is about to take.
+    """Inputs to the output head, and the step that the optimiser is about to take.
 
     Attributes:
-      hidden: input of the head at each scored token.
+      hidden: head input at each scored token.
       weight: ψ; the logits are `hidden @ weight / temperature`.
-      step: Δψ, the optimizer's next update of ψ: α p̂ / (√q̂ + ε) from Adam's moments of the
-        objective's gradient, negated for moments of a loss's gradient.
+      step: Δψ, the optimiser's next update of ψ: α p̂ / (√q̂ + ε), from Adam's moments p and q of
+        the objective's gradient. Negate it if the moments come from the gradient of a loss.
       tokens: the scored tokens.
-      temperature: sampling temperature of the policy.
+      temperature: the policy's sampling temperature.
     """
 
     hidden: Float[Array, "B T D"]
@@ -41,7 +41,7 @@ class CapoHead(NamedTuple):
 
 
 class Curvature(NamedTuple):
-    """Predicted effect of the step per token: m_H on the objective, m_F on the policy."""
+    """Predicted effect of the step, per token: m_H on the objective, m_F on the policy."""
 
     objective: Float[Array, "B T"]
     policy: Float[Array, "B T"]
@@ -57,8 +57,8 @@ def curvature(
 
         m_H = γ^t Â ( c + ½ (c² − Var_π[u]) ),    m_F = ½ c²
 
-    Source: https://arxiv.org/abs/2510.00819. Forms `[B, T, V]` logits twice; if that needs too much
-    memory, pass a few rows at a time.
+    Source: https://arxiv.org/abs/2510.00819. The function materialises `[B, T, V]` logits twice; if
+    that needs too much memory, pass a few rows at a time.
 
     Args:
       head: input, weight and step of the output head.
@@ -67,7 +67,7 @@ def curvature(
       discount: γ; t counts from the first response token.
 
     Returns:
-      m_H and m_F, constants.
+      m_H and m_F; gradients are stopped.
     """
     hidden, weight, step = map(at_least_float32, (head.hidden, head.weight, head.step))
     hidden = jnp.where(mask[..., None], hidden, 0.0)
@@ -96,19 +96,19 @@ def capo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> TokenLoss:
-    """PPO's token loss on the tokens with δ_low ≤ m_H ≤ δ_high and m_F ≤ δ_F.
+    """PPO's token loss, restricted to tokens with δ_low ≤ m_H ≤ δ_high and m_F ≤ δ_F.
 
-    Source: https://arxiv.org/abs/2510.00819. The only objective that needs more than
-    log-probabilities, hence its own signature. Published thresholds (δ_F / ±δ_H): CAPO (GRPO's
-    loss) 1e-4 / .01, Dr.CAPO 1e-3 / 5e-4, ReinCAPO 1e-5 / .1. Not verified against the paper
-    itself: the sources are a secondary note and the authors' repository. Rejected tokens stay in
-    the denominators and count as clipped.
+    Source: https://arxiv.org/abs/2510.00819. This is the only objective that needs more than
+    log-probabilities, so it has its own signature. Published thresholds (δ_F / ±δ_H): CAPO (GRPO's
+    loss) 1e-4 / .01, Dr.CAPO 1e-3 / 5e-4, ReinCAPO 1e-5 / .1. We have not checked the paper itself;
+    our sources are a secondary note and the authors' repository. Dropped tokens stay in the
+    denominators and count as clipped.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
-      head: see `CapoHead`; constants.
-      hessian: δ_low and δ_high, bounds of m_H.
-      fisher: δ_F, bound of m_F.
+      head: see `CapoHead`; treated as constant.
+      hessian: δ_low and δ_high, bounds on m_H.
+      fisher: δ_F, bound on m_F.
       discount: γ.
       clip_low, clip_high: see `ppo`.
 

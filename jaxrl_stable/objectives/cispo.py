@@ -31,9 +31,9 @@ def cispo(
     """L_t = −sg[ clip(r, 1 − ε_low, 1 + ε_high) ] Â log π_θ,  r = π_θ/π_old.
 
     Source: https://arxiv.org/abs/2506.13585, which gives no values for the bounds. The defaults are
-    ScaleRL's (https://arxiv.org/abs/2510.13786): no lower bound, and an upper bound of 5, so ε_high
-    = 4. Bounds are relative here; TRL's `epsilon_high` is the absolute bound. Published with the
-    token mean and std-normalized advantages.
+    ScaleRL's (https://arxiv.org/abs/2510.13786): no lower bound, and an upper bound of 5, so
+    ε_high = 4. Bounds here are relative to 1; TRL's `epsilon_high` is the absolute bound. Published
+    with the token mean and std-normalised advantages.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
@@ -62,14 +62,14 @@ def minpro(
     clip_low: float | None = None,
     clip_high: float = 4.0,
 ) -> TokenLoss:
-    """CISPO with the smallest earlier ratio in place of the weight of the prefix.
+    """CISPO with the smallest earlier ratio as the weight of the prefix.
 
         L_t = −sg[ clip( r_t · min_{s<t} r_s, 1 − ε_low, 1 + ε_high) ] Â log π_θ     (token mean)
 
-    The exact off-policy gradient weighs token t by Π_{s≤t} r_s (https://arxiv.org/abs/2601.22718).
-    Not verified against the paper: the form is from two public write-ups that agree. They do not
-    cover the first token; its empty minimum is 1 here. The paper's ε are unknown; the defaults are
-    CISPO's.
+    The exact off-policy gradient weights token t by Π_{s≤t} r_s (https://arxiv.org/abs/2601.22718).
+    We have not checked the paper itself; the form follows two public write-ups that agree. They do
+    not cover the first token, whose empty minimum is taken as 1 here. We do not know the paper's ε;
+    the defaults are CISPO's.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.

@@ -35,16 +35,16 @@ def cpgd(
         ℓ̄ = min( log π_θ, log π_old + log(1 + ε_high) ) if Â > 0
             max( log π_θ, log π_old + log(1 − ε_low) )  else
 
-    Source: https://arxiv.org/abs/2505.12504. The second term is a policy drift: without the cap,
-    its gradient is the gradient of k3 = r − 1 − log r. Not verified against the paper: form and
-    constants are from siiRL's code. The reduction differs between implementations (token mean in
-    siiRL, per response in LightRFT).
+    Source: https://arxiv.org/abs/2505.12504. The second term penalises policy drift: without the
+    cap, its gradient is the gradient of k3 = r − 1 − log r. We have not checked the paper itself;
+    form and constants are from siiRL's code. Implementations reduce the loss differently (token
+    mean in siiRL, per response in LightRFT).
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high.
-      drift: α.
-      drift_cap: largest factor of the drift's gradient.
+      drift: α, weight of the drift penalty.
+      drift_cap: largest factor on the gradient of the penalty, before α.
 
     Returns:
       The token loss, before `aggregate`.

@@ -1,4 +1,4 @@
-"""DPPO: a trust region in divergence instead of ratio, anchored at the sampler."""
+"""DPPO: a trust region that bounds a divergence instead of a ratio, anchored at the sampler."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def dppo(
 ) -> TokenLoss:
     """L_t = −sg[ M_t min(ρ, C) ] Â log π_θ,  ρ = π_θ/μ_old.
 
-        M_t = 0 if D > δ and the advantage pushes further: Â > 0 and ρ > 1, or Â < 0 and ρ < 1
+        M_t = 0 if D > δ and Â pushes further out (Â > 0 and ρ > 1, or Â < 0 and ρ < 1), else 1
         tv:  D = |π_θ(y_t) − μ_old(y_t)|
         kl:  D = p log p/q + (1 − p) log (1 − p)/(1 − q),  p = μ_old(y_t), q = π_θ(y_t)
 
-    Source: https://arxiv.org/abs/2602.04879. Both divergences are between "this token" and "any
-    other token", which bounds the full divergence from below. For rare tokens a ratio is
-    uninformative; a difference of probabilities is too, but it permits the step. The paper uses δ =
-    .15 (study) or .2 (scaling) for tv and .05 for kl, and C = None (study) or 5 (scaling). Its
-    top-20 variants need logits and are not implemented.
+    Source: https://arxiv.org/abs/2602.04879. Both divergences compare only "this token" with
+    "any other token", which gives a lower bound on the full divergence. For rare tokens, a ratio
+    says little and would often trigger clipping. A difference of probabilities says just as little,
+    but lets the step through. The paper uses δ = .15 (study) or .2 (scaling) for tv and .05 for kl,
+    and C = None (study) or 5 (scaling). Its top-20 variants need logits and are not implemented.
 
     Args:
       logp: log π_θ.
-      logp_old: unused; the paper finds that the region must be anchored at the sampler.
+      logp_old: unused; the paper finds that the trust region must be anchored at the sampler.
       logp_rollout: log μ_old.
       advantages: one per response, or one per token.
       mask: response tokens.
       divergence: "tv" or "kl".
       threshold: δ.
-      truncation: C, or None.
+      truncation: C, or None for untruncated weights.
 
     Returns:
       The token loss, before `aggregate`.
@@ -86,7 +86,7 @@ def dppo(
 
 
 def _binary_kl(p: Float[Array, "B T"], q: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    """Returns the KL divergence between two coins that show this token with probability p and q."""
+    """Returns the KL divergence between Bernoulli distributions with parameters p and q."""
 
     def term(a: Float[Array, "B T"], b: Float[Array, "B T"]) -> Float[Array, "B T"]:
         return a * (jnp.log(jnp.maximum(a, TINY)) - jnp.log(jnp.maximum(b, TINY)))

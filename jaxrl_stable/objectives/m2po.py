@@ -1,4 +1,4 @@
-"""M2PO: drops the tokens that carry the second moment of the log-ratio above a threshold."""
+"""M2PO: drops outlier tokens until the second moment of the log-ratio is below a threshold."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def m2po(
     threshold: float = 0.04,
     moment: str = "mismatch",
 ) -> TokenLoss:
-    """L_t = −M_t r Â,  r = π_θ/π_old; M keeps the most tokens of small d² with a mean below τ.
+    """L_t = −M_t r Â,  r = π_θ/π_old; M drops the largest d² until the mean of the rest is below τ.
 
         mismatch:  d = log π_old/μ_old     (AReaL's code)
         full:      d = log π_θ/μ_old       (AReaL's documentation)
 
-    Source: https://arxiv.org/abs/2510.01161. Not verified against the paper: the form is AReaL's,
-    whose code and documentation differ in d. Neither gives τ; the default is our choice. Published
-    with the token mean and std-normalized advantages. Decides on all tokens in the call, so pass
-    the whole mini-batch; tokens outside the mask do not count in the moment.
+    Source: https://arxiv.org/abs/2510.01161. We have not checked the paper itself; the form is
+    AReaL's, whose code and documentation define d differently. Neither gives τ; the default is our
+    choice. Published with the token mean and std-normalised advantages. The moment is taken over
+    all tokens in the call, so pass the whole mini-batch; tokens outside the mask are left out.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`.
@@ -68,7 +68,7 @@ def m2po(
 def _smallest_below(
     x: Float[Array, "B T"], mask: Bool[Array, "B T"], threshold: float
 ) -> Bool[Array, "B T"]:
-    """Returns the most entries within the mask, smallest first, whose mean is below a threshold."""
+    """Marks as many entries in the mask as possible, smallest first, with mean < `threshold`."""
     flat = jnp.where(mask, x, jnp.inf).ravel()
     order = jnp.argsort(flat)
     mean = jnp.cumsum(flat[order]) / jnp.arange(1, flat.size + 1)

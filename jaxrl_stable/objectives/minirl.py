@@ -44,29 +44,30 @@ def minirl(
         r_t = π_θ/π_old
 
     with ε_low = 0.2, ε_high = 0.27, C = 5 (https://arxiv.org/abs/2512.01374, eq. 7 and §4.2). The
-    gradient flows through the last log π_θ alone.
+    gradient flows only through the last log π_θ.
 
     Args:
       logp: log π_θ of the sampled tokens; carries the gradient.
-      logp_old: log π_old. None means that π_old is π_θ (one update per rollout): ratio 1, no clip.
+      logp_old: log π_old. None means that π_old is π_θ (one update per rollout), so r_t is 1 and
+        nothing is clipped.
       logp_rollout: log μ_old, as the sampler recorded it.
-      advantages: one per response, or one per token; constants.
+      advantages: one per response, or one per token; treated as constant.
       mask: response tokens, EOS included.
-      clip: apply M_t.
+      clip: whether to apply M_t.
       clip_low: ε_low.
       clip_high: ε_high.
       clip_anchor: denominator of r_t: "old" (π_old, the paper) or "rollout" (μ_old, as
         arXiv:2602.04879 argues).
-      weight: "full" (π_θ/μ_old), "mismatch" (π_old/μ_old only), or "none" (1: the
+      weight: "full" (π_θ/μ_old), "mismatch" (π_old/μ_old only), or "none" (always 1; the paper's
         `wo_train-infer-is` ablation).
       truncation: C, or None for untruncated weights.
 
     Returns:
-      The token loss, before `aggregate`. Everything in it except `loss` is constant.
+      The token loss, before `aggregate`. Only its `loss` carries a gradient.
 
     Raises:
       ValueError: if `weight` or `clip_anchor` is unknown, the clip bounds are invalid
-        (0 < clip_low < 1, clip_high > 0), the truncation is not positive, or shapes do not match.
+        (0 < clip_low < 1, clip_high > 0), `truncation` is not positive, or shapes do not match.
 
     Example:
       One response of two tokens, with weights π_θ/μ_old of 2 and 8 and ratios r of 1 and 2. The

@@ -35,14 +35,14 @@ def ppo(
         Dr.GRPO  ε .2 / .2    Â = R − mean            seq-mean-token-sum-norm  arXiv:2503.20783
         DAPO     ε .2 / .28   Â = (R − mean) / std    token-mean               arXiv:2503.14476
 
-    It corrects staleness only. For the mismatch between sampler and trainer add a correction such
-    as `corrections.token_tis`, which makes it decoupled PPO (arXiv:2110.00641).
+    PPO corrects only for staleness. To correct for the mismatch between sampler and trainer, add a
+    correction such as `corrections.token_tis`; the result is decoupled PPO (arXiv:2110.00641).
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high.
-      dual_clip: c, the largest r that counts where Â < 0 (arXiv:1912.09729; verl's default is 3),
-        or None for no bound.
+      dual_clip: c, upper bound on r where Â < 0 (arXiv:1912.09729; verl's default is 3), or None
+        for no bound.
 
     Returns:
       The token loss, before `aggregate`.
@@ -53,7 +53,7 @@ def ppo(
     check_shapes("ppo", logp, logp_old, logp_rollout, advantages, mask)
     check_clip("ppo", clip_low, clip_high)
     if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"ppo: dual_clip is {dual_clip}; it bounds the ratio; use a value above 1")
+        raise ValueError(f"ppo: dual_clip={dual_clip} must bound the ratio; use a value above 1")
     log_r, advantages = staleness(logp, logp_old, mask), per_token(advantages, mask)
     bounds = math.log1p(-clip_low), math.log1p(clip_high)
     return clipped_surrogate(log_r, advantages, mask, *bounds, dual_clip)

@@ -1,4 +1,4 @@
-"""Per-token terms that are added to the loss: distance to a reference policy."""
+"""Per-token terms added to the loss: the KL penalty towards a reference policy."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ def kl_penalty(
     estimator: str = "k3",
     logp_old: Float[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """Per-token estimate of KL(π_θ ‖ π_ref), with d = log π_θ/π_ref of the sampled token.
+    """Estimates KL(π_θ ‖ π_ref) per token, with d = log π_θ/π_ref of the sampled token.
 
-        estimator   value            gradient by log π_θ    on samples of π_θ that gradient is
-        k1          d                1                      0 in the mean: no penalty at all
+        estimator   value            gradient wrt log π_θ   expected gradient, samples from π_θ
+        k1          d                1                      0: no penalty
         k2          ½ d²             d                      unbiased
-        k3          e^−d − 1 + d     1 − e^−d               that of KL(π_ref ‖ π_θ)
+        k3          e^−d − 1 + d     1 − e^−d               gradient of KL(π_ref ‖ π_θ) instead
         k3+         e^−d − 1 + d     d                      unbiased (value of k3, gradient of k2)
 
     Source of the values: http://joschu.net/blog/kl-approx.html; GRPO
-    (https://arxiv.org/abs/2402.03300, eq. 4) uses k3. All are for samples of π_θ. With `logp_old`
-    the estimate is multiplied by r = π_θ/π_old, and the gradient also flows through r: for k1 and
-    k3, value and gradient are then unbiased on samples of π_old (TRL's `use_bias_correction_kl`;
-    DeepSeek-V3.2, arXiv:2512.02556).
+    (https://arxiv.org/abs/2402.03300, eq. 4) uses k3. All assume samples from π_θ. With `logp_old`,
+    the estimate is multiplied by r = π_θ/π_old, and the gradient also flows through r. For k1 and
+    k3, value and gradient are then unbiased for samples from π_old (TRL's
+    `use_bias_correction_kl`; DeepSeek-V3.2, arXiv:2512.02556).
 
     Args:
       logp: log π_θ; carries the gradient.
-      logp_reference: log π_ref; a constant.
+      logp_reference: log π_ref; treated as constant.
       mask: response tokens.
       estimator: one of `KL_ESTIMATORS`.
-      logp_old: log π_old, or None for no weight.
+      logp_old: log π_old, or None to leave the estimate unweighted.
 
     Returns:
       The estimate per token, 0 outside the mask. Reduce it like the loss.
 
     Raises:
-      ValueError: if the estimator is unknown, or is biased under a weight ("k2" and "k3+").
+      ValueError: if the estimator is unknown, or is "k2" or "k3+" (biased if weighted) and
+        `logp_old` is given.
     """
     check_same_shape(
         "kl_penalty", "B T", logp=logp, logp_reference=logp_reference, logp_old=logp_old, mask=mask

@@ -1,4 +1,4 @@
-"""REINFORCE, and its direct off-policy relative DRO: no importance ratio."""
+"""REINFORCE, and its off-policy relative DRO; neither weights by an importance ratio."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def reinforce(
     advantages: Float[Array, "B"] | Float[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> TokenLoss:
-    """L_t = −Â log π_θ(y_t) (Williams 1992), exact while π_θ is the policy that sampled.
+    """L_t = −Â log π_θ(y_t) (Williams 1992); exact if the samples come from π_θ.
 
-    With `advantages.leave_one_out` and the token sum it is RLOO (https://arxiv.org/abs/2402.14740).
+    With `advantages.leave_one_out` and the token sum, this is RLOO
+    (https://arxiv.org/abs/2402.14740).
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_old` and
@@ -47,15 +48,15 @@ def dro(
     *,
     beta: float = 0.05,
 ) -> TokenLoss:
-    """L_t = −( Â log π_θ − β/2 (log π_θ/π_old)² ): a square, not a clip, keeps r near 1.
+    """L_t = −( Â log π_θ − β/2 (log π_θ/π_old)² ): a penalty, not a clip, keeps r near 1.
 
-    The token-level form of verl's `dro`, without the learned value function of direct reward
-    optimization (https://arxiv.org/abs/2405.19107). β has no published default; ours is from verl's
-    test.
+    This is the token-level form of verl's `dro`, without the learned value function of direct
+    reward optimisation (https://arxiv.org/abs/2405.19107). No default for β is published; ours is
+    from verl's test.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
-      beta: β, weight of the square.
+      beta: β, weight of the quadratic penalty.
 
     Returns:
       The token loss, before `aggregate`.

@@ -1,4 +1,4 @@
-"""GSPO, LUSPO and GMPO: one ratio per response, the geometric mean of its tokens' ratios."""
+"""GSPO, LUSPO and GMPO: one ratio per response, the geometric mean of its token ratios."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ def gspo(
         s_i = (π_θ(y_i) / π_old(y_i))^(1/|y_i|) = exp( mean_t log r_t )
         token form:  s_it = sg[s_i] π_θ/sg[π_θ], clipped token by token (eqs. 13 and 14)
 
-    Source: https://arxiv.org/abs/2507.18071, eqs. 5 and 7. ε of 3e-4 / 4e-4 belong to this ratio:
-    with PPO's ε nothing is ever clipped. With them users report 10 to 30 % of tokens clipped,
-    against .03 % for GRPO. Published with `seq-mean-token-mean` and std-normalized advantages. Both
-    forms have the same gradient if all advantages of a response are equal.
+    Source: https://arxiv.org/abs/2507.18071, eqs. 5 and 7. This ratio needs ε as small as 3e-4 and
+    4e-4: with PPO's ε, nothing is ever clipped. With these values, users report that 10 to 30 % of
+    tokens are clipped, compared with .03 % for GRPO. Published with `seq-mean-token-mean` and
+    std-normalised advantages. Both forms have the same gradient if all advantages of a response are
+    equal.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.
       clip_low, clip_high: ε_low, ε_high.
-      form: "sequence", or "token", which also takes one advantage per token.
+      form: "sequence", or "token", which also accepts one advantage per token.
 
     Returns:
       The token loss, before `aggregate`.
@@ -81,7 +82,7 @@ def luspo(
 ) -> TokenLoss:
     """L_i = −|y_i| min( s_i Â_i, clip(s_i, 1 − ε_low, 1 + ε_high) Â_i ): GSPO times the length.
 
-    Form and ε are from TRL and its documentation; the paper was not read. Reduce it with
+    Form and ε are from TRL and its documentation; we have not read the paper. Reduce it with
     `seq-mean-token-mean`.
 
     Args:
@@ -114,12 +115,13 @@ def gmpo(
     clip_low: float = 0.4,
     clip_high: float = 0.4,
 ) -> TokenLoss:
-    """L_i = −Â_i exp( mean_t d̃_t ): the geometric mean of ratios that are clipped one by one.
+    """L_i = −Â_i exp( mean_t d̃_t ): the geometric mean of individually clipped ratios.
 
         d = log π_θ/π_old,   d̃ = min(d, ε_high) if Â > 0, max(d, −ε_low) if Â < 0
 
-    Source: https://arxiv.org/abs/2507.20673. Here, unlike everywhere else, ε bound the log-ratio.
-    The form is that of verl's `geo_mean` and of TRL. Reduce it with `seq-mean-token-mean`.
+    Source: https://arxiv.org/abs/2507.20673. Unlike in the other objectives, ε bounds the
+    log-ratio. The form agrees with verl's `geo_mean` and with TRL. Reduce it with
+    `seq-mean-token-mean`.
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`; `logp_rollout` is unused.

@@ -33,7 +33,7 @@ def sapo(
 ) -> TokenLoss:
     """L_t = −(4/τ) σ( τ (r − 1) ) Â,  r = π_θ/π_old; τ = τ_high where Â > 0, else τ_low.
 
-    Source: https://arxiv.org/abs/2511.20347. The weight of the gradient is 4 σ (1 − σ) r, which is
+    Source: https://arxiv.org/abs/2511.20347. The weight on the gradient is 4 σ (1 − σ) r, which is
     1 at r = 1 and falls off on both sides. Published with `seq-mean-token-mean`.
 
     Args:
@@ -77,15 +77,16 @@ def vespo(
     """L_t = −sg[ φ(W_i) ] Â log π_θ,  φ(W) = W^k e^{λ(1 − W)},  W_i = Π_t π_θ/π_old (token mean).
 
     Source: https://arxiv.org/abs/2602.10693. W is the product, not a mean: the paper reports that
-    normalizing it by length collapses. φ(1) = 1, and both ends fade: log φ = λ + k log W − λ W.
-    (k, λ) are from the authors' code; its docstring lists others (2, 1.5, 4, 2.5).
+    training collapses if W is normalised by length. φ(1) = 1, and φ decays towards 0 for small and
+    for large W: log φ = λ + k log W − λ W. The defaults of (k, λ) are from the authors' code, whose
+    docstring lists other values (2, 1.5, 4, 2.5).
 
     Args:
       logp, logp_old, logp_rollout, advantages, mask: see `minirl`.
       positive: (k, λ) where Â ≥ 0.
       negative: (k, λ) where Â < 0.
-      tis_cap: C; W is then multiplied by Π_t min(π_old/μ_old, C), the mismatch. None leaves
-        `logp_rollout` unused.
+      tis_cap: C; if set, W is also multiplied by the truncated mismatch Π_t min(π_old/μ_old, C).
+        If None, `logp_rollout` is unused.
 
     Returns:
       The token loss, before `aggregate`.

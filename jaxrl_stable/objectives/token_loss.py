@@ -1,4 +1,10 @@
-"""What every objective returns and declares, and the steps that they share."""
+"""The result type and traits of objectives, and the steps they share.
+
+An objective is a function `f(logp, logp_old, logp_rollout, advantages, mask, *, …) -> TokenLoss`.
+Arrays are `[B, T]`, except that `advantages` may be `[B]`. A new objective needs no registration:
+bind it as `configs.Objective.loss = @my_module.my_loss`. If it has traits, declare them with the
+decorator `traits`. `minirl.py` is an example.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +26,16 @@ F = TypeVar("F", bound=Callable)
 
 
 class TokenLoss(NamedTuple):
-    """Per-token loss and the decisions behind it; everything except `loss` is constant.
+    """Per-token loss and the decisions behind it; only `loss` carries a gradient.
 
     An objective with one ratio per response repeats the response's values at each of its tokens;
     their mean over the tokens is then the response's loss.
 
     Attributes:
-      loss: quantity to minimize after `aggregate`; 0 outside the mask.
+      loss: quantity to minimise after `aggregate`; 0 outside the mask.
       log_weight: log of the importance ratio before any bound; 0 outside the mask.
-      weight: factor of −Â ∇log π_θ where nothing is clipped: the ratio after its bounds.
-      truncated: tokens whose weight hit a bound and that keep their gradient.
+      weight: factor on −Â ∇log π_θ where nothing is clipped: the ratio after its bounds.
+      truncated: tokens whose weight hit a bound but which keep their gradient.
       clipped_high: tokens with Â > 0 whose gradient is zeroed.
       clipped_low: tokens with Â < 0 whose gradient is zeroed.
     """
@@ -46,12 +52,14 @@ class TokenLoss(NamedTuple):
 class Traits:
     """Properties of an objective or a correction that decide what it can be combined with.
 
-    A trait that depends on options is a function of them, as keyword arguments.
+    A trait that depends on options is a function that takes them as keyword arguments.
 
     Attributes:
-      weighs_mismatch: multiplies the gradient by π_old/μ_old, which must happen only once.
-      needs_mismatch: has no effect, or a wrong one, where π_old/μ_old is replaced by 1.
-      whole_batch: decides on all tokens of a mini-batch together, so it must see all of them.
+      weighs_mismatch: whether it multiplies the gradient by π_old/μ_old, which must happen only
+        once.
+      needs_mismatch: whether it has no effect, or a wrong one, if π_old/μ_old is replaced with 1.
+      whole_batch: whether its decisions depend on all tokens of a mini-batch, so that it must see
+        all of them.
     """
 
     weighs_mismatch: bool | Callable[..., bool] = False
@@ -65,7 +73,7 @@ def traits(
     needs_mismatch: bool | Callable[..., bool] = False,
     whole_batch: bool | Callable[..., bool] = False,
 ) -> Callable[[F], F]:
-    """Declares the `Traits` of the function that it decorates; `traits_of` reads them.
+    """Declares the `Traits` of the decorated function; `traits_of` reads them.
 
     >>> @traits(weighs_mismatch=lambda weight, **_: weight != "none")
     ... def loss(logp, *, weight="full"):
@@ -86,7 +94,7 @@ def traits(
 def traits_of(function: Callable) -> Traits:
     """Returns the traits of a function as booleans, given the options that `partial`s bind.
 
-    Options that are not bound have their defaults. A function without `traits` has none of them.
+    Unbound options take their defaults. Without the decorator `traits`, all traits are False.
 
     Raises:
       ValueError: if a trait is set as an attribute of the function, as in older versions.
@@ -109,15 +117,15 @@ def traits_of(function: Callable) -> Traits:
 
 
 def check_same_shape(function: str, axes: str, **arrays: Array | None) -> None:
-    """Checks that nothing would broadcast; reads shapes alone, so it also works while tracing.
+    """Checks that arrays have equal shapes, so none would be broadcast; also works while tracing.
 
     Args:
       function: name of the caller, for the error message.
-      axes: expected axes, such as "B T"; with a "*", any number of axes passes.
-      **arrays: arrays by argument name; None passes.
+      axes: expected axes, such as "B T"; with a "*", any number of axes is allowed.
+      **arrays: arrays by argument name; None is skipped.
 
     Raises:
-      ValueError: if the arrays have different shapes, or another number of axes.
+      ValueError: if the arrays differ in shape or have the wrong number of axes.
     """
     shapes = {name: np.shape(x) for name, x in arrays.items() if x is not None}
     first = next(iter(shapes.values()))
@@ -125,7 +133,7 @@ def check_same_shape(function: str, axes: str, **arrays: Array | None) -> None:
     if rank_differs or any(shape != first for shape in shapes.values()):
         shown = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         expected = ", ".join(axes.split())
-        raise ValueError(f"{function}: arrays must have one shape [{expected}] but are {shown}")
+        raise ValueError(f"{function}: arrays must all have shape [{expected}] but are {shown}")
 
 
 def check_shapes(
@@ -153,7 +161,7 @@ def check_shapes(
 def per_token(
     advantages: Float[Array, "B"] | Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Returns constant advantages per token, 0 outside the mask; repeats one per response."""
+    """Broadcasts advantages to tokens, as constants; 0 outside the mask."""
     advantages = jax.lax.stop_gradient(at_least_float32(advantages))
     if advantages.ndim == 1:
         advantages = advantages[:, None]
@@ -170,8 +178,8 @@ def per_response(
     """
     if advantages.ndim != 1:
         raise ValueError(
-            f"{objective}: advantages have shape {list(advantages.shape)}, but its ratio belongs "
-            "to the response; give one advantage per response, [B]"
+            f"{objective}: advantages have shape {list(advantages.shape)}, but there is one ratio "
+            "per response; pass one advantage per response, [B]"
         )
     return per_token(advantages, mask)
 
@@ -181,7 +189,7 @@ def staleness(
 ) -> Float[Array, "B T"]:
     """Returns log π_θ/π_old with the gradient of log π_θ; 0 if `logp_old` is None (π_old = π_θ).
 
-    Bounded at ±20, only against overflow.
+    The log-ratio is clipped to ±20, only to avoid overflow.
     """
     old = logp if logp_old is None else logp_old
     return bounded(log_ratio(logp, jax.lax.stop_gradient(old), mask))
@@ -201,7 +209,7 @@ def score_function(
     truncated: Bool[Array, "B T"] | None = None,
     clipped: Bool[Array, "B T"] | None = None,
 ) -> TokenLoss:
-    """L_t = −sg[M_t w_t] Â log π_θ: the gradient flows through log π_θ alone.
+    """L_t = −sg[M_t w_t] Â log π_θ: the gradient flows only through log π_θ.
 
     Args:
       logp: log π_θ.
@@ -232,15 +240,15 @@ def clipped_surrogate(
 ) -> TokenLoss:
     """PPO's pessimistic bound: L = −min(r Â, clip(r, lower, upper) Â) (arXiv:1707.06347, eq. 7).
 
-    The gradient flows through r. With `dual_clip` = c, L = min(L, −c Â) where Â < 0: r counts at
-    most c there (arXiv:1912.09729, eq. 5). Clipping is decided in log space, where float32
+    The gradient flows through r. With `dual_clip` = c, L = min(L, −c Â) where Â < 0, which
+    caps r at c there (arXiv:1912.09729, eq. 5). Clipping is decided in log space, where float32
     resolves even bounds as close to 1 as GSPO's.
 
     Args:
       log_r: log r, bounded.
       advantages: one per token, 0 outside the mask.
       mask: response tokens.
-      log_lower, log_upper: logs of the bounds of r.
+      log_lower, log_upper: logs of the bounds on r.
       dual_clip: c > 1, or None.
     """
     high = mask & (advantages > 0) & (log_r > log_upper)
@@ -264,6 +272,6 @@ def check_clip(objective: str, clip_low: float | None, clip_high: float) -> None
     """Checks that 1 − clip_low (None: no bound) < 1 < 1 + clip_high; raises ValueError if not."""
     if not ((clip_low is None or 0 < clip_low < 1) and clip_high > 0):
         raise ValueError(
-            f"{objective}: clip_low={clip_low}, clip_high={clip_high} are ε around a ratio of 1; "
-            "use 0 < clip_low < 1 and clip_high > 0"
+            f"{objective}: clip_low={clip_low}, clip_high={clip_high} bound the ratio to "
+            "[1 - clip_low, 1 + clip_high]; use 0 < clip_low < 1 and clip_high > 0"
         )

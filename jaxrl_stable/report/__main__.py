@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxrl_stable.report import write_report
-from jaxrl_stable.text import OneLineParser
+from jaxrl_stable.text import OneLineParser, any_terminal
 
 
 class _Parser(OneLineParser):
@@ -25,6 +25,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     """Writes the report and prints its path."""
+    any_terminal()
     workdir = parse(arguments).workdir
     try:
         path = write_report(workdir)

@@ -160,7 +160,7 @@ METRICS = (
     Metric("reward/failed_share", "Samples whose checker timed out or failed.", "0", 0, 0.01),
     Metric(
         "reward/zero_variance_share",
-        "Groups whose scores are all equal, which give no gradient.",
+        "Groups whose scores are all equal: no gradient if the group is the baseline.",
         "well below 1; near 1, the problems are too easy or too hard",
     ),
     Metric(
@@ -171,6 +171,13 @@ METRICS = (
     Metric("response/length", "Response length in tokens.", "no jumps, below the limit"),
     Metric("response/tokens", "Response tokens per rollout batch."),
     Metric("response/truncated_share", "Responses cut at the length limit.", "near 0", 0, 0.1),
+    Metric(
+        "response/unknown_share",
+        "Response tokens whose id the tokenizer does not have; the reward sees U+FFFD.",
+        "0, or falls to 0 as the policy learns to avoid them",
+        0,
+        0.01,
+    ),
     Metric("weight/raw_mean", "Mean of the objective's ratio w, before any bound.", "near 1"),
     Metric("weight/raw_max", "Largest w of a token.", "a single token; look at ESS"),
     Metric("weight/raw_min", "Smallest w of a token."),
@@ -235,10 +242,21 @@ METRICS = (
     Metric("correction/kl_k3_dropped", "Mismatch KL (k3) of dropped tokens."),
     Metric("correction/kl_k3_kept", "Mismatch KL (k3) of kept tokens."),
     Metric("sampling/rounds", "Rollouts drawn for the batch (dynamic sampling)."),
-    Metric("sampling/informative_share", "Groups of the batch whose scores differ."),
+    Metric(
+        "sampling/informative_share",
+        "Groups of the batch whose scores give an advantage other than 0, after the overlong "
+        "filter; penalties, KL and entropy do not count.",
+        "above 0; at 0 the scores teach nothing",
+    ),
     Metric("reference/kl", "KL to the reference policy, before its coefficient.", "grows slowly"),
     Metric("gradient/norm", "Global norm before clipping.", "finite, without spikes"),
+    Metric("gradient/zero_share", "Updates of a step whose gradient was exactly 0.", "near 0"),
     Metric("gradient/skipped", "Updates skipped so far because they were not finite.", "0", 0, 0),
+    Metric(
+        "optimizer/learning_rate",
+        "Learning rate of the last gradient step of the rollout that was not skipped.",
+        "follows the schedule",
+    ),
     Metric(
         "routing/agreement",
         "Share of the sampler's experts that the trainer's router, without replay, also chooses.",

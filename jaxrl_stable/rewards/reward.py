@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from jaxrl_stable.checks import record_name
 from jaxrl_stable.rewards.exact import exact_reward, normalise
 from jaxrl_stable.rewards.literal import boxed_reference, needs_parsing
 from jaxrl_stable.rewards.numeric import numeric_reward, parse_reference
@@ -154,8 +155,8 @@ def check_references(source: References, reward_name: str) -> None:
     if faulty:
         answer = source[faulty[0]]["answer"]
         raise ValueError(
-            f"{source!r}[{faulty[0]}]: reward {reward_name!r} cannot read the reference answer "
-            f"{answer[-60:]!r}; {advice} (records affected: {len(faulty)} of {len(source)})"
+            f"{record_name(source, faulty[0])}: reward {reward_name!r} cannot read the reference "
+            f"answer {answer[-60:]!r}; {advice} (records affected: {len(faulty)} of {len(source)})"
         )
 
 

@@ -58,6 +58,7 @@ def describe(experiment: Experiment) -> str:
     lines = [
         ("parameters", f"{parameters:,} ({active:,} active per token)"),
         ("layers", f"{model_config.num_layers} ({layers} with {experts} experts, {k} per token)"),
+        ("starts from", start_line(experiment)),
         ("rollout batch", f"{rl.prompts} prompts × {rl.group_size} = {rows} rows × {width} tokens"),
         ("gradient step", f"{mini_batch} rows, {rl.micro_batch_size} at a time"),
         ("gradient steps", f"{rl.steps} rollouts × {rl.objective.mini_batches}"),
@@ -78,6 +79,13 @@ def describe(experiment: Experiment) -> str:
         lines.append(("metrics copied to", f"wandb project {experiment.wandb_project!r}"))
     name_width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{name_width}}  {value}" for name, value in lines)
+
+
+def start_line(experiment: Experiment) -> str:
+    """Returns what the first policy of a run is made from."""
+    origin, cold_start = experiment.init_from, experiment.cold_start
+    start = origin or f"random weights (seed {experiment.seed})"
+    return f"{start}, then {cold_start.steps} supervised steps" if cold_start else start
 
 
 def objective_line(objective: Objective) -> str:

@@ -1,20 +1,27 @@
-"""Dynamic sampling: draws rollouts until the rewards of each group differ.
+"""Dynamic sampling: draws rollouts until each group teaches something.
 
-A group whose scores are all equal has zero advantages and gives no gradient (DAPO,
-https://arxiv.org/abs/2503.14476, §3.2), unless lengths are punished too or the batch is the
-baseline. Groups of later rounds replace such groups, so that shapes never change. Groups that are
-not needed are dropped, as in DAPO.
+A group is informative if a response of it has an advantage other than 0 (DAPO,
+https://arxiv.org/abs/2503.14476, §3.2). `Programs.informative` decides that with the estimator of
+the run, after the overlong filter. It looks at scores alone, as DAPO does: a length penalty, a KL
+term or an entropy bonus gives a gradient to other groups too, but says nothing about their
+problem. If the group is the baseline, scores must differ; if the batch is (`reinforce_plus_plus`
+with `baseline=False`), a group of equal scores, or of one response, can be informative.
+
+Groups of later rounds replace the others, so that shapes never change. Groups that are not needed
+are dropped, as in DAPO.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from jaxrl_stable.run.judge import Judged, informative
+from jaxrl_stable.run.judge import Judged
 from jaxrl_stable.trajectory import Trajectory
 
 
@@ -29,17 +36,19 @@ class Round(NamedTuple):
 def collect(
     draw: Callable[[int], Round],
     fill: Callable[[Trajectory, Trajectory, Int[Array, "B"]], Trajectory],
+    informative: Callable[[Judged], Bool[np.ndarray, "groups"]],
     group_size: int,
     max_rounds: int,
 ) -> tuple[Round, list[Judged]]:
     """Draws rounds until all groups are informative, or until `max_rounds` are drawn.
 
-    Groups that remain uninformative stay in the batch. They give no gradient, and count in the
-    denominators as they do without dynamic sampling.
+    Groups that remain uninformative stay in the batch. Their scores give no gradient, and they
+    count in the denominators as they do without dynamic sampling.
 
     Args:
       draw: draws a round, given its number from 0.
       fill: `fill_rows`, jitted.
+      informative: marks the informative groups of a batch.
       group_size: responses per prompt.
       max_rounds: largest number of rounds.
 
@@ -49,11 +58,13 @@ def collect(
     """
     batch = draw(0)
     verdicts = [batch.judged]
-    kept = informative(batch.judged, group_size)
+    if max_rounds == 1:
+        return batch, verdicts
+    kept = np.array(informative(batch.judged))
     while not kept.all() and len(verdicts) < max_rounds:
         fresh = draw(len(verdicts))
         verdicts.append(fresh.judged)
-        fitting = np.flatnonzero(informative(fresh.judged, group_size))
+        fitting = np.flatnonzero(informative(fresh.judged))
         places = np.flatnonzero(~kept)[: len(fitting)]
         kept[places] = True
         rows = np.full((len(kept), group_size), -1)
@@ -62,7 +73,7 @@ def collect(
         batch = Round(
             _fill(batch.index, fresh.index, rows),
             fill(batch.trajectory, fresh.trajectory, rows),
-            Judged(*(_fill(a, b, rows) for a, b in zip(batch.judged, fresh.judged))),
+            jax.tree.map(partial(_fill, rows=rows), batch.judged, fresh.judged),
         )
     return batch, verdicts
 

@@ -1,12 +1,14 @@
-"""Checks that stop a run early: wrong π_old, non-finite gradients, failing rewards."""
+"""Checks that stop a run early: wrong π_old, non-finite gradients, failing or unfit rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
+from jaxrl_stable.advantages import check_rewards
 from jaxrl_stable.diagnostics import Metrics
+from jaxrl_stable.run.judge import Judged
 from jaxrl_stable.trainer.optimizer import TrainState
 
 
@@ -64,3 +66,15 @@ def check_failed_rewards(
             f"{reasons}. Fix the reward, raise Data.reward_timeout if it was killed, and see the "
             "last rows of samples.jsonl"
         )
+
+
+def check_conditions(estimator: Callable, judged: Judged, step: int) -> None:
+    """Checks that the scores of a rollout are in the range that the advantages are right for.
+
+    Raises:
+      RuntimeError: if one is outside (`advantages.check_rewards`).
+    """
+    try:
+        check_rewards(estimator, judged.rewards, judged.valid)
+    except ValueError as error:
+        raise RuntimeError(f"step {step}: {error}") from error

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxrl_stable import distributed
 from jaxrl_stable.configs import Reinforcement
-from jaxrl_stable.data import Problem
+from jaxrl_stable.data import Problem, unknown_tokens
 from jaxrl_stable.rewards import Verdict, overlong_penalty
 from jaxrl_stable.rewards.verdict import Status
 from jaxrl_stable.run.task import Task
@@ -29,12 +29,14 @@ class Judged(NamedTuple):
       status: outcome of the check, as an index into `STATUSES`.
       lengths: response lengths in tokens, EOS included.
       finished: whether the response ended with a stop token.
+      unknown: number of its tokens whose id the tokenizer does not have; None counts as 0.
     """
 
     rewards: Float[np.ndarray, "B"]
     status: Int[np.ndarray, "B"]
     lengths: Int[np.ndarray, "B"]
     finished: Bool[np.ndarray, "B"]
+    unknown: Int[np.ndarray, "B"] | None = None
 
     @property
     def valid(self) -> Bool[np.ndarray, "B"]:
@@ -68,14 +70,12 @@ def judge(task: Task, problems: Sequence[Problem | None], trajectory: Trajectory
     rewards[own] = [verdict.score for verdict in verdicts]
     status[own] = [STATUSES.index(verdict.status) for verdict in verdicts]
     lengths = mask.sum(-1, dtype=np.int32)
-    return distributed.gather_rows(Judged(rewards, status, lengths, finished), owners)
+    unknown = (mask & unknown_tokens(task.tokenizer, tokens)).sum(-1, dtype=np.int32)
+    return distributed.gather_rows(Judged(rewards, status, lengths, finished, unknown), owners)
 
 
-def informative(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:
-    """Returns a mask of the groups whose valid scores are not all equal.
-
-    The other groups give no gradient if the group is the baseline and only the score is rewarded.
-    """
+def scores_differ(judged: Judged, group_size: int) -> Bool[np.ndarray, "groups"]:
+    """Returns a mask of the groups whose valid scores are not all equal."""
     scores, valid = (x.reshape(-1, group_size) for x in (judged.rewards, judged.valid))
     highest = np.where(valid, scores, -np.inf).max(-1)
     return highest > np.where(valid, scores, np.inf).min(-1)
@@ -98,8 +98,11 @@ def reward_metrics(
     - `reward/zero_variance_share`: share of groups whose scores are all equal
     - `response/length`: mean length in tokens, EOS included; `response/tokens`: their sum
     - `response/truncated_share`: share of responses without a stop token
+    - `response/unknown_share`: share of response tokens whose id the tokenizer does not have; the
+      reward sees U+FFFD for each (see `data.Tokenizer`)
     """
     known = judged.rewards[judged.valid]
+    unknown = 0.0 if judged.unknown is None else float(judged.unknown.sum())
     scores = {}
     if known.size:
         scores["reward/mean"] = float(known.mean())
@@ -107,22 +110,23 @@ def reward_metrics(
     return scores | {
         "reward/invalid_share": float((judged.status == STATUSES.index("invalid")).mean()),
         "reward/failed_share": failed_share([judged]),
-        "reward/zero_variance_share": float(1.0 - informative(judged, group_size).mean()),
+        "reward/zero_variance_share": float(1.0 - scores_differ(judged, group_size).mean()),
         "response/length": float(judged.lengths.mean()),
         "response/tokens": float(judged.lengths.sum()),
         "response/truncated_share": float(1.0 - judged.finished.mean()),
+        "response/unknown_share": unknown / max(float(judged.lengths.sum()), 1.0),
     }
 
 
 def advantage_inputs(rl: Reinforcement, judged: Judged) -> tuple[np.ndarray, ...]:
-    """Builds the arguments of `Programs.advantages`.
+    """Builds the arguments of `Programs.advantages` and `Programs.informative`.
 
     Returns:
-      A mask of the rows that keep their advantage, then rewards (with DAPO's length penalty),
-      group ids, validity and lengths, each `[B]`.
+      A mask of the rows that keep their advantage, then scores, DAPO's length penalty, group ids,
+      validity and lengths, each `[B]`.
     """
     kept = judged.finished if rl.overlong_filter else np.ones_like(judged.finished)
     buffer = round(rl.overlong_buffer * rl.max_tokens)
     penalty = overlong_penalty(judged.lengths, rl.max_tokens, buffer)
     groups = np.repeat(np.arange(rl.prompts), rl.group_size)
-    return kept, judged.rewards + penalty, groups, judged.valid, judged.lengths
+    return kept, judged.rewards, penalty, groups, judged.valid, judged.lengths

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable import diagnostics
+from jaxrl_stable.advantages import compares_groups, group_statistics, with_penalty
 from jaxrl_stable.configs import Reinforcement
 from jaxrl_stable.diagnostics import Metrics
 from jaxrl_stable.model.transformer import Transformer
@@ -18,7 +19,7 @@ from jaxrl_stable.sampler.quantize import quantize, sampling_copy
 from jaxrl_stable.sampler.rollout import Sampling, rollout
 from jaxrl_stable.sampler.uncached import uncached_rollout
 from jaxrl_stable.trainer.batch import TrainBatch, split
-from jaxrl_stable.trainer.optimizer import TrainState, make_optimizer
+from jaxrl_stable.trainer.optimizer import TrainState, learning_rate, make_optimizer
 from jaxrl_stable.trainer.score import Scored, score
 from jaxrl_stable.trainer.update import update
 from jaxrl_stable.trajectory import Trajectory, fill_rows
@@ -31,11 +32,13 @@ class Programs(NamedTuple):
       quantize: makes the sampler's (quantised) copy of the policy.
       rollout: samples responses to a batch of prompts.
       fill: `fill_rows`, for dynamic sampling.
-      advantages: computes advantages from rewards.
+      advantages: computes advantages from scores and length penalties.
+      informative: marks the groups that teach something.
       score: computes log π_old of a rollout batch.
       reference: computes log-probabilities under the reference policy of the KL term.
       update: takes one gradient step.
       split: splits a rollout batch into mini-batches.
+      learning_rate: returns the learning rate of the last update.
       summarize: reduces the metrics of all mini-batches to scalars.
     """
 
@@ -43,10 +46,12 @@ class Programs(NamedTuple):
     rollout: Callable[..., Trajectory]
     fill: Callable[..., Trajectory]
     advantages: Callable[..., Array]
+    informative: Callable[..., Array]
     score: Callable[..., Scored]
     reference: Callable[..., Array]
     update: Callable[..., tuple[TrainState, Metrics]]
     split: Callable[[TrainBatch], list[TrainBatch]]
+    learning_rate: Callable[[TrainState], Array]
     summarize: Callable[[list[Metrics], Metrics], dict[str, Array]]
 
 
@@ -76,8 +81,27 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         **passes,
     )
 
-    def advantages(kept: Bool[Array, "B"], *rewards: Array) -> Float[Array, "B"]:
-        return jnp.where(kept, rl.objective.advantages(*rewards), 0.0)
+    estimator = rl.objective.advantages
+    grouped = compares_groups(estimator)
+
+    def advantages(kept: Bool[Array, "B"], *judged: Array) -> Float[Array, "B"]:
+        return jnp.where(kept, with_penalty(estimator, *judged), 0.0)
+
+    def informative(
+        kept: Bool[Array, "B"],
+        scores: Float[Array, "B"],
+        penalty: Float[Array, "B"],
+        group_ids: Int[Array, "B"],
+        *judged: Array,
+    ) -> Bool[Array, "groups"]:
+        # By the score alone, as in DAPO: a group that is all wrong is not kept for its lengths.
+        found = with_penalty(estimator, scores, jnp.zeros_like(penalty), group_ids, *judged)
+        found = found.reshape(-1, rl.group_size)
+        taught = (jnp.where(kept.reshape(found.shape), found, 0.0) != 0).any(-1)
+        if grouped:  # whitening can give equal rewards equal advantages other than 0
+            statistics = group_statistics("informative", scores, group_ids, *judged)
+            taught &= ~statistics.equal.reshape(found.shape).all(-1)
+        return taught
 
     def reference(model: Transformer, batch: TrainBatch) -> Array:
         return scoring(model, batch, replay="none").logp_old  # its own routing
@@ -87,9 +111,11 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         rollout=jax.jit(sample),
         fill=jax.jit(fill_rows),
         advantages=jax.jit(advantages),
+        informative=jax.jit(informative),
         score=jax.jit(partial(scoring, replay=rl.objective.replay)),
         reference=jax.jit(reference),
         update=jax.jit(step, donate_argnums=0),
         split=jax.jit(mini_batches),
+        learning_rate=jax.jit(partial(learning_rate, config=rl.optimizer)),
         summarize=jax.jit(summarize),
     )

@@ -15,6 +15,8 @@ from jaxrl_stable.run.task import Task
 from jaxrl_stable.trainer.batch import TrainBatch
 from jaxrl_stable.trainer.score import Scored
 
+FIELDS = ("prompt", "answer", "messages")
+
 
 def sample_rows(
     problems: Sequence[Problem],
@@ -49,8 +51,9 @@ def sample_rows(
     )
     rows = []
     for i, response in enumerate(task.decode(tokens, mask)):
-        row = {
-            **problems[i],
+        # Only the usual fields: a column of a data set may be large, or have the name of one below.
+        given = {name: problems[i][name] for name in FIELDS if name in problems[i]}
+        row = given | {
             "response": response,
             "score": float(judged.rewards[chosen[i]]),
             "status": STATUSES[judged.status[chosen[i]]],

@@ -1,4 +1,4 @@
-"""Initial state of a run: newest checkpoint, other weights, a cold start, or random weights."""
+"""Initial state of a run: its newest checkpoint, or other weights, a cold start, random weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxrl_stable import hf
-from jaxrl_stable.checkpoint import Checkpointer, load_model
+from jaxrl_stable.checkpoint import Checkpointer
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.run.cold_start import run_cold_start
+from jaxrl_stable.run.origin import load_origin
+from jaxrl_stable.run.reference import keep_start
 from jaxrl_stable.run.task import Task
-from jaxrl_stable.sharding import abstract_state, sharded_init, state_shardings
+from jaxrl_stable.sharding import abstract_state, state_shardings
 from jaxrl_stable.trainer.optimizer import (
     TrainState,
     from_parts,
@@ -36,6 +37,9 @@ def restore_or_start(
 ) -> tuple[TrainState, Key[Array, ""], int]:
     """Restores the newest checkpoint of this run, or makes its first state.
 
+    The first start records what it started from (`run.origin`); later ones never train the cold
+    start further and do not need the origin.
+
     Args:
       experiment: the experiment.
       task: problems and tokenizer, for a cold start.
@@ -46,6 +50,9 @@ def restore_or_start(
 
     Returns:
       The state, the key of the rollouts, and the number of finished steps.
+
+    Raises:
+      ValueError, FileNotFoundError: if the checkpoint is of another run, or if weights are missing.
     """
     optimizer = make_optimizer(experiment.reinforcement.optimizer)
     template = abstract_state(
@@ -59,26 +66,18 @@ def restore_or_start(
         partial(init_state, optimizer=optimizer), out_shardings=state_shardings(mesh, template)
     )
     policy = first_policy(experiment, task, mesh, workdir)
+    keep_start(experiment, policy, mesh, workdir)
     return start(policy), jax.random.key(experiment.seed), 0
 
 
 def first_policy(
     experiment: Experiment, task: Task, mesh: Mesh, workdir: pathlib.Path
 ) -> Transformer:
-    """Returns the weights that the run starts from: loaded, trained by a cold start, or random.
+    """Returns the weights of the first step: loaded or random ones, after the cold start if any.
 
-    Every call returns the same weights: a finished cold start is read from its last checkpoint.
+    Until the run has a checkpoint, every call returns the same weights: a finished cold start is
+    read from its last checkpoint.
     """
-
-    def fresh_model() -> Transformer:
-        return init_model(experiment.model, experiment.seed)
-
-    origin = pathlib.Path(experiment.init_from)
-    if experiment.init_from and (origin / "config.json").exists():
-        return hf.load(origin, mesh, experiment.model)
-    if experiment.init_from:
-        template = abstract_state(mesh, fresh_model)
-        return load_model(origin / "checkpoints", experiment.model.architecture(), template)
     if experiment.cold_start is not None:
         return run_cold_start(experiment, task, mesh, workdir / "cold_start")
-    return sharded_init(mesh, fresh_model)
+    return load_origin(experiment, mesh)

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import zlib
 from functools import partial
 
 from jaxrl_stable import distributed
+from jaxrl_stable.checks import record_name
 from jaxrl_stable.configs import Experiment
 from jaxrl_stable.data import (
-    JsonlSource,
+    Ending,
     Source,
     Template,
     Tokenizer,
+    check_demonstrations,
     check_prompts,
+    ending,
     load_chat_template,
     load_tokenizer,
+    open_source,
+    overlap,
     train_sentencepiece,
 )
+from jaxrl_stable.data.records import check_characters
+from jaxrl_stable.data.sources import Remembered
 from jaxrl_stable.data.tokenizer import special_tokens
 from jaxrl_stable.rewards import Reward, check_references, load_reward, try_reward
+from jaxrl_stable.run.origin import find_tokenizer, has_started, keep_files
 from jaxrl_stable.sampler.rollout import Sampling
 
 TOKENIZER_PROBLEMS = 20_000  # read per source to train a tokenizer
@@ -38,6 +47,7 @@ class Task:
       identity: identifies problems, tokenizer and chat template; compared when a run resumes.
       template: turns a problem into a prompt.
       special_tokens: whether the reward sees special tokens; never the stop token.
+      demonstrations: source of the cold start, if `load_task` opened it.
     """
 
     train: Source
@@ -47,6 +57,7 @@ class Task:
     identity: str = ""
     template: Template = "{prompt}"
     special_tokens: bool = False
+    demonstrations: Source | None = None
 
     def __enter__(self) -> Task:
         return self
@@ -54,9 +65,14 @@ class Task:
     def __exit__(self, *_: object) -> None:
         self.reward.close()
 
+    @functools.cached_property
+    def ending(self) -> Ending:
+        """How responses end: at EOS, or where the chat template ends a turn."""
+        return ending(self.tokenizer, self.template)
+
     def decode(self, tokens, response_mask) -> list[str]:
         """Returns the text of each response, without its stop token."""
-        stop = set(self.tokenizer.eos_ids)
+        stop = set(self.ending.stop_ids)
         decode = self.tokenizer.decode
         if self.special_tokens:
             decode = partial(decode, special_tokens=True)
@@ -71,17 +87,30 @@ class Task:
         """Returns sampling settings with this tokenizer's stop tokens."""
         tokenizer = self.tokenizer
         return Sampling(
-            max_tokens, temperature, top_k, top_p, tuple(tokenizer.eos_ids), tokenizer.pad_id
+            max_tokens, temperature, top_k, top_p, self.ending.stop_ids, tokenizer.pad_id
         )
 
 
-def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
-    """Loads and checks problems, tokenizer and reward.
+def load_task(
+    experiment: Experiment, workdir: str | pathlib.Path, cold_start: bool = False
+) -> Task:
+    """Loads and checks problems, tokenizer and reward, and prints what a user should know of them.
+
+    Every record is read and encoded, so that a faulty one ends a run at its start. Per 10,000
+    records of 60 words, this takes about 4 s with Qwen's tokenizer on two cores (twice that with
+    demonstrations of 170 words) and 1 s with SentencePiece.
+
+    Args:
+      experiment: the experiment.
+      workdir: directory of the run.
+      cold_start: whether the cold start's demonstrations are opened and checked too.
+
+    A run that has started reads the tokenizer and chat template that it keeps (`run.origin`).
 
     Raises:
-      ValueError, FileNotFoundError: if a source or the chat template is missing, a prompt is
-        invalid or too long, a reference answer cannot be read, the reward fails on a problem, or
-        the tokenizer has more entries than the model; the error says where.
+      ValueError, FileNotFoundError: if a source or the chat template is missing, a prompt or a
+        demonstration is invalid or too long, a reference answer cannot be read, the reward fails on
+        a problem, or the tokenizer has more entries than the model; the error says where.
     """
     data, evaluation = experiment.data, experiment.evaluation
     for field in ("train", "heldout"):
@@ -96,13 +125,14 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
             f"Evaluation.problems is {evaluation.problems} but {heldout!r} has {len(heldout)}; "
             "lower it, or give a larger held-out set"
         )
-    path = _tokenizer_path(experiment, pathlib.Path(workdir))
+    workdir = pathlib.Path(workdir)
+    path = find_tokenizer(experiment, workdir)
     template: Template = data.template
     if data.chat:
         template = load_chat_template(
             path, words=data.template, system=data.system, variables=data.chat_variables
         )
-    if not data.tokenizer and distributed.is_main() and not path.exists():
+    if path == workdir / "tokenizer.model" and distributed.is_main() and not path.exists():
         _train_tokenizer(experiment, (train, heldout), path)
     distributed.wait_for_all("tokenizer")
     tokenizer = load_tokenizer(path)
@@ -111,9 +141,17 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
             f"tokenizer {path} has {tokenizer.vocab_size} entries but ModelConfig.vocab_size is "
             f"{experiment.model.vocab_size}; raise it, or use another tokenizer"
         )
-    for source in (train, heldout):
+    seen = Remembered(train), Remembered(heldout)  # several checks, one generation
+    for source in seen:
         check_prompts(source, tokenizer, data.prompt_width, template)
         check_references(source, data.reward)
+    demonstrations = None
+    if cold_start and (supervised := experiment.cold_start) is not None:
+        given = supervised.demonstrations
+        demonstrations = train if given is None else open_source(given)
+        checked = seen[0] if given is None else demonstrations
+        context = experiment.model.max_positions
+        check_demonstrations(checked, tokenizer, supervised.length, template, context)
     identity = f"{train!r}, tokenizer {_checksum(path):08x}, template {template!r}"
     reward = load_reward(data.reward, timeout_s=data.reward_timeout, workers=data.reward_workers)
     try:
@@ -121,7 +159,23 @@ def load_task(experiment: Experiment, workdir: str | pathlib.Path) -> Task:
     except BaseException:
         reward.close()
         raise
-    return Task(train, heldout, tokenizer, reward, identity, template, data.reward_special_tokens)
+    if distributed.is_main() and not has_started(workdir):
+        keep_files(experiment, path, workdir)
+    task = Task(
+        train,
+        heldout,
+        tokenizer,
+        reward,
+        identity,
+        template,
+        data.reward_special_tokens,
+        demonstrations,
+    )
+    if distributed.is_main():
+        for note in (task.ending.note, overlap(*seen, evaluation.problems)):
+            if note:
+                print(note, flush=True)
+    return task
 
 
 def _checksum(path: pathlib.Path) -> int:
@@ -139,27 +193,6 @@ def _checksum(path: pathlib.Path) -> int:
     return zlib.crc32(b"".join(file.read_bytes() for file in files if file.exists()))
 
 
-def _tokenizer_path(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Path:
-    """Returns the tokenizer's path: as configured, from `init_from`, or this run's own.
-
-    Raises:
-      ValueError: if `init_from` has no tokenizer; a new one would change what its embeddings mean.
-    """
-    if experiment.data.tokenizer:
-        return pathlib.Path(experiment.data.tokenizer)
-    if not experiment.init_from:
-        return workdir / "tokenizer.model"
-    origin = pathlib.Path(experiment.init_from).resolve()
-    for directory in (origin, origin.parent):  # a cold start uses its run's tokenizer
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (directory / name).exists():
-                return directory / name
-    raise ValueError(
-        f"Experiment.init_from {experiment.init_from} has no tokenizer; name the one of its "
-        "weights in Data.tokenizer"
-    )
-
-
 def _train_tokenizer(
     experiment: Experiment, sources: tuple[Source, Source], path: pathlib.Path
 ) -> None:
@@ -171,10 +204,9 @@ def _train_tokenizer(
     for source in sources:
         for i in range(min(len(source), TOKENIZER_PROBLEMS)):
             problem = source[i]
+            try:
+                check_characters(problem)
+            except ValueError as error:
+                raise ValueError(f"{record_name(source, i)}: {error}") from None
             texts += (problem["prompt"], problem["answer"])
     train_sentencepiece(texts, path, data.vocab_size)
-
-
-def open_source(source: Source | str) -> Source:
-    """Returns a source as it is, or opens the JSONL file at a path."""
-    return JsonlSource(source) if isinstance(source, str) else source

@@ -7,6 +7,9 @@ gets a copy of the metrics if a project is set (`wandb_log`).
 
 A resumed run repeats the steps after its checkpoint. To record each step once, the writer first
 drops all rows after the step that it starts from.
+
+The other files of a working directory: `config.gin` and `summary.json` (`train.py`), `report.html`
+and `plots/` (`report`), `checkpoints/`, `cold_start/`, and the tokenizer (`task.py`).
 """
 
 import contextlib

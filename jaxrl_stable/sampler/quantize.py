@@ -4,12 +4,12 @@
 |---|---|---|
 | `none` | unchanged | unchanged |
 | `int8`, `int4`, `fp8` | integers to ±127, to ±7, float8_e4m3fn to ±448 | unchanged |
-| `int8_w8a8`, `fp8_w8a8` | as `int8`, `fp8` | the same grid, one dynamic scale per token |
+| `int8_w8a8`, `fp8_w8a8` | as for `int8`, `fp8` | same grid, with one dynamic scale per token |
 
-Quantisation is symmetric with one scale per output channel: `w ≈ round(w / s) · s`, where s maps
-the largest |w|, over the axes that a product sums over, to the largest value of the grid. Norms,
-embeddings, router and output head are unchanged, as in inference engines. `model/products.py`
-describes activations and products. No gradient flows through.
+Quantisation is symmetric with one scale per output channel: `w ≈ round(w / s) · s`. The scale s
+maps the channel's largest |w| to the grid's largest value. Norms, embeddings, router and output
+head are unchanged, as in inference engines. `model/products.py` describes activations and products.
+No gradient flows through the quantised copy.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.sharding import constrain_state, for_sampling
 
 KEPT_AXES = ("vocab", "router")
-GRIDS = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}  # storage types
+GRIDS = {"int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}  # storage dtypes
 
 
 def sampling_copy(model: Transformer, format: str, products: str = "auto") -> Transformer:
-    """Returns the weights for a sampler: quantised, in the compute type, laid out for decoding.
+    """Returns the weights for a sampler: quantised, in the compute dtype, laid out for decoding.
 
-    Quantisation is the only numerical difference: products read weights in the compute type anyway,
-    and the router's weights stay float32. See `sharding.for_sampling` for the layout.
+    Only quantisation changes results: products read weights in the compute dtype anyway, and the
+    router's weights stay float32. See `sharding.for_sampling` for the layout.
 
     Args:
       model, format, products: see `quantize`.
@@ -55,14 +55,14 @@ def quantize(model: Transformer, format: str, products: str = "auto") -> Transfo
     """Returns a quantised copy of the policy.
 
     Args:
-      model: the policy in training.
+      model: the policy being trained.
       format: one of FORMATS; "none" returns the model itself, other formats store its matrices as
         `Quantized`.
-      products: implementation of products of quantised weights and activations: "native",
+      products: implementation of products with quantised weights and activations: "native",
         "emulated" or "auto"; see `resolve_products`.
 
     Raises:
-      ValueError: if the format or the kind of products is unknown.
+      ValueError: if `format` or `products` is unknown.
     """
     how = resolve_products(format, products)
     if format == "none":
@@ -81,11 +81,11 @@ def quantize(model: Transformer, format: str, products: str = "auto") -> Transfo
 
 
 def expanded(copy: Transformer) -> Transformer:
-    """Stores the matrices of a quantised copy in the compute type, without changing results.
+    """Stores the matrices of a quantised copy in the compute dtype, without changing results.
 
-    Matrices are then converted once instead of once per sampled token. This gives back the memory
-    that quantising saved and does not help on devices that read narrow types faster; it is meant
-    for small policies. Matrices for "native" products are left unchanged.
+    Matrices are then converted once instead of once per sampled token. This undoes the memory
+    savings of quantisation and does not help on devices that read narrow dtypes faster, so it is
+    meant for small policies. Matrices for "native" products are left unchanged.
     """
     dtype = jnp.dtype(copy.config.dtype)
 
@@ -104,11 +104,11 @@ def expanded(copy: Transformer) -> Transformer:
 
 
 def resolve_products(format: str, products: str = "auto", device: jax.Device | None = None) -> str:
-    """Resolves how a sampler of this format multiplies.
+    """Resolves how a sampler with this format computes matrix products.
 
     Formats that quantise only weights always dequantise them ("weight_only"). Formats that also
-    quantise activations multiply in the stored type ("native") or, on the same grid, in the compute
-    type ("emulated"); "auto" defers to `products_implementation`.
+    quantise activations multiply in the stored dtype ("native") or, on the same grid, in the
+    compute dtype ("emulated"); "auto" defers to `products_implementation`.
 
     Args:
       format: one of FORMATS.
@@ -119,7 +119,7 @@ def resolve_products(format: str, products: str = "auto", device: jax.Device | N
       "weight_only", "native" or "emulated".
 
     Raises:
-      ValueError: if the format or the kind of products is unknown.
+      ValueError: if `format` or `products` is unknown.
     """
     if format not in FORMATS:
         raise ValueError(f"rollout format {format!r} is unknown; use one of {FORMATS}")

@@ -1,7 +1,7 @@
 """Rollout: prefill, then sample token by token until every row is done, in one pure function.
 
-The sampler runs the same block code as the trainer. It records what it computed itself: the
-log-probability of each sampled token and the experts of each token that was fed.
+The sampler runs the same block code as the trainer. It records its own log-probability of each
+sampled token, and the experts of each token fed to the model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxrl_stable.checks import field_types, positive, within
 from jaxrl_stable.model import head
 from jaxrl_stable.model.cache import Cache, empty_cache
 from jaxrl_stable.model.transformer import Transformer
@@ -25,20 +26,21 @@ from jaxrl_stable.trajectory import Trajectory, join_trajectories
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sampling settings; static, so a change recompiles.
+    """Sampling settings. They are static, so changing them recompiles the program.
 
     Attributes:
-      max_tokens: length of the longest response, EOS included.
+      max_tokens: maximum response length, EOS included.
       temperature: divisor of the logits, here and in the trainer; 0 is greedy (for evaluation).
-      top_k: number of likeliest tokens to keep; 0 keeps all.
-      top_p: probability mass to keep, likeliest tokens first; 1 keeps all.
+      top_k: number of most likely tokens to keep; 0 keeps all.
+      top_p: probability mass to keep, most likely tokens first; 1 keeps all.
       stop_ids: tokens that end a response.
       pad_id: token that fills the columns after a response.
 
-    With top_k or top_p the recorded log-probability still refers to the untruncated distribution,
+    With top_k or top_p, the recorded log-probability still refers to the untruncated distribution,
     to match the trainer's. The sample then comes from a different distribution: the importance
-    weight lacks the factor S (the mass kept), expectations cover only the kept tokens, and other
-    tokens get no gradient. Training is unbiased only without them, at any temperature.
+    weight lacks a factor S (the probability mass kept), expectations cover only the kept tokens,
+    and the other tokens get no gradient. Training is unbiased only without top_k and top_p; the
+    temperature does not matter.
     """
 
     max_tokens: int
@@ -49,17 +51,14 @@ class Sampling:
     pad_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"Sampling.max_tokens is {self.max_tokens}; it must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                f"Sampling(temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}) "
-                "is out of range; use temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
-            )
+        field_types(self)
+        positive(self, "max_tokens")
+        within(self, "temperature", "top_k", at_least=0)
+        within(self, "top_p", above=0, at_most=1)
 
 
 class _Decode(NamedTuple):
-    """State of the decode loop; all columns before `column` are written."""
+    """State of the decode loop; all columns before `column` have been written."""
 
     column: Int[Array, ""]
     hidden: Float[Array, "B D"]
@@ -93,8 +92,8 @@ def rollout(
         nothing.
       key: typed PRNG key.
       sampling: sampling settings, static.
-      at_a_time: number of rows that share one cache; such chunks of rows run one after another. It
-        must divide B; all rows by default.
+      at_a_time: number of rows that share one cache; all rows by default. Must divide B. Chunks of
+        this size run one after another.
 
     Returns:
       Prompts, responses, and the sampler's records of both.
@@ -142,7 +141,7 @@ def _sample_rows(
         )
 
     def feed(state: _Decode) -> _Decode:
-        """Feeds the newest token of the active rows; other rows are padding."""
+        """Feeds the newest token of the active rows to the model; other rows are padding."""
         last = state.column - 1
         tokens = jax.lax.dynamic_slice(state.tokens, (0, last), (B, 1))
         active = state.active[:, None]
@@ -201,11 +200,11 @@ def _sample_rows(
 
 @jax.custom_batching.custom_vmap
 def anywhere(active: Bool[Array, "B"]) -> Bool[Array, ""]:
-    """Returns whether any row is active; under `jax.vmap`, any row of any member.
+    """Returns whether any row is active; under `jax.vmap`, any row of any batch member.
 
-    If members of a `vmap` ended a loop at different times, the loop would copy its whole state in
-    every iteration to preserve finished members. Instead all continue together, and rows that are
-    done sample nothing.
+    If batch members left a loop at different times, the loop would copy its whole state in every
+    iteration to preserve the finished ones. Instead all of them continue together, and finished
+    rows sample nothing.
     """
     return active.any()
 

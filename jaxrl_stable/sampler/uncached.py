@@ -1,8 +1,8 @@
-"""Sampling with the training program itself: no cache and the same shapes, so the same bits.
+"""Sampling with the training program itself: same shapes, no cache, bitwise equal results.
 
-Each new token runs whole rows through the model again, which costs about `max_tokens` passes of
-`score`. This is for debugging and for experiments that need a mismatch of exactly 0 between sampler
-and trainer; the head of experiments/exact.gin lists the other conditions.
+Every new token runs whole rows through the model again, which costs about `max_tokens` passes of
+`score`. Use this for debugging, and for experiments that need a mismatch of exactly 0 between
+sampler and trainer; the comment at the top of experiments/exact.gin lists the other conditions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxrl_stable.trajectory import Trajectory, join_trajectories
 
 
 class _Decode(NamedTuple):
-    """State of the decode loop; all columns before `column` are written."""
+    """State of the decode loop; all columns before `column` have been written."""
 
     column: Int[Array, ""]
     active: Bool[Array, "B"]
@@ -41,12 +41,12 @@ def uncached_rollout(
     sampling: Sampling,
     micro_batch_size: int,
 ) -> Trajectory:
-    """Samples one response per row like `rollout`, with the same random numbers.
+    """Samples one response per row, with the same random numbers as `rollout`.
 
     Args:
       model, prompts, prompt_mask, key, sampling: see `rollout`.
-      micro_batch_size: number of rows at a time; to get the same shapes, equal to the micro-batch
-        size of `score` and `update`.
+      micro_batch_size: number of rows per pass. It must equal the micro-batch size of `score` and
+        `update`, so that shapes are the same.
 
     Returns:
       Prompts, responses, and the sampler's records of both.
@@ -66,7 +66,7 @@ def _sample(
     keys: Key[Array, "B"],
     sampling: Sampling,
 ) -> Trajectory:
-    """Samples one micro-batch. A pass sees the tokens so far; later columns are padding."""
+    """Samples one micro-batch; each pass sees the tokens so far, with later columns as padding."""
     config, temperature = model.config, sampling.temperature or 1.0
     (B, P), T = prompts.shape, prompts.shape[1] + sampling.max_tokens
     columns = jnp.arange(T)
@@ -89,7 +89,7 @@ def _sample(
             routing=Routing(router.experts, past.routing.valid | (past.real & active[:, None])),
             finished=past.finished | stop,
         )
-        # All columns, although only one is new: same shapes as `score`, so the same bits.
+        # Score all columns, although only one is new: the shapes of `score` give its exact bits.
         logp = response_log_probs(model, hidden, now, temperature).logp
         now = dataclasses.replace(now, logp_rollout=jnp.where(new, logp, past.logp_rollout))
         return _Decode(column + 1, active & ~stop, now)

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, the rules for parameters, collectives, and rows of batches."""
+"""Placement of arrays: the mesh, the rules for parameters, collectives, and rows of batches."""
 
 from jaxrl_stable import _moved
 from jaxrl_stable.sharding.collectives import gather_axis, gathered

@@ -1,4 +1,4 @@
-"""All-gathers whose gradient is a reduce-scatter: of weights, and inside `jax.shard_map`."""
+"""All-gathers whose gradient is a reduce-scatter, for weights and inside `jax.shard_map`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jaxrl_stable.sharding.rules import spec
 def gathered(w: Array, names: tuple[str, ...]) -> Array:
     """Gathers a weight from the devices that store its shards; does nothing without a mesh.
 
-    Constrains both directions: the gradient is reduce-scattered to where the weight is stored and
-    never materialised whole. It travels in the dtype that `w` has here, the compute dtype, so in
-    half precision the sum over devices is rounded on the way.
+    Both directions are constrained: the gradient is reduce-scattered to where the weight is stored
+    and is never materialised as a whole. It is sent in the dtype of `w`, which is the compute
+    dtype, so in half precision the partial sums over devices are rounded.
 
     Args:
       w: the weight, or one layer of a stacked one.
-      names: its logical axes; a leading `layers` that a scan has consumed is ignored.
+      names: its logical axes; if a scan has consumed a leading `layers` axis, that one is ignored.
 
     Returns:
       The weight, replicated over the storage axes.
@@ -53,11 +53,12 @@ _gathered.defvjp(
 
 
 def gather_axis(x: Array, axes: tuple[str, ...], axis: int) -> Array:
-    """All-gathers an axis that mesh axes shard, inside `jax.shard_map`.
+    """All-gathers an axis that is sharded over mesh axes, inside `jax.shard_map`.
 
-    The gradient is a reduce-scatter. libtpu has one only along the major axis of the memory layout;
-    otherwise it emits an all-reduce and a slice, which send twice the bytes. So the shards become
-    the leading axis, and the axes between are merged to keep the compiler from reordering them.
+    The gradient is a reduce-scatter. libtpu implements it only along the major axis of the memory
+    layout; otherwise it emits an all-reduce and a slice, which send twice the bytes. So the shards
+    become the leading axis, and the axes in between are merged to keep the compiler from reordering
+    them.
     """
     return _gather_axis(x, axes, axis) if axes else x
 

@@ -1,4 +1,4 @@
-"""Placement of the rows and columns of activations on the mesh during one pass of the model."""
+"""Placement of an activation's rows and columns on the mesh during one forward pass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Layout(NamedTuple):
     """Mesh axes over which the rows and columns of an activation `[B, T, ...]` are sharded.
 
     Attributes:
-      rows, columns: mesh axes; empty if rows or columns are whole on every device.
-      shape: name and size of each mesh axis larger than one; empty on one device.
+      rows, columns: mesh axes; empty if every device holds all rows (or columns).
+      shape: name and size of each mesh axis with more than one device; empty on one device.
     """
 
     rows: tuple[str, ...] = ()
@@ -29,11 +29,11 @@ class Layout(NamedTuple):
         return math.prod(dict(self.shape).get(a, 1) for a in axes)
 
     def spec(self, *rest: Any) -> P:
-        """Returns the partition of `[B, T, *rest]`."""
+        """Returns the PartitionSpec of an activation `[B, T, *rest]`."""
         return P(self.rows or None, self.columns or None, *rest)
 
     def present(self, axes: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns the axes among `axes` that are larger than one."""
+        """Returns the subset of `axes` with more than one device."""
         return tuple(a for a in axes if a in dict(self.shape))
 
     def whole_columns(self, x: Array) -> Array:
@@ -54,8 +54,8 @@ ONE_DEVICE = Layout()
 def layout(batch: int, columns: int, *, sampling: bool) -> Layout:
     """Returns the layout of activations on the mesh in use (`jax.set_mesh`).
 
-    A sampler shards rows over all devices, since its columns arrive one by one. Training shards
-    the columns over `context`.
+    A sampler shards rows over all devices, since it produces columns one by one. Training shards
+    columns over `context`.
 
     Args:
       batch: number of rows.
@@ -63,7 +63,8 @@ def layout(batch: int, columns: int, *, sampling: bool) -> Layout:
       sampling: whether the pass belongs to a sampler.
 
     Raises:
-      ValueError: if rows or columns do not divide evenly; every device would compute all of them.
+      ValueError: if rows or columns do not divide evenly. Otherwise every device would silently
+        compute all of them.
     """
     mesh = mesh_in_use()
     shape = () if mesh.empty else tuple((a, n) for a, n in mesh.shape.items() if n > 1)

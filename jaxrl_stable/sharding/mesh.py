@@ -1,4 +1,4 @@
-"""The device mesh: its axes, how it is made, and which mesh a traced function runs on."""
+"""The device mesh: its axes, how to make it, and the mesh on which a traced function runs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jaxrl_stable.checks import field_types, positive
+
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 
-BATCH = ("data", "fsdp", "expert")  # rows of what has its columns spread over "context"
+BATCH = ("data", "fsdp", "expert")  # axes that shard rows, if columns are sharded over "context"
 
 
-ROWS = (*BATCH, "context")  # rows of everything else: prompts, samples, rewards
+ROWS = (*BATCH, "context")  # axes that shard rows of all other arrays: prompts, samples, rewards
 
 
-STORED = ("fsdp", "expert", "context")  # a weight is cut over these for storage alone
+STORED = ("fsdp", "expert", "context")  # axes that shard weights, but only for storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +30,12 @@ class MeshShape:
     """Number of devices along each mesh axis. Rows of a batch are sharded over data, fsdp, expert.
 
     Attributes:
-      data: replicas of all weights, the only axis that may cross the network between slices; -1
-        takes all devices that the other axes leave.
+      data: replicas of all weights; the only axis that may cross the network between slices. -1
+        uses all devices that the other axes leave over.
       fsdp: shards of weights, moments and gradients, gathered layer by layer.
-      expert: shards of the experts; tokens travel to them.
+      expert: shards of the experts, to which tokens are sent.
       tensor: shards of heads, feed-forward widths and the vocabulary.
-      context: shards of the columns of long rows in training; it shards rows while sampling.
+      context: shards of the columns of long rows in training; used for rows in sampling.
     """
 
     data: int = -1
@@ -42,9 +44,15 @@ class MeshShape:
     tensor: int = 1
     context: int = 1
 
+    def __post_init__(self):
+        field_types(self)
+        positive(self, *(name for name in AXES if name != "data"))
+        if self.data != -1 and self.data < 1:
+            raise ValueError(f"MeshShape.data is {self.data}; use at least 1, or -1 for the rest")
+
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes the device mesh. The axis `data` runs over slices first, then within each slice.
+    """Makes the device mesh; `data` runs over slices first, then within each slice.
 
     Args:
       shape: sizes of the axes.
@@ -62,7 +70,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     wanted = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"MeshShape({wanted}) does not fit {len(devices)} devices; make the product equal"
+            f"MeshShape({wanted}) does not fit {len(devices)} devices; the sizes must multiply to "
+            "that number"
         )
     options = dict(devices=devices, allow_split_physical_axes=True)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -70,8 +79,8 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         array = mesh_utils.create_device_mesh(sizes, **options)
     elif sizes[0] % slices:
         raise ValueError(
-            f"MeshShape({wanted}) has {slices} slices; only data crosses the network between "
-            f"them, make it a multiple of {slices}"
+            f"MeshShape({wanted}) spans {slices} slices; only data may cross the network "
+            f"between them, so make data a multiple of {slices}"
         )
     else:
         within = [sizes[0] // slices, *sizes[1:]]
@@ -81,10 +90,10 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def mesh_in_use() -> Any:
-    """Returns the mesh of `jax.set_mesh`, or an empty one.
+    """Returns the mesh set with `jax.set_mesh`, or an empty one.
 
-    The mesh counts as empty inside a `jax.shard_map` over foreign axes, such as the runs of a
-    study, because each device then works alone.
+    Inside a `jax.shard_map` over other axes, such as the runs of a study, the mesh counts as empty
+    because each device then works independently.
     """
     mesh = jax.sharding.get_abstract_mesh()
     foreign = set(mesh.axis_names) - set(AXES)

@@ -1,8 +1,8 @@
 """Splitting the rows of an array into consecutive parts on a mesh.
 
-By default rows are split in place: part p takes its share of each device's rows, so no row moves
+By default, rows are split in place: part p takes its share of each device's rows, so no row moves
 and every device has work in every part. With `in_order`, part p is the p-th contiguous run of rows
-regardless of the mesh, so rows move. On one device both are the same.
+regardless of the mesh, so rows move between devices. On one device, both splits are the same.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def cut_rows(
       parts: number of parts.
       axis: index of the row axis.
       over: mesh axes over which the rows are sharded.
-      in_order: make part p the p-th contiguous run of rows.
+      in_order: whether part p is the p-th contiguous run of rows.
     """
     rows = x.shape[axis] // parts
     devices = 1 if in_order else _devices(rows, over)
     before, after = x.shape[:axis], x.shape[axis + 1 :]
-    # Constrain columns first: XLA cannot do both at once and would gather everything.
+    # Constrain columns first: XLA cannot do both in one step and would gather everything.
     x = constrain(x, *[None] * axis, over, *_columns(over))
     x = x.reshape(*before, devices, parts, rows // devices, *after)
     x = jnp.moveaxis(x, axis + 1, 0).reshape(parts, *before, rows, *after)
@@ -51,7 +51,7 @@ def cut_rows(
 def join_rows(
     x: Array, axis: int = 0, *, over: tuple[str, ...] = BATCH, in_order: bool = False
 ) -> Array:
-    """Inverse of `cut_rows`; removes the leading axis."""
+    """Inverse of `cut_rows`: merges the leading axis into the rows."""
     parts, rows = x.shape[0], x.shape[axis + 1]
     devices = 1 if in_order else _devices(rows, over)
     x = jnp.moveaxis(x, 0, axis)  # [..., parts, rows, ...]
@@ -66,7 +66,7 @@ def _columns(over: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _devices(rows: int, over: tuple[str, ...]) -> int:
-    """Returns the number of devices that share the rows of a part; 1 if not divisible."""
+    """Returns the number of devices that share a part's rows; 1 if they do not divide evenly."""
     mesh = mesh_in_use()
     devices = 1 if mesh.empty else math.prod(mesh.shape[a] for a in over)
     return devices if rows % devices == 0 else 1
@@ -78,7 +78,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Returns the number of shards of those rows."""
+    """Returns the number of shards of rows under `row_sharding`."""
     return math.prod(mesh.shape[a] for a in ROWS)
 
 

@@ -1,7 +1,7 @@
 """Axis rules: which mesh axes shard each logical axis of a parameter.
 
 Everything else follows from the `axes` that a parameter declares: the shardings of moments,
-checkpoint templates, abstract shapes, and the collectives of what the model computes in
+checkpoint templates, abstract shapes, and the collectives in the parts of the model that use
 `jax.shard_map` (embedding, attention kernels, experts, head).
 """
 
@@ -20,10 +20,10 @@ from jaxtyping import Array
 
 from jaxrl_stable.sharding.mesh import STORED, mesh_axes, mesh_in_use
 
-# Logical axis of a parameter -> mesh axes. Parameters name logical axes ("embed", "heads", …), so
-# that the model says what an axis means and this table alone decides how it is sharded. An axis
-# that is not listed is replicated. Each mesh axis shards at most one axis of a parameter, the first
-# that names it: "expert" shards the experts, so the rest of STORED shards their rows.
+# Logical axis of a parameter -> mesh axes. The model names logical axes ("embed", "heads", …) to
+# say what each axis means; only this table decides how it is sharded. Axes that are not listed are
+# replicated. A mesh axis shards at most one axis of a parameter, the first one that lists it:
+# "expert" shards the experts, so only the rest of STORED shards their rows.
 PARAMETER_RULES: dict[str, tuple[str, ...]] = {
     "embed": STORED,
     "latent_in": STORED,
@@ -37,17 +37,18 @@ PARAMETER_RULES: dict[str, tuple[str, ...]] = {
 
 
 def spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> P:
-    """Returns the partition of one parameter.
+    """Returns the PartitionSpec of one parameter.
 
-    An axis that its mesh axes do not divide is replicated. Vectors are replicated too: they are
-    small, and gathering each would cost more than it saves. Storage axes never shard a weight over
-    a whole `data` replica: if together they would, the last one is dropped. Over a whole slice
+    An axis is sharded over the subset of its mesh axes that splits it evenly into the most parts;
+    if no subset does, it is replicated. Vectors are replicated too: they are small, and gathering
+    each would cost more than it saves. Storage axes never shard a weight over a whole `data`
+    replica: if together they would, the last one is dropped. The reason is that over a whole slice,
     libtpu lowers a reduce-scatter (on a 3D torus also an all-gather) to an all-reduce, which sends
     twice the bytes.
 
     Args:
       names: logical axes of the parameter.
-      shape: its sizes.
+      shape: sizes of these axes.
       mesh: concrete or abstract mesh.
     """
     vector = sum(name != "layers" for name in names) == 1
@@ -66,7 +67,7 @@ def spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> P:
 
 
 def _fitting(axes: tuple[str, ...], size: int, mesh: Any) -> tuple[str, ...]:
-    """Returns the subset of the axes that cuts an axis of this size into the most equal parts."""
+    """Returns the subset of mesh axes that splits `size` evenly into the most parts."""
     parts = lambda some: math.prod(mesh.shape[a] for a in some)  # noqa: E731
     some = [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
     return max((c for c in some if size % parts(c) == 0), key=parts)
@@ -93,7 +94,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def abstract_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
-    """Returns shapes, types and shardings of the result of `init`, without computing it."""
+    """Returns the shapes, dtypes and shardings of `init()`'s result, without computing it."""
     shapes = jax.eval_shape(init)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -108,14 +109,14 @@ def sharded_init(mesh: Mesh, init: Callable[[], Any]) -> Any:
 
 
 def for_sampling(model: Any) -> Any:
-    """Renames the logical axes of the weights for sampling, so that no decode step gathers any.
+    """Renames the logical axes of weights for sampling, so that no decode step gathers them.
 
-    A decode step has few tokens and reads every weight, so gathering weights would cost more than
-    the step. Experts are sharded over both `fsdp` and `expert`; all other weights are replicated,
+    A decode step has few tokens and reads every weight, so gathering them would cost more than the
+    step itself. Experts are sharded over both `fsdp` and `expert`; other weights are replicated,
     except over `tensor`.
 
     Returns:
-      The same weights with other axis names; `constrain_state` then moves them.
+      The same weights with new axis names; `constrain_state` then moves them.
     """
     new_names = {"expert": "spread_expert", "embed": "whole_embed", "latent_in": "whole_latent"}
 
@@ -135,8 +136,8 @@ def constrain(x: Array, *entries: Any) -> Array:
 
     Args:
       x: the array.
-      *entries: mesh axes of its leading axes, None for a replicated one. An axis that its mesh
-        axes do not divide is replicated.
+      *entries: mesh axes for each leading axis, or None to replicate it. An axis whose size is not
+        divisible by its mesh axes is replicated.
 
     Returns:
       The array, constrained.
@@ -152,14 +153,14 @@ def constrain(x: Array, *entries: Any) -> Array:
 
 
 def expert_parts(num_experts: int) -> int:
-    """Returns the number of devices that share the experts of a layer, on the mesh in use."""
+    """Returns the number of devices over which a layer's experts are split, on the mesh in use."""
     mesh = mesh_in_use()
     parts = 1 if mesh.empty else mesh.shape["expert"]
     return parts if num_experts and num_experts % parts == 0 else 1
 
 
 def constrain_state(state: Any) -> Any:
-    """Constrains parameters to the shardings of their axes, inside a jitted function."""
+    """Constrains parameters to the shardings of their logical axes, inside a jitted function."""
     mesh = mesh_in_use()
     if mesh.empty or mesh.size == 1:
         return state

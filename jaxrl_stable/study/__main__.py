@@ -26,8 +26,6 @@ from jaxrl_stable.study.runner import run_study
 def build() -> Study:
     """Builds the study from the parsed gin configuration."""
     study = gin_files.configured(Study)()
-    for cell in study.cells().values():
-        cell.objective.check()  # through gin, which records the bindings that the functions read
     grids = tuple(
         dataclasses.replace(
             grid,
@@ -36,7 +34,12 @@ def build() -> Study:
         )
         for grid in study.grids
     )
-    return dataclasses.replace(study, grids=grids)
+    settled = dataclasses.replace(study, grids=grids)
+    for cell in settled.cells().values():
+        cell.objective.check_options()
+    for cell in study.cells().values():
+        cell.objective.check()  # through gin, which records the bindings that the functions read
+    return settled
 
 
 def describe(study: Study) -> str:

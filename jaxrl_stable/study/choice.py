@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_stable.objective import Decided, Objective, name_of
+from jaxrl_stable.objective import LossDetails, Objective, name_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Choice:
 
     def total(
         self, logp: Float[Array, "B T"], entropy: Float[Array, "B T"], batch: Any
-    ) -> tuple[Float[Array, ""], Decided]:
+    ) -> tuple[Float[Array, ""], LossDetails]:
         """Returns what `Objective.total` of the selected objective returns."""
         decided = [objective.total(logp, entropy, batch) for objective in self.objectives]
         return jax.tree.map(lambda *x: jnp.stack(x)[self.index], *decided)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from jaxrl_stable.advantages import centered
+import numpy as np
+
+from jaxrl_stable.advantages import centered, check_group_size, conditions_of
 from jaxrl_stable.array_tasks import ArrayTask
-from jaxrl_stable.checks import one_of
+from jaxrl_stable.checks import field_types, one_of, positive, within
 from jaxrl_stable.configs import FORMATS, Optimizer
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.objective import Objective, name_of
@@ -62,6 +65,12 @@ class ColdStart:
     slips: float = 0.2
     task: ArrayTask | None = None
     optimizer: Optimizer = Optimizer(learning_rate=3e-3, warmup_steps=20)
+
+    def __post_init__(self):
+        field_types(self)
+        within(self, "steps", at_least=0)
+        positive(self, "batch_size")
+        within(self, "slips", at_least=0, at_most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +136,12 @@ class Grid:
     cold_starts: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = ()
 
+    def __post_init__(self):
+        field_types(self)
+        for rate in self.learning_rates:
+            if not 0 <= rate < math.inf:
+                raise ValueError(f"Grid.learning_rates has {rate}; use numbers of at least 0")
+
     def cells(self, study: Study) -> Iterable[Cell]:
         """Yields the combinations; the first fields vary slowest."""
         axes = (
@@ -191,6 +206,11 @@ class Collapse:
     kl_limit: float = 0.5
     for_steps: int | float = 32
 
+    def __post_init__(self):
+        field_types(self)
+        within(self, "score_share", at_least=0, at_most=1)
+        within(self, "margin", "gain", "kl_limit", "for_steps", at_least=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:
@@ -212,7 +232,7 @@ class Study:
       seeds: runs per cell.
       first_seed: the first seed; the others follow it.
       prompts: prompts per mini-batch.
-      group_size: responses per prompt.
+      group_size: responses per prompt; at least 2 if the group is a cell's baseline.
       gradient_steps: gradient steps per run.
       evaluations: evenly spaced evaluations per run, not counting the one before the first step.
       heldout_problems, heldout_samples: problems per evaluation and responses per problem, sampled
@@ -252,10 +272,11 @@ class Study:
                 raise ValueError(f"Study.{field} is missing; bind it")
         if not self.grids or not self.cold_starts:
             raise ValueError("Study.grids and Study.cold_starts need at least one entry each")
-        counts = ("seeds", "prompts", "group_size", "gradient_steps", "evaluations")
-        for field in (*counts, "heldout_problems", "heldout_samples", "runs_at_a_time"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"Study.{field} is {getattr(self, field)}; it must be at least 1")
+        field_types(self)
+        positive(self, "seeds", "prompts", "group_size", "gradient_steps", "evaluations")
+        positive(self, "heldout_problems", "heldout_samples", "runs_at_a_time")
+        within(self, "first_seed", at_least=0)
+        within(self, "temperature", above=0)
         if self.gradient_steps % self.evaluations:
             raise ValueError(
                 f"Study.gradient_steps ({self.gradient_steps}) must be a multiple of evaluations "
@@ -289,7 +310,14 @@ class Study:
                 raise ValueError(
                     f"Grid.rollout_formats has {cell.rollout_format!r}; use one of {FORMATS}"
                 )
-
+            estimator = cell.objective.advantages
+            check_group_size(estimator, self.group_size, "Study.group_size")
+            conditions = conditions_of(estimator)
+            if conditions.outside(np.array([0.0, 1.0])).any():
+                raise ValueError(
+                    f"Grid.advantages: {name_of(estimator)} needs rewards of {conditions.bounds}, "
+                    f"but array tasks give 0 to 1; use {conditions.instead}"
+                )
         for name in self.show:
             if name not in self.cells():
                 raise ValueError(f"Study.show names {name!r}; the cells are {list(self.cells())}")

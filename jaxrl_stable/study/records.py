@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,22 +27,25 @@ OF_NO_RUN = frozenset(
 def identify(study: Study, directory: pathlib.Path) -> None:
     """Compares the study with an existing study.json, then writes study.json.
 
+    Fields that an older version did not have may be missing there if they have their defaults.
+
     Raises:
       ValueError: if the directory holds another study.
     """
-    settings = {
-        field.name: repr(getattr(study, field.name))
+    values = {
+        field.name: getattr(study, field.name)
         for field in dataclasses.fields(study)
         if field.name not in OF_NO_RUN
     }
-    settings |= {f"cold_starts {start.name!r}": repr(start) for start in study.cold_starts}
+    values |= {f"cold_starts {start.name!r}": start for start in study.cold_starts}
+    settings = {name: repr(value) for name, value in values.items()}
     path, old = directory / "study.json", {}
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
         # LatentSizes was called LatentAttention in older versions.
         old = {name: text.replace("LatentAttention(", "LatentSizes(") for name, text in old.items()}
-        for name, value in settings.items():
-            if old.get(name, value) != value:
+        for name, value in values.items():
+            if name in old and old[name] not in (settings[name], _as_then(value, old[name])):
                 raise ValueError(
                     f"{directory} holds a study with another Study.{name}; use another --workdir "
                     f"or delete it"
@@ -56,6 +60,18 @@ def identify(study: Study, directory: pathlib.Path) -> None:
         "settings": old | settings,
     }
     write_atomic(path, json.dumps(about, indent=1) + "\n")
+
+
+def _as_then(value: Any, recorded: str) -> str:
+    """Returns the `repr` of a config without the fields at their default that a record lacks."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    parts = [
+        f"{field.name}={_as_then(getattr(value, field.name), recorded)}"
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default or re.search(rf"\b{field.name}=", recorded)
+    ]
+    return f"{type(value).__qualname__}({', '.join(parts)})"
 
 
 def check_settings(study: Study, records: Iterable[dict[str, Any]]) -> None:

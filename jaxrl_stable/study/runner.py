@@ -20,6 +20,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeRemainingColu
 from jaxrl_stable import distributed
 from jaxrl_stable.files import read_jsonl
 from jaxrl_stable.model.transformer import Transformer
+from jaxrl_stable.run.lock import locked
 from jaxrl_stable.study.choice import program_of
 from jaxrl_stable.study.config import Cell, ColdStart, Study
 from jaxrl_stable.study.programs import compiled, made_ahead, over_runs, scoring
@@ -100,11 +101,14 @@ def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = 
       show_progress: whether to print what runs and how long it will take.
 
     Raises:
-      ValueError: if the directory holds another study, or if new cold starts differ from the
-        recorded ones.
+      ValueError: if the directory holds another study, if another process runs a study in it, or if
+        new cold starts differ from the recorded ones.
     """
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory):
+        _run_missing(study, pathlib.Path(directory), show_progress)
+
+
+def _run_missing(study: Study, directory: pathlib.Path, show_progress: bool) -> None:
     identify(study, directory)
     results = directory / "results.jsonl"
     records = read_jsonl(results) if results.exists() else []

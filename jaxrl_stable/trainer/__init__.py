@@ -1,1 +1,1 @@
-"""π: the trainer. Batches and packing, score and update, supervised steps, and the optimizer."""
+"""The trainer, π: batches and packing, score and update, supervised steps, and the optimiser."""

@@ -1,4 +1,4 @@
-"""The batch of an update, and its division into mini-batches and micro-batches."""
+"""The training batch, and how it is split into mini-batches and micro-batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jaxrl_stable.sharding.rows import cut_rows
 from jaxrl_stable.trajectory import Trajectory
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
@@ -24,10 +25,11 @@ class TrainBatch:
     Attributes:
       tokens, real, response_mask, logp_rollout: see `Trajectory`.
       advantages: advantage of each response.
-      routing: experts to replay, or experts of the rollout to compare with.
-      logp_old: log π_old; None if there is one update per rollout, whose own values replace it.
-      logp_reference: log-probabilities of the reference policy of a KL term; None without one.
-      prompt_width: P, static.
+      routing: experts to replay, or the rollout's experts for comparison.
+      logp_old: log π_old; None if there is one update per rollout, which uses its own log π_θ.
+      logp_reference: log-probabilities under the reference policy of the KL penalty, or None if
+        there is no penalty.
+      prompt_width: P, the number of prompt columns; static.
     """
 
     tokens: Int[Array, "B T"]
@@ -59,8 +61,8 @@ def make_batch(trajectory: Trajectory, advantages: Float[Array, "B"]) -> TrainBa
 def split(batch: TrainBatch, parts: int) -> TrainBatch:
     """Splits the rows into mini-batches, in order; every array gets a leading axis.
 
-    Reshards: contiguous rows on a few devices become rows spread over all devices. Only batch
-    arrays move (tokens, log-probabilities, routing), once per rollout.
+    This reshards: a mini-batch's contiguous rows start out on a few devices and end up spread over
+    all of them. Only batch arrays move (tokens, log-probabilities, routing), once per rollout.
     """
     return _cut(batch, partial(cut_rows, parts=parts, in_order=True))
 
@@ -72,7 +74,9 @@ def micro_batches(batch: TrainBatch, parts: int) -> TrainBatch:
 
 def _cut(batch: TrainBatch, rows: Callable[..., Array]) -> TrainBatch:
     if batch.routing is None:
-        raise ValueError("TrainBatch.routing is None; without it there is nothing to replay")
+        raise ValueError(
+            "TrainBatch.routing is None, so there is nothing to replay; pass the rollout's routing"
+        )
     routing = Routing(rows(batch.routing.experts, axis=1), rows(batch.routing.valid))
     others = dataclasses.replace(batch, routing=None)
     return dataclasses.replace(jax.tree.map(rows, others), routing=routing)

@@ -21,7 +21,7 @@ def policy_log_probs(
     replay: Routing | None,
     temperature: float,
 ) -> tuple[HeadOutput, RouterOutput]:
-    """Returns log-probability and entropy of each response token, 0 outside the mask."""
+    """Scores the response tokens (see `response_log_probs`); also returns the router output."""
     hidden, router = hidden_states(model, batch, replay)
     return response_log_probs(model, hidden, batch, temperature), router
 
@@ -54,5 +54,5 @@ def response_log_probs(
 
 
 def agreement(batch: TrainBatch | PackedRows, router: RouterOutput) -> Float[Array, "L B T"]:
-    """Returns the share of the batch's K experts that the training router would have chosen."""
+    """Returns the share of each token's K recorded experts that the training router also picks."""
     return overlap(batch.routing.experts, router.live)

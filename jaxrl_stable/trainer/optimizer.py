@@ -1,7 +1,9 @@
 """Training state, optimiser, and an update step that skips non-finite gradients.
 
-The optimiser works in float32 regardless of the storage type of the parameters: an update at a
-learning rate of 1e-6 is smaller than the spacing of bfloat16 and would be lost.
+A gradient of exactly 0 is not skipped by default: see `Optimizer.skip_zero_gradients`.
+
+The optimiser works in float32 regardless of the parameters' storage dtype: an update at a learning
+rate of 1e-6 is smaller than the spacing of bfloat16 values and would be lost.
 """
 
 from __future__ import annotations
@@ -14,23 +16,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model.transformer import Transformer
 from jaxrl_stable.sharding import constrain_state
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Input and output of an update step.
+    """Training state: input and output of an update step.
 
     Attributes:
       model: the policy π_θ.
-      opt_state: moments, shaped and sharded like the parameters.
-      step: number of attempted gradient steps, skipped ones included.
+      opt_state: optimiser moments, shaped and sharded like the parameters.
+      step: number of gradient steps attempted, including skipped ones.
       skipped: number of steps skipped because of a non-finite gradient.
       skipped_in_a_row: length of the current streak of skipped steps.
     """
@@ -42,8 +45,8 @@ class TrainState:
     skipped_in_a_row: Int[Array, ""]
 
 
-def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
-    """Builds the optax chain of a config."""
+def make_schedule(config: Optimizer) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of the update; the first is 1."""
     rate, warmup = config.learning_rate, max(config.warmup_steps, 1)
     schedule = optax.linear_schedule(0.0, rate, warmup)
     if config.decay_steps:
@@ -51,8 +54,14 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
         whole = warmup + config.decay_steps
         share = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, whole, 0.1)
         schedule = lambda count: rate * share(count)  # noqa: E731
+    return schedule
+
+
+def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
+    """Builds the optax chain of a config."""
+    schedule = make_schedule(config)
     # optax counts from 0; the shift by one gives the first update a non-zero rate.
-    return in_float32(
+    optimizer = in_float32(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
             optax.adamw(
@@ -67,6 +76,39 @@ def make_optimizer(config: Optimizer) -> optax.GradientTransformation:
         ),
         config.master_weights,
     )
+    return skip_zero_gradients(optimizer) if config.skip_zero_gradients else optimizer
+
+
+def skip_zero_gradients(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Wraps a transformation so that a gradient of exactly 0 changes neither weights nor state.
+
+    The wrapper adds no state, so checkpoints are compatible with and without it.
+    """
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, new_state = inner.update(gradients, state, params)
+        zero = all_zero(gradients)
+        updates = jax.tree.map(lambda x: jnp.where(zero, 0.0, x).astype(x.dtype), updates)
+        return updates, jax.tree.map(lambda new, old: jnp.where(zero, old, new), new_state, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def all_zero(gradients: optax.Updates) -> Bool[Array, ""]:
+    """Returns True if every entry is 0. (The norm could also be 0 if the squares underflow.)"""
+    return ~jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradients)]).any()
+
+
+def learning_rate(state: TrainState, config: Optimizer) -> Float[Array, ""]:
+    """Returns the learning rate of the last update that was not skipped; 0 before the first."""
+
+    def is_schedule(node: object) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    nodes = filter(is_schedule, jax.tree.leaves(state.opt_state, is_leaf=is_schedule))
+    return make_schedule(config)(next(nodes).count)
 
 
 class Float32State(NamedTuple):
@@ -84,12 +126,13 @@ class Float32State(NamedTuple):
 def in_float32(
     inner: optax.GradientTransformation, master_weights: bool
 ) -> optax.GradientTransformation:
-    """Runs a transformation on float32 weights, for parameters stored in any type.
+    """Runs a transformation on float32 weights, for parameters stored in any dtype.
 
     Args:
       inner: the transformation.
-      master_weights: keep a float32 copy of parameters that are stored in a narrower type. Without
-        it the stored values are treated as exact, and updates below their spacing are lost.
+      master_weights: whether to keep a float32 copy of parameters that are stored in a narrower
+        dtype. Without it, the stored values are taken as exact, and updates smaller than their
+        spacing are lost.
     """
 
     def init(params: optax.Params) -> Float32State:
@@ -120,7 +163,7 @@ def in_float32(
 
 def init_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
-    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers, each donatable
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))  # separate buffers, each donatable
     return TrainState(model, optimizer.init(model), *counters)
 
 
@@ -139,7 +182,7 @@ def from_parts(parts: dict[str, Any]) -> TrainState:
 def apply_gradients(
     state: TrainState, gradients: Transformer, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """Takes one optimiser step; keeps weights and moments if any gradient is not finite.
+    """Takes one optimiser step; leaves weights and moments unchanged if a gradient is non-finite.
 
     Returns:
       The new state, and the global norm of the gradient before clipping.
@@ -167,7 +210,7 @@ def apply_gradients(
 
 
 def _matrices(model: Transformer) -> Transformer:
-    """Returns True for parameters with weight decay: the matrices of products."""
+    """Marks the parameters that get weight decay: matrices, but not vectors."""
 
     def is_matrix(param: nnx.Variable) -> bool:
         return param.get_metadata()["inputs"] is not None

@@ -1,17 +1,17 @@
-"""Segment packing: several short rows of a batch share one row of the model's input.
+"""Segment packing: several short rows of a batch share one row of model input.
 
-Responses of a rollout vary in length, and a padded row costs as much as a full one. A packed row of
+Responses in a rollout vary in length, and a padded row costs as much as a full one. A packed row of
 T columns holds several prompts with their responses, one after another, as segments that do not
-attend to each other. Only the model sees packed rows: its outputs are moved back to the positions
-of their tokens, so losses, corrections and metrics are unaffected.
+attend to each other. Only the model sees packed rows: its outputs are moved back to the tokens'
+original positions, so losses, corrections and metrics are unaffected.
 
-Each device packs its own rows by first fit decreasing (Johnson et al. 1974), so no data moves
-between devices. Shapes are fixed: a batch has as many packed rows as rows, filled from the front,
-and micro-batches that are empty on all devices are skipped. The plan depends only on the lengths,
-so `score` and `update` pack the same rows in the same way.
+Each device packs its own rows with first-fit decreasing (Johnson et al. 1974), so no data moves
+between devices. Shapes are fixed: the packed batch has as many rows as the original one. Rows are
+filled from the front, and micro-batches that are empty on all devices are skipped. The plan depends
+only on the lengths, so `score` and `update` pack the same rows in the same way.
 
     packing/fill            share of the processed columns that hold a token
-    packing/columns_share   processed columns, as a share of the columns of padded rows
+    packing/columns_share   processed columns as a share of the columns without packing
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ from jaxrl_stable.sharding.rows import cut_rows, join_rows
 from jaxrl_stable.trainer.batch import TrainBatch, micro_batches
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Mapping between packed columns and columns of the batch.
+    """Mapping between the slots of the packed rows and the slots of the batch.
 
-    Columns are numbered row by row over the rows of one device; one past the last means "empty".
+    A slot is one entry of `[B, T]`. Slots are numbered row by row within one device. An index equal
+    to the number of slots means "empty".
 
     Attributes:
-      source: column of the batch held by each packed column.
-      target: packed column that holds each column of the batch.
-      used: number of micro-batches, from the first, that hold a token on any device.
+      source: batch slot whose token each packed slot holds.
+      target: packed slot that holds the token of each batch slot.
+      used: number of leading micro-batches that hold a token on any device.
     """
 
     source: Int[Array, "B T"]
@@ -53,15 +55,16 @@ class Packing:
     used: Int[Array, ""]
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """Input of the model for a packed micro-batch; other fields as in `TrainBatch`.
+    """Model input for a packed micro-batch; fields not listed here are as in `TrainBatch`.
 
     Attributes:
-      positions: positions that start from 0 in each segment.
-      segment_ids: ids that are distinct within a row; 0 is padding.
+      positions: position of each token within its segment, from 0.
+      segment_ids: segment of each token, unique within its row; 0 is padding.
     """
 
     tokens: Int[Array, "B T"]
@@ -76,7 +79,7 @@ class PackedRows:
 
     @property
     def prompt_width(self) -> int:
-        """Returns 1: a response may start in any column except the first."""
+        """Always 1, since a response may start in any column except the first."""
         return 1
 
 
@@ -84,21 +87,24 @@ class Micro(NamedTuple):
     """One micro-batch.
 
     Attributes:
-      seen: input of the model.
-      rows: input of the objective. For a packed micro-batch this is the whole batch, in which rows
-        outside the micro-batch have no response tokens; like padding rows, they add nothing.
-      extra: arrays aligned with `rows`.
-      source, target: part of `Packing` for this micro-batch; None if rows are not packed.
+      seen: model input.
+      rows: objective input. For a packed micro-batch this is the whole batch, with the response
+        mask cleared outside the micro-batch. Like padding rows, the other rows then add nothing.
+      cotangents: gradients of the loss with respect to the model outputs, aligned with `rows`; None
+        if the loss is differentiated together with the model.
+      source: this micro-batch's part of `Packing.source`; None if rows are not packed.
+      target: `Packing.target` with slots numbered from the start of this micro-batch, and with
+        tokens outside it marked as empty; None if rows are not packed.
     """
 
     seen: TrainBatch | PackedRows
     rows: TrainBatch
-    extra: Any = None
+    cotangents: Any = None
     source: Int[Array, "b T"] | None = None
     target: Int[Array, "B T"] | None = None
 
     def to_rows(self, outputs: Any) -> Any:
-        """Moves model outputs `[b, T]` to the positions of their tokens in `rows`; 0 elsewhere."""
+        """Moves model outputs `[b, T]` to the slots of their tokens in `rows`; 0 elsewhere."""
         if self.target is None:
             return outputs
         return jax.tree.map(lambda x: _moved(x, self.target, self.source), outputs)
@@ -117,7 +123,7 @@ def plan(real: Bool[Array, "B T"], micro_batch_size: int) -> Packing:
     where = layout(micro_batch_size, real.shape[1], sampling=False)
     if where.columns:
         raise ValueError(
-            "packed rows need all their columns on one device; set MeshShape.context = 1, or "
+            "packed rows need all their columns on one device; set MeshShape.context = 1 or "
             "Reinforcement.packed = False"
         )
     rows_here = micro_batch_size // where.size(where.rows)
@@ -142,7 +148,7 @@ def plan(real: Bool[Array, "B T"], micro_batch_size: int) -> Packing:
 def first_fit_decreasing(
     lengths: Int[Array, "b"], width: int
 ) -> tuple[Int[Array, "b"], Int[Array, "b"]]:
-    """Places each segment, longest first, into the first row with enough room.
+    """Places each segment, longest first, in the first row with enough room.
 
     Args:
       lengths: columns per segment, at most `width`.
@@ -169,25 +175,25 @@ def scan_micro_batches(
     batch: TrainBatch,
     micro_batch_size: int,
     packing: Packing | None = None,
-    extra: Any = None,
+    cotangents: Any = None,
 ) -> tuple[Any, Any]:
     """Runs `jax.lax.scan` over the micro-batches of a batch.
 
     Args:
-      step: maps carry and micro-batch to the new carry and an output.
+      step: maps a carry and a micro-batch to the new carry and an output.
       carry: initial carry.
       batch: rows of the batch.
       micro_batch_size: rows per micro-batch.
-      packing: packing of the rows, or None.
-      extra: additional arrays `[B, T]` for `step`, passed as `Micro.extra`.
+      packing: result of `plan`, or None if rows are not packed.
+      cotangents: arrays `[B, T]` that `step` receives as `Micro.cotangents`, or None.
 
     Returns:
-      The final carry, and the stacked outputs of `step`, 0 for micro-batches that did not run.
+      The final carry, and the stacked outputs of `step`; these are 0 for skipped micro-batches.
     """
     parts = batch.tokens.shape[0] // micro_batch_size
     cut = partial(cut_rows, parts=parts)
     if packing is None:
-        xs = micro_batches(batch, parts), jax.tree.map(cut, extra)
+        xs = micro_batches(batch, parts), jax.tree.map(cut, cotangents)
         return jax.lax.scan(lambda carry, x: step(carry, Micro(x[0], *x)), carry, xs)
 
     def packed(carry: Any, x: tuple[Int[Array, ""], Int[Array, "b T"]]) -> tuple[Any, Any]:
@@ -197,13 +203,13 @@ def scan_micro_batches(
         here = (target >= 0) & (target < columns)
         rows = dataclasses.replace(batch, response_mask=batch.response_mask & here)
         target = jnp.where(here, target, columns)
-        return step(carry, Micro(pack(batch, source), rows, extra, source, target))
+        return step(carry, Micro(pack(batch, source), rows, cotangents, source, target))
 
     return _scan_first(packed, carry, (jnp.arange(parts), cut(packing.source)), packing.used)
 
 
 def pack(batch: TrainBatch, source: Int[Array, "b T"]) -> PackedRows:
-    """Builds the input of the model for packed rows with this `source`."""
+    """Builds the model input for packed rows; `source` is as in `Micro`."""
     real = source < _columns_here(batch.tokens)
     positions = jnp.arange(source.shape[1]) - batch.real.argmax(-1)[:, None]
     return PackedRows(
@@ -218,7 +224,10 @@ def pack(batch: TrainBatch, source: Int[Array, "b T"]) -> PackedRows:
 
 
 def joined(stacked: Array, packing: Packing | None, axis: int = 0) -> Array:
-    """Joins stacked outputs of `scan_micro_batches` to all rows; B is axis number `axis`."""
+    """Joins stacked outputs of `scan_micro_batches` and undoes the packing.
+
+    `axis` is the index of B in the result.
+    """
     x = join_rows(stacked, axis)
     return x if packing is None else _take(x, packing.target, axis)
 
@@ -228,8 +237,8 @@ def _scan_first(
 ) -> tuple[Any, Any]:
     """Like `jax.lax.scan`, but steps from `count` on do nothing and output 0.
 
-    Its length is static, unlike the length of a loop that ends at `count`. Ahead-of-time analysis
-    of a program then has an upper bound.
+    A loop that stops at `count` would have a dynamic number of steps. A scan has a static one, so
+    ahead-of-time analysis of the program gets an upper bound.
     """
 
     def step_or_skip(carry: Any, x: tuple[Int[Array, ""], Any]) -> tuple[Any, Any]:
@@ -246,13 +255,13 @@ def _scan_first(
 
 
 def _columns_here(rows: Array) -> int:
-    """Returns the slots of `[B, T]` on one device, which is also the index meaning "empty"."""
+    """Returns the number of slots of `[B, T]` on one device, which is also the "empty" index."""
     where = layout(*rows.shape, sampling=False)
     return rows.size // where.size(where.rows)
 
 
 def _take(x: Array, index: Int[Array, "b T"], axis: int = 0) -> Array:
-    """Picks columns of `[..., B, T, ...]` on each device; B is axis number `axis`."""
+    """Gathers slots of `[..., B, T, ...]` on each device; `axis` is the index of B."""
     where = layout(*index.shape, sampling=False)
 
     def local(x: Array, index: Int[Array, "b T"]) -> Array:
@@ -269,7 +278,7 @@ def _take(x: Array, index: Int[Array, "b T"], axis: int = 0) -> Array:
 def _moved(
     x: Float[Array, "b T"], there: Int[Array, "B T"], back: Int[Array, "b T"]
 ) -> Float[Array, "B T"]:
-    """Like `_take(x, there)`; no column is picked twice, so its gradient is a `_take` too."""
+    """Like `_take(x, there)`; no slot is taken twice, so its gradient is also a `_take`."""
     return _take(x, there)
 
 

@@ -1,4 +1,8 @@
-"""Score: one no-gradient pass of the training program that fixes π_old for a rollout batch."""
+"""Score: one no-gradient pass of the training program that fixes π_old for a rollout batch.
+
+It also fixes the experts that the updates replay: the sampler's choice (R3) or this pass's own
+choice (R2). `Objective.needs_score` says whether a run needs the pass.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +30,9 @@ class Scored(NamedTuple):
     Attributes:
       logp_old: log π_old of each response token, 0 elsewhere.
       routing: experts to replay in the updates.
-      differing_layers: number of MoE layers whose router would have chosen other experts than the
-        sampler.
-      metrics: mismatch between sampler and trainer.
+      differing_layers: number of MoE layers in which the training router would have chosen other
+        experts than the sampler.
+      metrics: metrics on the mismatch between sampler and trainer.
     """
 
     logp_old: Float[Array, "B T"]
@@ -38,7 +42,7 @@ class Scored(NamedTuple):
 
 
 def with_old_policy(batch: TrainBatch, scored: Scored) -> TrainBatch:
-    """Returns the batch that the updates see: π_old fixed, routing ready to replay."""
+    """Returns the batch for the updates, with log π_old and the routing to replay."""
     return dataclasses.replace(batch, logp_old=scored.logp_old, routing=scored.routing)
 
 
@@ -52,19 +56,19 @@ def score(
     packed: bool = False,
     mini_batches: int = 1,
 ) -> Scored:
-    """Computes log π_old of a whole rollout batch, in micro-batches of the update's shape.
+    """Computes log π_old of a whole rollout batch, in micro-batches shaped as in `update`.
 
-    Under R3 the pass already replays the sampler's experts e^μ. Under R2 it runs on native routing
-    and records the training router's experts e^π_old (https://arxiv.org/abs/2512.01374, §3).
+    Under R3 this pass already replays the sampler's experts e^μ. Under R2 it routes freely and
+    records the training router's experts e^π_old (https://arxiv.org/abs/2512.01374, §3).
 
     Args:
-      model: the training policy, with the weights of the rollout.
+      model: the training policy, with the weights that the rollout used.
       batch: the rollout, with its routing.
       replay: "none", "R2" or "R3".
-      micro_batch_size: rows of one forward pass; must match `update`, to round alike.
+      micro_batch_size: rows per forward pass; must match `update` to get the same rounding.
       temperature: the sampler's temperature.
       packed: whether several responses share one row; see `packing`.
-      mini_batches: number of mini-batches; rows are packed within each, as `update` packs them.
+      mini_batches: number of mini-batches; rows are packed within each, as in `update`.
     """
 
     def one(_: None, micro: Micro) -> tuple[None, tuple]:
@@ -102,5 +106,5 @@ def score(
 
 
 def _predicts(real: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Returns a mask of the real tokens that another real token follows: only these predict one."""
+    """Returns a mask of the real tokens that precede another real token, which they predict."""
     return real & jnp.pad(real[:, 1:], ((0, 0), (0, 1)))

@@ -17,7 +17,7 @@ from jaxrl_stable.trainer.optimizer import TrainState, apply_gradients
 def supervised_update(
     state: TrainState, batch: dict[str, Array], *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step on packed rows: mean negative log-likelihood of the answers' tokens.
+    """Takes one step on the mean negative log-likelihood of the answer tokens in packed rows.
 
         L = − Σ m_t log π_θ(y_t | y_<t) / Σ m_t
 
@@ -27,7 +27,7 @@ def supervised_update(
       optimizer: from `make_optimizer`; static.
 
     Returns:
-      The next state, and metrics of this step.
+      The next state, and this step's metrics.
     """
     mask = batch["loss_mask"]
 

@@ -134,7 +134,7 @@ def test_a_minus_one_stored_in_uint8_is_loud(model, trajectory, advantages, pass
     np.testing.assert_array_equal(rescored(harmless).logp_old, good.logp_old)
     bad = with_experts(trajectory.routing, lambda e: e.__setitem__(np.s_[1, 3, 6], 255))
     assert valid[3, 6]
-    with pytest.raises(ValueError, match="names expert 255; the model has 8"):
+    with pytest.raises(ValueError, match="contains expert 255; the model has 8"):
         validate(bad, 2, 8)
     logp = np.asarray(rescored(bad).logp_old)
     rows = np.isnan(logp).any(-1)

@@ -213,7 +213,7 @@ def test_conversations_in_jsonl(tmp_path, tokenizer):
     assert source[0] == {"prompt": "2+2", "answer": "4", "messages": turns}
     assert source[1] == lines[1]
     with pytest.raises(
-        ValueError, match=r"\[0\]: the prompt is a list of messages; turn on Data.chat"
+        ValueError, match=r"line 1: the prompt is a list of messages; turn on Data.chat"
     ):
         data.check_prompts(source, tokenizer, 99)
 
@@ -259,7 +259,7 @@ def test_all_programs_use_the_same_rendering(saved, tmp_path, monkeypatch):
         model=tiny(vocab_size=512),
         data=settings,
         cold_start=Supervised(steps=1, batch_size=1),
-        reinforcement=Reinforcement(prompts=4, group_size=1, micro_batch_size=1),
+        reinforcement=Reinforcement(prompts=4, group_size=2, micro_batch_size=2),
         evaluation=Evaluation(problems=1, samples=1),
     )
     told = {"enable_thinking": False, "add_generation_prompt": True}

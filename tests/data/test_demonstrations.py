@@ -1,10 +1,12 @@
 import itertools
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 
 from jaxrl_stable import data
+from jaxrl_stable.data import prompts
 
 TEMPLATE = "{prompt}\n"
 
@@ -88,6 +90,56 @@ def test_deterministic_and_seeded(source, tokenizer):
     np.testing.assert_array_equal(first["tokens"], again["tokens"])
     other = next(iterate(source, tokenizer, seed=4))
     assert (first["tokens"] != other["tokens"]).any()
+
+
+@pytest.mark.fast
+def test_all_demonstrations_are_checked_before_a_run(source, tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "CHECKED_TOGETHER", 7)  # several chunks, the last not full
+    check = partial(data.check_demonstrations, source, tokenizer, template=TEMPLATE)
+    texts = [(problem["prompt"] + "\n", problem["answer"]) for problem in source]
+    totals = [2 + sum(len(tokenizer.encode(text)) for text in pair) for pair in texts]  # BOS, EOS
+    longest = max(totals)
+    assert check(longest) == check(999, context=longest) == longest
+    first = f"[{totals.index(longest)}]: the example has {longest} tokens, more than the "
+    end = f"(records affected: {totals.count(longest)} of 60; longest: {longest} tokens)"
+    with pytest.raises(ValueError, match=r"\(Supervised\.length\) or remove") as caught:
+        check(longest - 1)
+    assert f"{first}row length of {longest - 1}; lengthen the rows " in str(caught.value)
+    assert str(caught.value).startswith("ArithmeticSource(") and str(caught.value).endswith(end)
+    with pytest.raises(ValueError, match=r"\(ModelConfig\.max_positions\); remove") as caught:
+        check(999, context=longest - 1)
+    assert f"{first}{longest - 1} positions that the model was" in str(caught.value)
+
+
+@pytest.mark.fast
+def test_faulty_demonstrations_name_the_line(tokenizer, tmp_path):
+    class Stops:
+        """The tokenizer, with the digit 7 as a stop token."""
+
+        def __init__(self):
+            self.eos_ids = (tokenizer.eos_id, *tokenizer.encode("7"))
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+    path = tmp_path / "a.jsonl"
+    lines = [{"prompt": "1", "answer": "2"}, {"prompt": "3", "answer": "47"}]
+    path.write_text("\n" + "\n".join(map(json.dumps, lines)))
+    source = data.JsonlSource(path)
+    assert data.check_demonstrations(source, tokenizer, 99) == 5
+    message = (
+        r"a\.jsonl, line 3: the answer contains the text of a stop .*affected: 1 of 2; longest"
+    )
+    with pytest.raises(ValueError, match=message):
+        data.check_demonstrations(source, Stops(), 99)
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 3: the answer contains the text of a stop"
+    ):
+        next(iterate(source, Stops(), batch_size=2))
+    # A source of another kind may have what a file cannot.
+    cut = [{"prompt": "1", "answer": "2"}, {"prompt": "1", "answer": "\ud83d"}]
+    with pytest.raises(ValueError, match=r"\[1\]: field 'answer' has half of a surrogate pair"):
+        data.check_demonstrations(cut, tokenizer, 99)
 
 
 def test_too_long_examples_are_named(source, tokenizer):

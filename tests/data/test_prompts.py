@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import data
+from jaxrl_stable.data import prompts
 
 
 class Letters:
@@ -111,6 +112,22 @@ def test_each_prompt_once_an_epoch_in_a_new_order(source, tokenizer):
     assert (other["index"] != order[:8]).any()
 
 
+def test_batches_of_one(tokenizer):
+    """grain cannot count an endless data set in batches of one."""
+    source = problems(*map(str, range(5)))
+    options = dict(batch_size=1, width=4, seed=0)
+    iterator = data.prompt_iterator(source, tokenizer, **options)
+    batches = [next(iterator) for _ in range(7)]
+    position, expected = iterator.get_state(), next(iterator)
+    assert sorted(int(batch["index"][0]) for batch in batches[:5]) == list(range(5))
+    for batch in batches:
+        assert batch["tokens"].shape == (1, 4) and batch["index"].shape == (1,)
+        assert batch["problems"] == [source[int(batch["index"][0])]]
+    resumed = data.prompt_iterator(source, tokenizer, **options)
+    resumed.set_state(position)
+    assert next(resumed)["index"] == expected["index"]
+
+
 def test_a_process_reads_the_prompts_it_holds_of_the_same_batches(source, tokenizer):
     held = np.array([0, 1, 1, 0, 0, 0, 0, 1], bool)
     read = []
@@ -164,3 +181,39 @@ def test_faulty_sizes(source, tokenizer):
         iterate([], tokenizer)
     one = [{"prompt": "a", "answer": "b"}]
     np.testing.assert_array_equal(next(iterate(one, tokenizer))["index"], np.zeros(8))
+
+
+@pytest.mark.fast
+def test_all_prompts_are_checked_in_chunks(source, tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "CHECKED_TOGETHER", 7)
+    longest = max(len(data.prompt_ids(problem, tokenizer)) for problem in source)
+    assert data.check_prompts(source, tokenizer, longest) == longest
+    with pytest.raises(ValueError, match=r"\[0\]: .*affected: 60 of 60; longest"):
+        data.check_prompts(source, tokenizer, 1)
+    problems = [source[i] for i in range(20)]
+    problems[9] = {"prompt": "9 \ud83d", "answer": "1"}
+    problems[17] = {"prompt": "9", "answer": "\udc00"}
+    message = r"\]\[9\]: field 'prompt' has half of a surrogate pair, .*affected: 2 of 20"
+    with pytest.raises(ValueError, match=message):
+        data.check_prompts(problems, tokenizer, 99)
+
+
+@pytest.mark.fast
+def test_prompts_in_both_sets_are_counted(source):
+    def asked(*prompts):
+        return [{"prompt": prompt, "answer": str(i)} for i, prompt in enumerate(prompts)]
+
+    heldout = asked("1+1?", "2+2?", "3+3?", "1+1?")
+    line = "{} of {} held-out prompts are in the training set"
+    assert data.overlap(asked("1+1?", "5"), heldout, 4) == line.format(2, 4)
+    assert data.overlap(asked("5", " 3+3? \n"), heldout, 4) == line.format(1, 4)  # white space
+    assert data.overlap(asked("3+3?"), heldout, 2) == ""  # only those that are evaluated
+    assert data.overlap(asked("1+1"), heldout, 4) == ""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "1"}]
+    chat = {
+        "prompt": "1+1?",
+        "answer": "",
+        "messages": [*turns, {"role": "user", "content": "1+1?"}],
+    }
+    assert data.overlap([chat], heldout, 4) == ""  # another conversation
+    assert data.overlap([chat], [chat], 1) == line.format(1, 1)

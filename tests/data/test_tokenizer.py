@@ -19,8 +19,8 @@ def test_sentencepiece_round_trip_and_ids(tmp_path):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.eos_ids == (2,)
     assert tokenizer.vocab_size == 64
-    # Special ids and ids beyond the vocabulary decode to nothing; NumPy integers are accepted.
-    ids = np.array([1, *tokenizer.encode("42"), 2, 0, 64, 1000, -1], np.int32)
+    # Special ids decode to nothing; NumPy integers are accepted.
+    ids = np.array([1, *tokenizer.encode("42"), 2, 0], np.int32)
     assert tokenizer.decode(ids) == "42"
     # One token per digit and per line break, in any position.
     assert len(tokenizer.encode("1742")) == 4
@@ -111,9 +111,42 @@ def test_hf_round_trip_and_usual_names(hf_directory):
         assert tokenizer.vocab_size == len(model["vocab"])
         assert 1 not in tokenizer.encode("Ann")
         assert tokenizer.encode("<|im_end|>") == [3]
-        ids = np.array([1, *tokenizer.encode("Ann"), 2, 3, 0, 5_000])
+        ids = np.array([1, *tokenizer.encode("Ann"), 2, 3, 0])
         assert tokenizer.decode(ids) == "Ann"
         assert tokenizer.decode(ids[:4], special_tokens=True).startswith("<s>")
+
+
+@pytest.mark.fast
+def test_ids_without_a_token_are_visible_and_counted(hf_directory, tmp_path):
+    """A reward must not see a clean answer around them."""
+    content = json.loads((hf_directory / "tokenizer.json").read_text())
+    gap = content["model"]["vocab"].pop("Ġhas", None) or content["model"]["vocab"].pop("17")
+    content["model"]["merges"] = [
+        pair for pair in content["model"]["merges"] if "".join(pair) in content["model"]["vocab"]
+    ]
+    write(hf_directory, "tokenizer.json", content)
+    hf = data.load_tokenizer(hf_directory)
+    assert hf.gaps == {gap}
+    spm = data.train_sentencepiece(TEXTS * 3, tmp_path / "a.model", 64)
+    for tokenizer, extra in ((hf, [gap]), (spm, [])):
+        four, two = tokenizer.encode("4"), tokenizer.encode("2")
+        for unknown in (tokenizer.vocab_size, 10**9, -1, *extra):
+            ids = np.array([unknown, *four, unknown, unknown, *two, tokenizer.eos_id])
+            assert tokenizer.decode(ids) == "\ufffd4\ufffd\ufffd2"
+            expected = ids == unknown
+            np.testing.assert_array_equal(data.unknown_tokens(tokenizer, ids), expected)
+        assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.fast
+def test_texts_are_encoded_together_as_one_by_one(hf_directory, tmp_path):
+    texts = [*TEXTS, "<|im_end|> a <s>", "", *TEXTS]
+    hf = data.load_tokenizer(hf_directory)
+    spm = data.train_sentencepiece(TEXTS * 3, tmp_path / "a.model", 64)
+    for tokenizer in (hf, spm):
+        assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert hf.control_tokens(texts) == [hf.control_token(text) for text in texts]
+    assert hf.control_tokens(texts)[4] == "<|im_end|>"
 
 
 def test_hf_special_tokens_from_the_files_beside_it(hf_directory):

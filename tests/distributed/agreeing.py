@@ -15,6 +15,7 @@ from jaxrl_stable.distributed import watch
 from jaxrl_stable.hf.names import parameters
 from jaxrl_stable.rewards import Verdict
 from jaxrl_stable.routing import Routing
+from jaxrl_stable.run.fingerprint import fingerprint
 from jaxrl_stable.run.judge import STATUSES, judge
 from jaxrl_stable.run.samples import sample_rows
 from jaxrl_stable.run.task import Task
@@ -32,7 +33,7 @@ seen = []
 
 
 class Words:
-    eos_ids, pad_id = (9,), 0
+    vocab_size, eos_id, eos_ids, pad_id = 64, 9, (9,), 0
 
     def decode(self, ids):
         return "".join(f"<{i}>" for i in ids)
@@ -104,8 +105,10 @@ def main():
     # A checkpoint of transformers: every process reads its own slices, and all judge it alike.
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2))
     own = make_mesh(MeshShape(), jax.local_devices()[:1])
-    whole = parameters(hf.load(checkpoint, own))
+    alone = hf.load(checkpoint, own)
+    whole = parameters(alone)
     model = hf.load(checkpoint, mesh)
+    assert fingerprint(model, mesh) == fingerprint(alone, own)
     for path, param in parameters(model).items():
         for shard in param.get_value().addressable_shards:
             wanted = np.asarray(whole[path].get_value())[shard.index]

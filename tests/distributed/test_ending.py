@@ -56,7 +56,7 @@ def test_a_killed_process_is_missed(how):
     status, _, errors = ends(2, how, processes=3)
     assert time.monotonic() - begin < 60
     assert status == 128 + 9
-    why = "process 2 gives no sign of life (killed, out of memory, or its machine is gone)"
+    why = "process 2 has stopped responding (killed, out of memory, or its machine is gone)"
     assert said(errors) == [f"[{i}] error: {why}; {AGAIN}" for i in (0, 1)]
 
 

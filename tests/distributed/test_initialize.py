@@ -72,7 +72,7 @@ def test_who_finds_the_processes(asked, environment, platforms, expected):
 )
 def test_places_that_are_not_whole(asked, change):
     environment = {name: v for name, v in (EXPLICIT | change).items() if v is not None}
-    with pytest.raises(ValueError, match="processes need all of JAX_COORDINATOR_ADDRESS"):
+    with pytest.raises(ValueError, match="set all of JAX_COORDINATOR_ADDRESS"):
         asked(environment)
 
 

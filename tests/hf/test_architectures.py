@@ -136,6 +136,29 @@ def test_yarn_as_deepseek_spells_it(tmp_path):
     assert yarn.softmax_scale == 1
 
 
+@pytest.mark.fast
+def test_context_that_a_model_was_trained_for(tmp_path):
+    def read(name="qwen3.v5", **changes):
+        return edited(tmp_path, name, **changes).max_positions
+
+    assert read(max_position_embeddings=64) == 64
+    assert read(max_position_embeddings=...) == read(max_position_embeddings=None) == 0
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32, rope_theta=1e4)
+    # DeepSeek's files have the stretched context; Qwen's keep the one before.
+    for stated in (128, 40):
+        assert read(max_position_embeddings=stated, rope_scaling=yarn) == 128
+    assert read(max_position_embeddings=256, rope_scaling=yarn) == 256
+    with pytest.raises(ValueError, match=r"max_positions is '64'; it must be a whole number"):
+        read(max_position_embeddings="64")
+    # A user may know better. The context is no part of the model that a checkpoint holds.
+    edited(tmp_path, "qwen3.v5", max_position_embeddings=64)
+    config = hf.read_config(tmp_path, max_positions=4096)
+    assert config.max_positions == 4096
+    assert config.architecture() == hf.read_config(tmp_path).architecture()
+    assert to_json(config)[1]["max_position_embeddings"] == 4096
+    assert "max_position_embeddings" not in to_json(dataclasses.replace(config, max_positions=0))[1]
+
+
 def test_no_config(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"config\.json does not exist; give a Hugging Face"

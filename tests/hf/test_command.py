@@ -56,7 +56,7 @@ def test_upcycle_command(tmp_path, capsys):
     ("arguments", "message"),
     [
         (("inspect", "nowhere"), "nowhere/config.json does not exist"),
-        (("export", "nowhere", "out"), "nowhere/checkpoints holds no checkpoint"),
+        (("export", "nowhere", "out"), "nowhere/checkpoints contains no checkpoint"),
         (("import", "{checkpoint}", "{used}"), "checkpoints exists; give a new working directory"),
     ],
 )

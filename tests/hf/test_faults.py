@@ -1,5 +1,6 @@
 """All faults of a checkpoint are listed in one line, and nothing is returned."""
 
+import dataclasses
 import json
 import re
 
@@ -46,7 +47,27 @@ def refused(directory, *patterns, error=ValueError):
     ],
 )
 def test_tensors_that_do_not_fit(edit, said, tmp_path):
-    refused(raw.changed("qwen3.v5", tmp_path, edit), "does not fit its config.json", said)
+    directory = raw.changed("qwen3.v5", tmp_path, edit)
+    refused(directory, "does not fit its config.json", said)
+    with pytest.raises(ValueError, match=said):
+        hf.check(directory, hf.read_config(directory))
+
+
+def test_the_home_directory_and_buckets(monkeypatch):
+    monkeypatch.setenv("HOME", str(raw.FROZEN))
+    assert hf.read_config("~/qwen3.v5") == hf.read_config(raw.FROZEN / "qwen3.v5")
+    with pytest.raises(ValueError, match=r"read_config\.directory is 'gs://bucket/x', but only"):
+        hf.read_config("gs://bucket/x")
+
+
+def test_a_check_without_values(tmp_path):
+    config = hf.read_config(raw.FROZEN / "qwen3.v5")
+    hf.check(raw.FROZEN / "qwen3.v5", config)
+    other = dataclasses.replace(config, hidden_size=2 * config.hidden_size)
+    with pytest.raises(ValueError, match=r"holds another model: hidden_size is \d+ there and"):
+        hf.check(raw.FROZEN / "qwen3.v5", other)
+    with pytest.raises(FileNotFoundError):
+        hf.check(tmp_path, config)
 
 
 def test_every_fault_is_listed_in_one_line(tmp_path):

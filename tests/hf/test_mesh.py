@@ -14,16 +14,19 @@ from jaxrl_stable import hf
 from jaxrl_stable.configs import MeshShape
 from jaxrl_stable.hf import copying
 from jaxrl_stable.hf.names import parameters
+from jaxrl_stable.run.fingerprint import fingerprint
 from jaxrl_stable.sharding import make_mesh, mesh_axes
 
 one = make_mesh(MeshShape(), jax.devices()[:1])
 copying.CHUNK_BYTES = 200  # several copies for each matrix
 cut = set()
 for directory in map(pathlib.Path, sys.argv[1:]):
-    whole = parameters(hf.load(directory, one))
+    alone = hf.load(directory, one)
+    whole = parameters(alone)
     for sizes in ((1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 1, 2)):
         mesh = make_mesh(MeshShape(*sizes))
         model = hf.load(directory, mesh)
+        assert fingerprint(model, mesh) == fingerprint(alone, one)
         sharded = parameters(model)
         assert sharded.keys() == whole.keys()
         for path, param in sharded.items():

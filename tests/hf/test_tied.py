@@ -47,6 +47,8 @@ def test_a_copy_is_equal_in_the_type_that_is_loaded(tmp_path):
     assert_same(half, ours.load(raw.FROZEN / "qwen3.v5", param_dtype="bfloat16"))
     with pytest.raises(ValueError, match="differs"):
         ours.load(directory)
+    with pytest.raises(ValueError, match="differs"):
+        hf.check(directory, hf.read_config(directory))
 
 
 def test_the_head_alone(tmp_path):

@@ -105,7 +105,7 @@ def test_one_advantage_per_token_passes_where_it_is_documented():
 @pytest.mark.refusal
 @pytest.mark.parametrize("name", PER_RESPONSE)
 def test_one_advantage_per_token_is_refused_elsewhere(name):
-    with pytest.raises(ValueError, match=rf"^{name}.*give one advantage per response, \[B\]$"):
+    with pytest.raises(ValueError, match=rf"^{name}.*pass one advantage per response, \[B\]$"):
         FAMILY[name](*(CORRECT | {"advantages": zeros(B, T)}).values())
 
 
@@ -114,7 +114,7 @@ def test_one_advantage_per_token_is_refused_elsewhere(name):
 def test_the_reduction_refuses(argument, shape):
     loss, mask = zeros(B, T), np.ones(shape, bool)
     for call in (aggregate, jax.jit(aggregate)):
-        with pytest.raises(ValueError, match=r"^aggregate: arrays must have one shape \[B, T\]"):
+        with pytest.raises(ValueError, match=r"^aggregate: arrays must all have shape \[B, T\]"):
             call(loss, mask)
 
 
@@ -144,5 +144,5 @@ def test_advantages_refuse(name, shape, argument):
     arrays = {key: zeros(B, dtype=kind) for key, kind in kinds.items()}
     ESTIMATORS[name](**arrays)
     arrays[argument] = zeros(*shape, dtype=kinds[argument])
-    with pytest.raises(ValueError, match=rf"^{name}: arrays must have one shape \[B\] but are"):
+    with pytest.raises(ValueError, match=rf"^{name}: arrays must all have shape \[B\] but are"):
         ESTIMATORS[name](**arrays)

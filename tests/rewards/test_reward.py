@@ -63,7 +63,7 @@ def test_check_references(tmp_path):
     check_references(data.ArithmeticSource(100, steps=3), "numeric")
     with pytest.raises(ValueError, match="cannot read the reference answer '#### two'") as caught:
         check_references(source, "numeric")
-    assert str(caught.value).startswith(f"{source!r}[1]: reward 'numeric' ")
+    assert str(caught.value).startswith(f"{path}, line 2: reward 'numeric' ")
     assert "records affected: 2 of 4" in str(caught.value)
     assert "choose the reward 'math' if it is not a plain number" in str(caught.value)
     with pytest.raises(ValueError, match=r"\[1\]: reward 'numeric' .*'x\^2\+1'; .* 1 of 3"):

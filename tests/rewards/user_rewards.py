@@ -94,6 +94,11 @@ def reads_tests_of_other_name(problem, response):
     return float(response == problem["unit_tests"])
 
 
+def passes_the_tests(problem, response):
+    """Reads columns of the data set."""
+    return float(problem["level"] * sum(test in response for test in problem["tests"]))
+
+
 def indexes_the_response(problem, response):
     return float(response[0] == problem["answer"][0])
 

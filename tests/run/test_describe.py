@@ -41,6 +41,22 @@ def test_a_dry_run_says_what_is_minimised():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
+    ("bindings", "expected"),
+    [
+        ([], "random weights (seed 0), then 8 supervised steps"),
+        (["init_from='a/b'"], "a/b, then 8 supervised steps"),
+        (["init_from='a/b'", "cold_start=None"], "a/b"),
+        (["cold_start=None", "seed=3"], "random weights (seed 3)"),
+    ],
+)
+def test_a_dry_run_says_what_a_run_starts_from(bindings, expected):
+    experiment = load_experiment([TINY], [f"configs.Experiment.{line}" for line in bindings])
+    (line,) = [line for line in describe(experiment).splitlines() if line.startswith("starts from")]
+    assert line.removeprefix("starts from").strip() == expected
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
     ("format", "expected"),
     [
         ("int8", "sampler int8, "),

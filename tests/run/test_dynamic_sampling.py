@@ -6,7 +6,7 @@ import pytest
 
 from jaxrl_stable.routing import Routing
 from jaxrl_stable.run.dynamic_sampling import Round, collect
-from jaxrl_stable.run.judge import STATUSES, Judged, informative
+from jaxrl_stable.run.judge import STATUSES, Judged, scores_differ
 from jaxrl_stable.trajectory import Trajectory, fill_rows
 
 G, T, L, K = 2, 5, 3, 2
@@ -33,6 +33,7 @@ def make_round(number, scores, valid=None):
         np.where(valid, STATUSES.index("ok"), STATUSES.index("timeout")),
         ids,
         ids % 2 == 0,
+        ids,
     )
     return Round(ids, trajectory, judged)
 
@@ -44,7 +45,10 @@ def run(rounds, max_rounds=9):
         drawn.append(number)
         return rounds[number]
 
-    batch, verdicts = collect(draw, jax.jit(fill_rows), G, max_rounds)
+    def informative(judged):
+        return scores_differ(judged, G) & judged.finished.reshape(-1, G).any(-1)
+
+    batch, verdicts = collect(draw, jax.jit(fill_rows), informative, G, max_rounds)
     assert drawn == list(range(len(verdicts)))
     return batch, len(verdicts)
 
@@ -61,6 +65,7 @@ def test_rows_of_a_later_round_move_together():
     rows = [0, 1, 106, 107, 200, 201, 6, 7]
     assert batch.index.tolist() == rows
     np.testing.assert_array_equal(batch.judged.lengths, rows)
+    np.testing.assert_array_equal(batch.judged.unknown, rows)
     np.testing.assert_array_equal(batch.judged.rewards, [1, 0, 1, 0, 1, 0, 0, 1])
     trajectory = batch.trajectory
     np.testing.assert_array_equal(np.asarray(trajectory.tokens)[:, 0], rows)
@@ -87,8 +92,17 @@ def test_it_gives_up_and_keeps_what_it_has():
 
 
 @pytest.mark.fast
-def test_missing_rewards_do_not_make_a_group_informative():
+def test_the_run_decides_what_is_informative():
+    """Scores that differ are not enough: here a group needs a finished response as well."""
+    cut = make_round(0, [1, 0, 1, 0])
+    cut = cut._replace(judged=cut.judged._replace(finished=np.array([False, False, True, True])))
+    batch, drawn = run([cut, make_round(1, [1, 1, 0, 1])])
+    assert drawn == 2 and batch.index.tolist() == [102, 103, 2, 3]
+
+
+@pytest.mark.fast
+def test_missing_rewards_make_no_difference_of_scores():
     judged = make_round(0, [1, 0, 1, 0], [True, False, True, True]).judged
-    assert informative(judged, G).tolist() == [False, True]
+    assert scores_differ(judged, G).tolist() == [False, True]
     none = judged._replace(status=np.full(4, STATUSES.index("error")))
-    assert not informative(none, G).any()
+    assert not scores_differ(none, G).any()

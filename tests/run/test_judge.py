@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from jaxrl_stable import advantages as estimators
 from jaxrl_stable import configs
 from jaxrl_stable.rewards import Reward, Verdict
 from jaxrl_stable.run.evaluation import Result, make_sampler
@@ -55,6 +56,26 @@ def test_responses_are_decoded_without_prompt_stop_token_and_padding(trajectory)
         assert judged.lengths[i] == length
     assert len(seen) == len(judged.rewards) == rows
     np.testing.assert_array_equal(judged.finished, trajectory.finished[:rows])
+    assert not judged.unknown.any()
+
+
+@pytest.mark.fast
+def test_ids_that_the_tokenizer_does_not_have_are_counted(trajectory):
+    """Only those that were sampled count, not those in prompts."""
+
+    class Fewer(Words):
+        vocab_size, gaps = 30, {7}
+
+    unknown = [7, 30, 31]
+    reward = Reward("test", lambda problems, responses: [Verdict(1.0, "ok")] * len(responses))
+    judged = judge(Task([], [], Fewer(), reward), [{}] * 8, trajectory)
+    tokens, mask = (np.asarray(x)[:8] for x in (trajectory.tokens, trajectory.response_mask))
+    expected = (np.isin(tokens, unknown) & mask).sum(-1)
+    assert expected.sum() and (np.isin(tokens, unknown) & ~mask).any()
+    np.testing.assert_array_equal(judged.unknown, expected)
+    metrics = reward_metrics(judged, group_size=2)
+    assert metrics["response/unknown_share"] == pytest.approx(expected.sum() / mask.sum())
+    assert reward_metrics(judged._replace(unknown=None), 2)["response/unknown_share"] == 0
 
 
 @pytest.mark.fast
@@ -66,8 +87,9 @@ def test_special_tokens_are_shown_to_the_reward_only_if_asked_for(trajectory):
             asked.append(special_tokens)
             return super().decode(ids)
 
+    unused = Reward("test", lambda problems, responses: [])
     for shown in (False, True):
-        task = Task([], [], Special(), None, special_tokens=shown)
+        task = Task([], [], Special(), unused, special_tokens=shown)
         task.decode(trajectory.tokens[:1], trajectory.response_mask[:1])
     assert asked == [False, True]
 
@@ -169,19 +191,101 @@ def test_overlong_responses_are_punished_or_filtered():
     judged = judged_of([1, 0, 1, 1], ["ok"] * 4)._replace(lengths=np.array([4, 6, 7, 8]))
     make = partial(configs.Reinforcement, prompts=2, group_size=2, max_tokens=8, micro_batch_size=1)
     objective = configs.Objective(mini_batches=1)
-    kept, rewards, groups, valid, lengths = advantage_inputs(make(objective=objective), judged)
-    np.testing.assert_array_equal(rewards, judged.rewards)
+    found = advantage_inputs(make(objective=objective), judged)
+    kept, scores, penalty, groups, valid, lengths = found
+    np.testing.assert_array_equal(scores, judged.rewards)
+    assert not penalty.any()
     assert kept.all() and groups.tolist() == [0, 0, 1, 1]
     assert valid.all() and lengths is judged.lengths
     rl = make(objective=objective, overlong_buffer=0.5, overlong_filter=True)
-    kept, rewards, *_ = advantage_inputs(rl, judged)
-    np.testing.assert_allclose(rewards, [1, -0.5, 0.25, 0])
+    kept, scores, penalty, *_ = advantage_inputs(rl, judged)
+    np.testing.assert_array_equal(scores, judged.rewards)
+    np.testing.assert_allclose(scores + penalty, [1, -0.5, 0.25, 0])
     assert kept.tolist() == [True, True, True, False]
     advantages = make_programs(rl, Sampling(rl.max_tokens)).advantages
     got = advantages(*advantage_inputs(rl, judged))
     np.testing.assert_allclose(got, [0.75, -0.75, 0.125, 0], atol=1e-6)
     with pytest.raises(ValueError, match="overlong_buffer is 2; it is a share of max_tokens"):
         make(objective=objective, overlong_buffer=2)
+
+
+def informative_groups(judged, finished=None, **settings):
+    """Which groups of a run with these settings are informative; pairs unless `group_size` says."""
+    objective = configs.Objective(
+        mini_batches=1, advantages=settings.pop("advantages", estimators.centered)
+    )
+    size = settings.pop("group_size", 2)
+    rl = configs.Reinforcement(
+        prompts=len(judged.rewards) // size,
+        group_size=size,
+        max_tokens=8,
+        micro_batch_size=1,
+        objective=objective,
+        **settings,
+    )
+    if finished is not None:
+        judged = judged._replace(finished=np.array(finished))
+    marked = make_programs(rl, Sampling(rl.max_tokens)).informative(*advantage_inputs(rl, judged))
+    return np.asarray(marked).tolist()
+
+
+@pytest.mark.fast
+def test_groups_whose_responses_are_all_cut_teach_nothing():
+    """With the overlong filter; a group in which only the average response is left neither."""
+    judged = judged_of([1, 0, 1, 0, 1, 1], ["ok"] * 6)
+    finished = [False, False, True, False, True, True]
+    assert informative_groups(judged, finished) == [True, True, False]
+    assert informative_groups(judged, finished, overlong_filter=True) == [False, True, False]
+    judged = judged_of([1, 0.5, 0], ["ok"] * 3)
+    finished = [False, True, False]
+    three = dict(overlong_filter=True, group_size=3)
+    assert informative_groups(judged, finished, **three) == [False]
+    leave_one_out = partial(estimators.leave_one_out, standardize=True)
+    assert informative_groups(judged, [True] * 3, advantages=leave_one_out, **three) == [True]
+
+
+@pytest.mark.fast
+def test_missing_rewards_and_length_penalties_teach_nothing():
+    judged = judged_of([1, 0, 1, 0], ["ok", "timeout", "ok", "ok"])
+    assert informative_groups(judged) == [False, True]
+    assert informative_groups(judged_of([1, 0], ["error", "error"])) == [False]
+    judged = judged_of([0] * 4, ["ok"] * 4)._replace(lengths=np.array([4, 8, 4, 8]))
+    for advantages in (estimators.centered, estimators.gpg):
+        settings = dict(overlong_buffer=0.5, advantages=advantages)
+        assert informative_groups(judged, **settings) == [False, False]
+        right = judged._replace(rewards=np.array([0, 0, 0, 1], np.float32))  # equal when punished
+        assert informative_groups(right, **settings) == [False, True]
+
+
+@pytest.mark.fast
+def test_equal_scores_are_informative_only_if_the_batch_is_the_baseline():
+    """Whitening by tokens gives a group of equal scores an advantage that teaches nothing."""
+    judged = judged_of([1, 1, 1, 0], ["ok"] * 4)
+    whitened = estimators.reinforce_plus_plus
+    grouped = np.asarray(whitened(judged.rewards, np.array([0, 0, 1, 1]), None, judged.lengths))
+    assert grouped[:2].all()
+    assert informative_groups(judged, advantages=whitened) == [False, True]
+    whole = dict(advantages=partial(whitened, baseline=False))
+    assert informative_groups(judged, **whole) == [True, True]
+    assert informative_groups(judged, group_size=1, **whole) == [True] * 4
+    equal = judged._replace(rewards=np.full(4, 0.1, np.float32))
+    assert informative_groups(equal, group_size=1, **whole) == [False] * 4
+
+
+@pytest.mark.fast
+def test_a_penalty_is_taken_as_the_estimator_says():
+    """gpg counts the one right answer, not the punished wrong ones: a factor of 4."""
+    judged = judged_of([1, 0, 0, 0], ["ok"] * 4)._replace(lengths=np.array([4, 8, 4, 6]))
+    rl = configs.Reinforcement(
+        prompts=2,
+        group_size=2,
+        max_tokens=8,
+        micro_batch_size=1,
+        overlong_buffer=0.5,
+        objective=configs.Objective(mini_batches=1, advantages=estimators.gpg),
+    )
+    got = make_programs(rl, Sampling(8)).advantages(*advantage_inputs(rl, judged))
+    np.testing.assert_allclose(got, [4, -4, 1, -1], rtol=1e-6)
 
 
 @pytest.mark.fast

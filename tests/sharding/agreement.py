@@ -25,7 +25,7 @@ from jaxrl_stable.trainer.update import update
 
 ROW_COUNT, PROMPT, LENGTH = 32, 6, 6
 WIDTH = PROMPT + LENGTH
-OPTIMIZER = make_optimizer(configs.Optimizer(learning_rate=1e-2))
+OPTIMIZER = make_optimizer(configs.Optimizer(learning_rate=1e-2, skip_zero_gradients=True))
 
 
 def results(

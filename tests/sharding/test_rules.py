@@ -70,7 +70,7 @@ def test_mesh_must_fit_the_devices():
 
 def test_only_data_crosses_slices():
     devices = [SimpleNamespace(slice_index=i // 2) for i in range(4)]
-    with pytest.raises(ValueError, match=r"has 2 slices; only data crosses .* multiple of 2"):
+    with pytest.raises(ValueError, match=r"spans 2 slices; only data may cross .* multiple of 2"):
         make_mesh(MeshShape(data=1, fsdp=4), devices)
 
 

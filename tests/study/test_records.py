@@ -26,3 +26,20 @@ def test_a_study_of_an_older_version_with_latent_attention_goes_on(study, tmp_pa
             dataclasses.replace(study, model=dataclasses.replace(study.model, latent=other)),
             tmp_path,
         )
+
+
+@pytest.mark.fast
+def test_a_study_from_before_a_field_existed_goes_on_with_its_default(study, tmp_path):
+    """Also in the optimizers inside; another value of the new field is another study."""
+    identify(study, tmp_path)
+    path, field = tmp_path / "study.json", ", skip_zero_gradients=False"
+    new = path.read_text()
+    assert new.count(field) == 1 + len(study.cold_starts)
+    path.write_text(new.replace(field, ""))
+    identify(study, tmp_path)
+    assert path.read_text() == new
+    path.write_text(new.replace(field, ""))
+    for changed in (dict(skip_zero_gradients=True), dict(b1=0.8)):
+        optimizer = dataclasses.replace(study.optimizer, **changed)
+        with pytest.raises(ValueError, match=r"another Study\.optimizer"):
+            identify(dataclasses.replace(study, optimizer=optimizer), tmp_path)

@@ -6,12 +6,14 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from jaxrl_stable import gin_files
+from jaxrl_stable.advantages import gpg, with_conditions
 from jaxrl_stable.array_tasks import ChainSum
 from jaxrl_stable.files import read_jsonl
 from jaxrl_stable.study import __main__ as study_program
@@ -220,6 +222,11 @@ def test_evidence(small, finished):
         (dict(grids=()), "at least one entry"),
         (dict(show=("N=3",)), "Study.show names 'N=3'"),
         (dict(cold_starts=(ColdStart(task=ChainSum()),)), "ColdStart.task: its ids mean"),
+        (dict(group_size=1), "Study.group_size is 1, but centered compares"),
+        (
+            dict(grids=(Grid(advantages=(with_conditions(lowest=0.5)(partial(gpg)),)),)),
+            "Grid.advantages: gpg needs rewards of at least 0.5, but array tasks give 0 to 1",
+        ),
     ],
 )
 def test_errors(study, change, message):

@@ -112,7 +112,7 @@ def test_a_step_is_that_of_the_training_program(study, starts):
     lengths = trajectory.response_mask.sum(-1)
     everyone = jnp.ones(16, bool)
     advantages = programs.advantages(
-        everyone, rewards, jnp.repeat(jnp.arange(4), 4), everyone, lengths
+        everyone, rewards, jnp.zeros(16), jnp.repeat(jnp.arange(4), 4), everyone, lengths
     )
     batch = make_batch(trajectory, advantages)
     batch = with_old_policy(batch, programs.score(model, batch))

@@ -8,7 +8,13 @@ import pytest
 
 from jaxrl_stable.configs import Optimizer
 from jaxrl_stable.model import init_model
-from jaxrl_stable.trainer.optimizer import apply_gradients, init_state, make_optimizer
+from jaxrl_stable.trainer.optimizer import (
+    all_zero,
+    apply_gradients,
+    init_state,
+    learning_rate,
+    make_optimizer,
+)
 
 
 @cache
@@ -30,6 +36,24 @@ def step(model, gradients, config, steps=1):
 @pytest.fixture(scope="module")
 def ones(model):
     return jax.tree.map(jnp.ones_like, model)
+
+
+@pytest.mark.fast
+def test_the_rate_that_is_reported_is_the_rate_that_moved_the_weights(model, ones):
+    """Warm-up over 2 updates, cosine over 2; a skipped update does not advance the schedule."""
+    config = Optimizer(learning_rate=0.1, warmup_steps=2, decay_steps=2, clip_norm=1e9)
+    optimizer, apply = made(config)
+    state, rates, moves = init_state(model, optimizer), [], []
+    assert learning_rate(state, config) == 0
+    bad = jax.tree.map(lambda g: g * jnp.nan, ones)
+    for gradients in (ones, bad, ones, ones, ones):
+        before = np.asarray(state.model.norm.weight[...])[0]
+        state, _ = apply(state, gradients)
+        rates.append(float(learning_rate(state, config)))
+        moves.append(before - np.asarray(state.model.norm.weight[...])[0])
+    half = 0.1 * (0.1 + 0.9 * 0.5)  # half of the cosine from 1 to 0.1
+    np.testing.assert_allclose(rates, [0.05, 0.05, 0.1, half, 0.01], rtol=1e-5)
+    np.testing.assert_allclose(moves, [0.05, 0.0, 0.1, half, 0.01], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.fast
@@ -128,3 +152,53 @@ def test_first_moment_can_be_bfloat16(model, ones):
     moments = state.opt_state.inner[1][0]
     assert {leaf.dtype for leaf in jax.tree.leaves(moments.mu)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(moments.nu)} == {jnp.dtype("float32")}
+
+
+def after_a_signal(model, ones, config):
+    """The state after one step with a gradient, and after another one whose gradient is 0."""
+    state, _ = step(model, ones, config)
+    silent, norm = made(config)[1](state, jax.tree.map(jnp.zeros_like, ones))
+    assert norm == 0
+    return state, silent
+
+
+def test_a_gradient_of_zero_leaves_momentum_at_work_by_default(model, ones):
+    """With b1 = 0.9 the first step without a signal is most of the last one with a signal."""
+    state, silent = after_a_signal(model, ones, Optimizer(learning_rate=1e-3, clip_norm=1e9))
+    moved = state.model.norm.weight[...] - silent.model.norm.weight[...]
+    # m̂/√v̂ = (b1 (1 − b1) / (1 − b1²)) / √(b2 (1 − b2) / (1 − b2²)), in steps of the rate.
+    expected = (0.9 * 0.1 / 0.19) / (0.95 * 0.05 / (1 - 0.95**2)) ** 0.5
+    np.testing.assert_allclose(moved / 1e-3, expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+def test_a_gradient_of_zero_can_be_skipped(config, param_dtype):
+    """Weights, master weights, moments and the schedule stay; weight decay rests too."""
+    model = init_model(dataclasses.replace(config, param_dtype=param_dtype), 0)
+    ones = jax.tree.map(lambda w: jnp.ones(w.shape, jnp.float32), model)
+    settings = dict(learning_rate=1e-3, warmup_steps=4, weight_decay=0.1)
+    state, silent = after_a_signal(model, ones, Optimizer(skip_zero_gradients=True, **settings))
+    before, after = (jax.tree.leaves((s.model, s.opt_state)) for s in (state, silent))
+    for a, b in zip(before, after, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert (int(silent.step), int(silent.skipped), int(silent.skipped_in_a_row)) == (2, 0, 0)
+    usual, moved = after_a_signal(model, ones, Optimizer(**settings))
+    assert jax.tree.structure(usual) == jax.tree.structure(state)  # checkpoints fit both
+    for a, b in zip(jax.tree.leaves(usual), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # the same step otherwise
+    assert (moved.model.embedding[...] != usual.model.embedding[...]).any()
+
+
+def test_a_tiny_gradient_and_one_that_is_not_finite_are_not_zero(model):
+    """The squares of 1e-30 are 0 in float32, and so is their norm, but Adam takes a full step."""
+    config = Optimizer(learning_rate=1e-3, eps=1e-38, clip_norm=1e9, skip_zero_gradients=True)
+    tiny = jax.tree.map(lambda w: jnp.full(w.shape, 1e-18, w.dtype), model)
+    assert not all_zero(jax.tree.map(lambda g: g * 1e-8, tiny))
+    assert not all_zero({"a": jnp.zeros(2), "b": jnp.array([0.0, jnp.nan])})
+    assert all_zero({"a": jnp.zeros(2), "b": -jnp.zeros(1)})
+    state, _ = step(model, tiny, config)
+    assert (state.model.norm.weight[...] < model.norm.weight[...]).all()
+    nan = jax.tree.map(lambda w: jnp.full(w.shape, jnp.nan, w.dtype), model)
+    state, _ = step(model, nan, config)
+    assert int(state.skipped) == 1

@@ -49,6 +49,7 @@ def stepped(perturbed, batch, passes):
     values = finalize(metrics)
     assert values["clip/high_share"] + values["clip/low_share"] > 0
     assert values["staleness/abs_token_mean"] > 0.01
+    assert values["gradient/zero_share"] == 0
     return state, metrics
 
 
@@ -258,7 +259,8 @@ def test_on_policy_gradient_is_reinforce(model, trajectory, advantages, passes):
 def test_zero_advantages_change_nothing(model, batch, passes):
     silent = dataclasses.replace(batch, advantages=jnp.zeros_like(batch.advantages))
     state, metrics = passes.step(passes.init(model), silent)
-    assert finalize(metrics)["gradient/norm"] == 0
+    values = finalize(metrics)
+    assert values["gradient/norm"] == 0 and values["gradient/zero_share"] == 1
     for before, after in zip(jax.tree.leaves(model), weights_of(state), strict=True):
         np.testing.assert_array_equal(before, after)
 
