@@ -16,11 +16,14 @@ from jaxrl_stable.rewards.literal import (
     Form,
     differs,
     equal_numbers,
+    equal_texts,
+    is_approximation,
     is_marked,
     reference_form,
     response_form,
     running_latex,
     sides,
+    without_approximation,
 )
 from jaxrl_stable.rewards.verdict import Verdict
 
@@ -58,7 +61,13 @@ def latex_reward(problem: Mapping[str, Any], response: str) -> Verdict:
     if answer.literal == reference.literal or equal_numbers(reference, answer):
         return Verdict(1.0, "ok")
     if reference.is_text or answer.is_text:
-        return Verdict(float(answer.literal.casefold() == reference.literal.casefold()), "ok")
+        return Verdict(float(equal_texts(reference, answer)), "ok")
+    if not is_approximation(reference):
+        answer = without_approximation(answer)
+        if answer is None:
+            return Verdict(0.0, "invalid")
+        if equal_numbers(reference, answer):
+            return Verdict(1.0, "ok")
     if reference.value is not None and answer.value is not None:
         return Verdict(0.0, "ok")
     if differs(reference, answer):

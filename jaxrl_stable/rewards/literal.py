@@ -34,6 +34,7 @@ _BASE = re.compile(r"[0-9]\}?\s*_")
 _TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}(?::[0-9]{2})?(?:[ap]m)?")
 # Two numbers with a space only: no expression, but math-verify multiplies or drops one.
 _TWO_NUMBERS = re.compile(r"(?<![0-9])[0-9.]*[0-9]\s+[0-9]")
+_SCRIPT = re.compile(r"(?<=[A-Za-z])_(?:\{[^{}]*\}|[0-9A-Za-z])")  # the base of a logarithm
 _COMMAND_ARGUMENTS = re.compile(r"\\[A-Za-z]+\s*[0-9]\s*[0-9]?")
 _REPEATING = re.compile(r"(-?)([0-9]*)\.([0-9]{0,9})\\overline\{?([0-9]{1,9})\}?")
 _RELATION = re.compile(r"[<>≤≥≠∈]|\\(?:leq?|geq?|neq?|in|lt|gt|equiv|cup|to)(?![A-Za-z])|[,;]")
@@ -152,13 +153,14 @@ def _segment(match: re.Match[str]) -> Answer:
 
 
 def equal_numbers(first: Form, second: Form) -> bool:
-    """Returns whether two numbers are equal, to six decimals if one is a decimal fraction.
+    """Returns whether two numbers are equal, to six decimals if one is a decimal and none whole.
 
     A percent sign may be a unit or a hundredth: 50% equals 50 and 1/2.
     """
     if first.value is None or second.value is None:
         return False
     decimal = "." in first.text or "." in second.text
+    decimal = decimal and first.value.denominator > 1 and second.value.denominator > 1
     return any(
         a == b
         or (decimal and round(a, 6) == round(b, 6) and abs(a - b) <= max(abs(a), abs(b)) / 100_000)
@@ -171,11 +173,42 @@ def _readings(form: Form) -> list[Fraction]:
     return [form.value, form.value / 100] if "%" in form.text else [form.value]
 
 
+def equal_texts(first: Form, second: Form) -> bool:
+    """Returns whether two texts have the same words, and lists the same items in their order."""
+    return _items(first) == _items(second)
+
+
+def _items(form: Form) -> list[str]:
+    return re.split(r"\s*(?:[,;&]|\band\b)+\s*", form.literal.casefold())
+
+
+def is_approximation(form: Form) -> bool:
+    r"""Returns whether a form has two sides of `\approx`."""
+    return bool(_APPROXIMATION.search(form.text)) and form.value is None
+
+
+def without_approximation(answer: Form) -> Form | None:
+    r"""Returns what is in front of the sign in `\frac{9}{7} \approx 1.29`, else the answer.
+
+    Returns:
+      None if a number behind the sign is not close to it, or is not a number.
+    """
+    exact, *others = _APPROXIMATION.split(answer.text)
+    if not others or not exact.strip():
+        return answer
+    exact, rounded = _form(exact), _form(others[0])
+    if len(others) > 1 or exact is None or rounded is None or rounded.value is None:
+        return None
+    if exact.value is not None and abs(exact.value - rounded.value) > abs(exact.value) / 100:
+        return None
+    return exact
+
+
 def differs(reference: Form, answer: Form) -> bool:
     """Returns whether two answers differ in what a parser drops: words, bases, relations."""
     if _BASE.search(reference.literal) or _BASE.search(answer.literal):
         return True
-    if bool(_APPROXIMATION.search(reference.text)) != bool(_APPROXIMATION.search(answer.text)):
+    if is_approximation(reference) != is_approximation(answer):
         return True
     if set(_DROPPED.findall(answer.text)) - set(_DROPPED.findall(reference.text)):
         return True
@@ -201,7 +234,8 @@ def refused(text: str) -> bool:
     """Returns whether a text is no answer: empty, too long, unbalanced, or two numbers in a row."""
     if not text.strip(" .,;:$") or len(text) > MAX_ANSWER or not _balanced(text):
         return True
-    return _TWO_NUMBERS.search(_COMMAND_ARGUMENTS.sub(" ", _SPACE.sub(" ", text))) is not None
+    bare = _COMMAND_ARGUMENTS.sub(" ", _SCRIPT.sub(" ", _SPACE.sub(" ", text)))
+    return _TWO_NUMBERS.search(bare) is not None
 
 
 def _form(text: str) -> Form | None:
@@ -255,6 +289,7 @@ def _is_text(text: str, literal: str) -> bool:
 
 def _changing_words(text: str) -> set[str]:
     text = re.sub(r"\\[A-Za-z]+", " ", _TEXT.sub(r" \1 ", text))
+    text = re.sub(r"\b(?:times|pairs?|couples?|radians?)[\s.]*$", "", text)  # what is counted
     found = re.findall(r"[A-Za-zÀ-ÿ]{2,}(?:'t)?", text)
     return {word.lower() for word in found if words.changes_value(word)}
 

@@ -97,6 +97,7 @@ def test_numbers_and_words_need_no_parser():
     assert not any(map(needs_parsing, simple))
     assert all(map(needs_parsing, ("x+1", "(1,2)", r"\sqrt{2}", "", r"\frac{1}{2", "A")))
     assert boxed_reference("work\n#### x + 1") == r"\boxed{x + 1}"
+    assert boxed_reference("$x=1$ and $y=2$") == r"\boxed{$x=1$ and $y=2$}"
     assert boxed_reference("$x=1$ then, as we saw, $y=2$") == ""
 
 

@@ -116,6 +116,22 @@ SCORES = [
     (r"2x+\frac{1}{2}", r"\boxed{2x+0.5}", 1),
     (r"e^{-\frac12}", r"\boxed{\frac{1}{\sqrt{e}}}", 1),
     (r"\frac{9}{7}\approx 1.29", r"\boxed{\frac{9}{7}\approx 1.29}", 1),
+    (r"\frac{9}{7}\approx 1.29", r"\boxed{\frac{9}{7}}", 0),
+    (r"\frac{9}{7}", r"\boxed{\frac{9}{7}\approx 1.29}", 1),
+    (r"\frac{9}{7}", r"\boxed{\frac{9}{7}\approx 1.39}", 0),
+    (r"\frac{9}{7}", r"\boxed{\frac{9}{8}\approx 1.29}", 0),
+    (r"72\pi", r"\boxed{72\pi \approx 226.19}", 1),
+    (r"72\pi", r"\boxed{72 \approx 72\pi}", 0),
+    ("72", r"\boxed{\approx 72}", 1),
+    ("5", r"\boxed{5.0000001}", 0),
+    (r"\log_2 8", r"\boxed{3}", 1),
+    (r"\log_{2} 8", r"\boxed{4}", 0),
+    (r"\text{Alice, Bob}", r"\boxed{\text{Alice and Bob}}", 1),
+    (r"\text{Alice, Bob}", r"\boxed{\text{Alice}}", 0),
+    (r"3\text{ times}", r"\boxed{3}", 1),
+    ("3", r"\boxed{3\text{ times}}", 1),
+    ("3", r"\boxed{3\text{ times ten}}", 0),
+    (r"1\text{ million}", r"\boxed{1}", 0),
 ]
 
 # Each reference with a part of it that must score 0.
