@@ -79,8 +79,8 @@ _LEAD_IN = re.compile(
     r"(?P<words>(?:[A-Za-z][A-Za-z']*[,\s]+){0,12})"
     r"(?P<last>answer|result|solution|is|are|was|were|be|equals|equal\s+to|about|approximately"
     r"|approx\.?|roughly|around|exactly|only|just|total\s+of|get|gives?|have|has)"
-    r"(?:\s+(?:about|approximately|roughly|around|exactly|only|just|equal\s+to))?\s*[:=≈]?[\s*_$]+"
-    r"|(?P<colon>(?:[A-Za-z][A-Za-z']*\s+){0,6}[A-Za-z]+)\s*[:=][\s*_$]*|[=≈:][\s*_$]*"
+    r"(?:\s+(?:about|approximately|roughly|around|exactly|only|just|equal\s+to))?[*_]*\s*[:=≈]?[\s*_$]+"
+    r"|(?P<colon>(?:[A-Za-z][A-Za-z']*\s+){0,6}[A-Za-z]+)[*_]*\s*[:=][\s*_$]*|[=≈:][\s*_$]*"
 )
 
 _LETTERS = frozenset("bcdefghijklmnopqrstuvwxyzBCDEFGHJKLMNOPQRSTUVWXYZ")
@@ -95,11 +95,11 @@ _STYLE = re.compile(
     r"\\(?:displaystyle|textstyle|bf|rm|it|large|Large|LARGE|huge|Huge)(?![A-Za-z])"
 )
 _SPACE = re.compile(r"\\(?:[,;:> ]|(?:quad|qquad|thinspace|enspace|medspace)(?![A-Za-z]))|\{\\,\}")
-_DEGREE = re.compile(r"\{?\^\s*\{?\s*\\circ\s*\}?(?![A-Za-z])|\\degree(?![A-Za-z])|\^?°")
+_DEGREE = re.compile(r"(?:\{\})?\{?\^\s*\{?\s*\\circ\s*\}?(?![A-Za-z])|\\degree(?![A-Za-z])|\^?°")
 _GROUP = re.compile(r"(?<![\w^}\\.\x02])((?:[+-]\s?)?)\{\s*(-?\s?[0-9][0-9,.]*)\s*\}")
 # GSM8K's annotation of a computation, "48/2 = <<48/2=24>>24".
 _CALCULATION = re.compile(r"<<[^<>]{0,200}>>")
-_TAG = re.compile(r"</?[A-Za-z]{1,16}>")
+_TAG = re.compile(r"</?[A-Za-z]{1,16}>|<\|[a-z_]{1,24}\|>")
 _SYMBOLS = {
     "approx": "≈",
     "simeq": "≈",

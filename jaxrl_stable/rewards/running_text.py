@@ -27,7 +27,9 @@ _WORD = re.compile(
 _NUMERIC = re.compile(r"[0-9]")
 _STRIPPED = " \t\r\n$*`_,;:?"
 # Left sides of an equation whose right side is the answer: a name, or a computation with digits.
-_NAME = re.compile(r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([A-Za-z0-9]\))?")
+_NAME = re.compile(
+    r"[A-Za-z](?:_?\{?[0-9A-Za-z]\}?)?(?:\([A-Za-z0-9]\))?|m?\\[A-Za-z]+(?:\s[A-Z])?"
+)
 _COMPUTATION = re.compile(r"[0-9\s+*/×·÷().,%$\x01\x02-]*")
 _NEXT_SENTENCE = re.compile(r"(?<=[.!])[\s$*]+[AI]\s*$")
 _CROSS = re.compile(r"(?<=[0-9]\s)[xX](?=\s)")
