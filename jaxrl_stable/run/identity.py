@@ -61,7 +61,8 @@ def settings_of_start(experiment: Experiment) -> Settings:
         files = source if isinstance(source, list | tuple) else [source]
         # Files are needed to start a run, not to resume it.
         if all(os.path.exists(file) for file in files if isinstance(file, str | os.PathLike)):
-            settings["Supervised.demonstrations"] = _plain(open_source(source))
+            opened = None if source is None else open_source(source)
+            settings["Supervised.demonstrations"] = _plain(opened)
         settings |= _fields(
             "Supervised", cold_start, without=("demonstrations", "checkpoint_every")
         )

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 from functools import partial
@@ -113,15 +114,8 @@ def test_all_demonstrations_are_checked_before_a_run(source, tokenizer, monkeypa
 
 @pytest.mark.fast
 def test_faulty_demonstrations_name_the_line(tokenizer, tmp_path):
-    class Stops:
-        """The tokenizer, with the digit 7 as a stop token."""
-
-        def __init__(self):
-            self.eos_ids = (tokenizer.eos_id, *tokenizer.encode("7"))
-
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
+    stops = copy.copy(tokenizer)  # with the digit 7 as a stop token
+    stops.eos_ids = (tokenizer.eos_id, *tokenizer.encode("7"))
     path = tmp_path / "a.jsonl"
     lines = [{"prompt": "1", "answer": "2"}, {"prompt": "3", "answer": "47"}]
     path.write_text("\n" + "\n".join(map(json.dumps, lines)))
@@ -131,11 +125,11 @@ def test_faulty_demonstrations_name_the_line(tokenizer, tmp_path):
         r"a\.jsonl, line 3: the answer contains the text of a stop .*affected: 1 of 2; longest"
     )
     with pytest.raises(ValueError, match=message):
-        data.check_demonstrations(source, Stops(), 99)
+        data.check_demonstrations(source, stops, 99)
     with pytest.raises(
         ValueError, match=r"a\.jsonl, line 3: the answer contains the text of a stop"
     ):
-        next(iterate(source, Stops(), batch_size=2))
+        next(iterate(source, stops, batch_size=2))
     # A source of another kind may have what a file cannot.
     cut = [{"prompt": "1", "answer": "2"}, {"prompt": "1", "answer": "\ud83d"}]
     with pytest.raises(ValueError, match=r"\[1\]: field 'answer' has half of a surrogate pair"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_stable import data
+from jaxrl_stable.rewards import load_reward
 from jaxrl_stable.run.task import Task
 from tests.data.test_chat import RENDERED, save
 
@@ -55,11 +56,12 @@ def test_a_base_model_ends_turns_as_its_template_does(tmp_path):
     assert data.ending(tokenizer, template) == (turn, (document, turn), "")
     source = [{"prompt": "17+25", "answer": "42"}]
     settings = dict(batch_size=1, length=99, seed=0)
+    reward = load_reward("exact")
     for chosen, last in ((template, turn), ("{prompt}", document)):
         batch = next(data.packed_iterator(source, tokenizer, template=chosen, **settings))
         example = batch["loss_mask"][0] & (batch["segment_ids"][0] == 1)
         assert batch["tokens"][0, example].tolist() == [*tokenizer.encode("42"), last]
-        task = Task(source, source, tokenizer, None, template=chosen, special_tokens=True)
+        task = Task(source, source, tokenizer, reward, template=chosen, special_tokens=True)
         assert task.sampling(5, 1.0).stop_ids == ((document, turn) if last == turn else (document,))
         response = np.array([[*tokenizer.encode("42"), last]])
         assert task.decode(response, response > 0) == ["42"]
