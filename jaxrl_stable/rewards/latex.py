@@ -58,7 +58,7 @@ def latex_reward(problem: Mapping[str, Any], response: str) -> Verdict:
         return _verify(gold, _parse(running_latex(response)))
     if reference is None:
         return _verify(gold, _parse_whole(answer.text))
-    if answer.literal == reference.literal or equal_numbers(reference, answer):
+    if answer.literal == reference.literal:
         return Verdict(1.0, "ok")
     if reference.is_text or answer.is_text:
         return Verdict(float(equal_texts(reference, answer)), "ok")
