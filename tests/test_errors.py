@@ -186,7 +186,7 @@ def test_sizes_of_zero(fails, field):
 def test_weights_without_their_tokenizer(fails, tmp_path):
     """A newly trained tokenizer would give other meanings to the embeddings of another run."""
     line = fails(f"--gin.configs.Experiment.init_from='{tmp_path}/a/b'")
-    assert "has no tokenizer; name the one of its weights" in line
+    assert "has no tokenizer; set Data.tokenizer to the one" in line
 
 
 def test_more_problems_than_there_are(fails):

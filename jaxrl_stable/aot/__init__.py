@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for TPU slices: whether it fits, what it sends, how fast it can run."""
+"""Ahead-of-time compilation for TPU slices: memory, communication, and a bound on the speed."""

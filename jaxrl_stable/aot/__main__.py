@@ -30,7 +30,7 @@ from jaxrl_stable.text import OneLineParser, byte_size, duration
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the options; `--gin.NAME=VALUE` binds as in every program."""
+    """Parses the options; `--gin.NAME=VALUE` binds a value, as in every program."""
     parser = OneLineParser(
         prog="python -m jaxrl_stable.aot",
         description="Compiles the programs of a run for a TPU slice, on a machine without TPUs.",
@@ -86,11 +86,11 @@ def main(options: argparse.Namespace) -> None:
     elif options.topology:
         one(experiment, options)
     else:
-        raise ValueError("--topology is missing; pass for example --topology=v5p:4x4x4")
+        raise ValueError("--topology is missing; pass, for example, --topology=v5p:4x4x4")
 
 
 def one(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Compiles for one topology and prints all figures."""
+    """Compiles the programs for one topology and prints all figures."""
     topology = parse_topology(options.topology)
     figures = compile_and_measure(experiment, topology, options.programs, options.hlo)
     seconds = step_seconds(figures, experiment.reinforcement)
@@ -108,7 +108,7 @@ def one(experiment: Experiment, options: argparse.Namespace) -> None:
 
 
 def sweep(experiment: Experiment, options: argparse.Namespace) -> None:
-    """Compiles for several slices and prints how the cost per chip grows."""
+    """Compiles the programs for several slices and prints how the cost per chip grows."""
     topologies = [parse_topology(name) for name in options.sweep.split(",")]
     sizes = []
     for topology in topologies:
@@ -124,7 +124,7 @@ def sweep(experiment: Experiment, options: argparse.Namespace) -> None:
 
 
 def refuse_unless_fitting(figures: list[Figures]) -> None:
-    """Checks that all programs fit; raises ValueError with what to change if one does not."""
+    """Checks that all programs fit; otherwise raises a ValueError that says what to change."""
     for each in figures:
         if not each.fits:
             raise ValueError(refusal(each))

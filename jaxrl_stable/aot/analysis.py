@@ -1,4 +1,4 @@
-"""All figures of one compiled program, to print, store and compare."""
+"""All figures on one compiled program, to print, store and compare."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxrl_stable.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Figures per chip of the part that runs once, or of one iteration of the decode loop.
+    """Figures per chip for the part that runs once, or for one iteration of the decode loop.
 
     Attributes:
       name: the program, or "decode" for one decode step of the rows that are sampled together.
@@ -31,7 +31,7 @@ class Part:
       hbm_bytes: bytes read from and written to main memory.
       sent: bytes sent, by kind of collective; "dcn …" between slices.
       times: seconds that each resource needs.
-      mfu: upper bound of model FLOPs utilisation.
+      mfu: upper bound on model FLOPs utilisation.
       unknown: kernels whose FLOPs are missing from `flops`.
     """
 
@@ -47,14 +47,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """One program on one topology.
+    """Figures on one program on one topology.
 
     Attributes:
       name: the program.
       seconds: compilation time.
       memory: memory on one chip.
-      hbm: bytes of main memory that one chip has for programs.
-      parts: the part that runs once and, if there is one, the loop over tokens.
+      hbm: bytes of main memory that programs can use on one chip.
+      parts: the part that runs once and, if present, the loop over tokens.
       tensors: the tensors that take the most memory, largest first.
     """
 
@@ -70,7 +70,7 @@ class Figures:
         return self.memory.total <= self.hbm
 
     def record(self) -> dict[str, Any]:
-        """Returns the figures as JSON."""
+        """Returns the figures as a JSON object."""
         record = dataclasses.asdict(self) | {"fits": self.fits}
         record["memory"]["total"] = self.memory.total
         for part, stored in zip(self.parts, record["parts"], strict=True):
@@ -85,10 +85,10 @@ def analyse(
 
     Args:
       compiled: the program.
-      config: configuration of the model.
-      topology: the topology that it was compiled for.
-      mesh: the mesh over its devices.
-      tensors: how many of the largest tensors to keep.
+      config: model configuration.
+      topology: the topology that the program was compiled for.
+      mesh: the mesh over the devices of the topology.
+      tensors: number of largest tensors to keep.
     """
     program = compiled.program
     module = hlo.parse(compiled.executable.as_text())

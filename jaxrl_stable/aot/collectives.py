@@ -1,7 +1,7 @@
 """The collectives of a compiled program, their groups, and the bytes that a chip sends.
 
-Bytes are those that leave one chip if the collective runs as a ring of n chips (the convention
-of NCCL's "bus bandwidth" and of the JAX scaling book):
+Bytes are counted as they leave one chip if the collective runs as a ring of n chips, which is the
+convention of NCCL's "bus bandwidth" and of the JAX scaling book:
 
     all-gather           (n − 1) · input                    = (n − 1)/n · output
     reduce-scatter       (n − 1)/n · input
@@ -10,13 +10,13 @@ of NCCL's "bus bandwidth" and of the JAX scaling book):
     ragged-all-to-all    (n − 1)/n · the smaller buffer     (contents are known only at run time)
     collective-permute   input
 
-libtpu writes some reduce-scatters as a fusion of an all-reduce with the slice that a chip keeps.
-They are counted as reduce-scatters. An all-reduce whose slice is taken outside the fusion counts as
+libtpu writes some reduce-scatters as an all-reduce fused with the slice that a chip keeps. These
+are counted as reduce-scatters. If the slice is taken outside the fusion, the all-reduce counts as
 an all-reduce.
 
-A collective counts once per run of its instruction, with loops multiplied out. Chips of one slice
-communicate over ICI. Between slices the TPU compiler replaces a collective by a send through the
-host, labelled with the collective's kind; those bytes go over the data-centre network (DCN).
+A collective counts once per run of its instruction, with loops multiplied out. Chips in one slice
+communicate over ICI. Between slices, the TPU compiler replaces a collective with a send through the
+host, labelled with the collective's kind; these bytes go over the data-centre network (DCN).
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Collective:
       sent: bytes that leave a chip per run.
       times: number of runs, in total or per iteration of `loop`.
       loop: the enclosing loop of unknown length; "" outside such loops.
-      op_name: where in the Python program it comes from.
-      gathers: whether it is an all-reduce that gathers parts, each chip adding its own to zeros.
-        XLA for TPU writes an all-gather this way if it has nothing faster for the links in
-        question.
+      op_name: its origin in the Python program.
+      gathers: whether it is an all-reduce that gathers parts: each chip writes its own part into
+        zeros, and the results are summed. XLA for TPU writes an all-gather this way if it has
+        nothing faster for these links.
     """
 
     kind: str
@@ -103,7 +103,8 @@ def bytes_by_kind(found: Iterable[Collective], loop: str = "") -> dict[str, int 
 
     Args:
       found: collectives.
-      loop: counts one iteration of this loop of unknown length; "" counts what runs outside.
+      loop: a loop of unknown length, of which one iteration counts; "" counts all outside such
+        loops.
     """
     total: dict[str, int | float] = defaultdict(float)
     for each in found:
@@ -155,7 +156,7 @@ def _read(
     groups = replica_groups(each.attributes, devices)
     size = groups.shape[1]
     if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
-        kind = "reduce-scatter"  # a fusion by libtpu: each chip keeps its slice of the sum
+        kind = "reduce-scatter"  # libtpu fuses it with the slice of the sum that a chip keeps
     gathers = kind == "all-reduce" and any(_placed(module, computation, x) for x in operands)
     sent = _sent(kind, size, payload)
     return Collective(
@@ -169,7 +170,7 @@ def _sent(kind: str, n: int, payload: int) -> int | float:
 
 
 def _placed(module: Module, computation: Computation, value: Instruction) -> bool:
-    """Returns whether a value is one part written into zeros."""
+    """Returns whether a value is a part that was written into an array of zeros."""
     while value.opcode in ("copy", "bitcast", "copy-start", "copy-done"):
         value = computation.operand(value, 0)
     if value.opcode == "fusion":

@@ -1,9 +1,8 @@
 """FLOPs that the model needs, regardless of the program: the numerator of model FLOPs utilisation.
 
-The definition is MaxText's (docs/reference/performance_metrics.md). A multiplication with an
-addition counts 2, a backward pass counts twice its forward pass, causal attention counts half of
-all pairs, and recomputation does not count. Embedding look-ups, norms and the optimizer are left
-out.
+The definition is MaxText's (docs/reference/performance_metrics.md). A multiply-add counts as 2
+FLOPs, a backward pass as twice its forward pass, and causal attention as half of all (query, key)
+pairs. Recomputation, embedding look-ups, norms and the optimizer do not count.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ def forward_flops(
     """Returns the FLOPs of one forward pass over whole rows.
 
     Args:
-      config: configuration of the model.
+      config: model configuration.
       rows: number of sequences.
       columns: tokens per sequence.
       scored: tokens per sequence whose logits are computed.
-      past: tokens before the first column, held by a cache.
+      past: tokens before the first column, held in a cache.
     """
     body, head = matrix_sizes(config)
     value_dim = config.latent.value_dim if config.latent else config.head_dim
@@ -37,7 +36,7 @@ def forward_flops(
 
 
 def matrix_sizes(config: ModelConfig) -> tuple[float, float]:
-    """Returns how many weights multiply one token, in the blocks and in the output head."""
+    """Returns the number of weights that multiply each token, in the blocks and in the head."""
     model = jax.eval_shape(lambda: init_model(config, 0))
     params = jax.tree.leaves(model.stacks, is_leaf=lambda x: isinstance(x, nnx.Variable))
     body = 0.0

@@ -1,4 +1,4 @@
-"""Parses replica groups (which devices a collective joins), in the three forms that XLA writes."""
+"""Parses replica groups (the devices that a collective connects) in the three forms of XLA."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _AXIS = re.compile(r"'([^']+)'(?:=(\d+))?(?::\((\d+)\)(\d+))?")
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
     """Returns the devices of each group, `[groups, size]`.
 
-    The forms are `{{0,1},{2,3}}`, `[2,2]<=[4]T(…)` (an iota, reshaped and transposed), and
-    `mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}` (a mesh and the axes that a group runs
-    over). Without groups, all devices form one group.
+    The forms are `{{0,1},{2,3}}`, `[2,2]<=[4]T(…)` (a reshaped and transposed iota), and
+    `mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}` (a mesh and the axes that a group spans).
+    Without groups, all devices form one group.
 
     Args:
       attributes: attributes of the instruction, as text.
@@ -36,7 +36,7 @@ def replica_groups(attributes: str, devices: int) -> np.ndarray:
     if not found:
         if "replica_groups=" in attributes:
             start = attributes.index("replica_groups=")
-            raise ValueError(f"unknown form: {attributes[start : start + 80]}")
+            raise ValueError(f"unknown form of {attributes[start : start + 80]}")
         return np.arange(devices)[None]
     text = found[1]
     if match := _MESH.match(text):

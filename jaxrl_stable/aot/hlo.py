@@ -1,8 +1,8 @@
 """Parses the text of a compiled program into computations and instructions.
 
 XLA prints optimised modules in the same format for every backend; `jax.stages.Compiled.as_text` is
-the public access to it. Only what the other files need is read: shapes, operands, attributes and
-called computations.
+the public interface to this text. Only the parts that the other files need are parsed: shapes,
+operands, attributes and called computations.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computat
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type, shape and memory space of one array.
+    """Dtype, shape and memory space of one array.
 
     Attributes:
-      dtype: XLA's name of the type: "bf16", "s32", "pred".
+      dtype: XLA's name for the dtype, such as "bf16", "s32" or "pred".
       dims: sizes.
       space: memory space of the layout: 0 is main memory (HBM), 1 is on-chip, 5 is the host.
     """
@@ -65,7 +65,7 @@ class Instruction:
     Attributes:
       name, opcode: name and opcode, as printed.
       arrays: the result; several arrays if it is a tuple.
-      operands: names of other instructions of the same computation.
+      operands: names of other instructions in the same computation.
       arguments: the text between the parentheses (the value of a constant, the index of a
         parameter).
       attributes: the text after the operands.
@@ -86,13 +86,13 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of named scopes and JAX primitives that it came from; "" if none is given."""
+        """The path of named scopes and JAX primitives that it came from; "" if missing."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def chain(self) -> tuple[str, str] | None:
-        """Identity of a collective that libtpu splits over a series of fusions, to overlap it."""
+        """Identity of a collective that libtpu splits over several fusions, to overlap it."""
         found = _CHAIN.search(self.attributes)
         return found.groups() if found else None
 
@@ -106,7 +106,7 @@ class Instruction:
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it calls, in the order of the text."""
+        """Names of the computations that it calls, in textual order."""
         if self.opcode == "conditional":
             names: list[str] = []
             for many, one in _BRANCHES.findall(self.attributes):
@@ -117,7 +117,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A sequence of instructions, in the order in which they run."""
+    """A sequence of instructions, in execution order."""
 
     name: str
     instructions: tuple[Instruction, ...]
@@ -146,7 +146,7 @@ class Module:
         return self.computations[instruction.called[0]]
 
     def loop(self, instruction: Instruction) -> tuple[Computation, Computation]:
-        """Returns condition and body of a `while`."""
+        """Returns the condition and the body of a `while`."""
         condition, body = (
             re.search(rf"{key}=%?([\w.\-]+)", instruction.attributes)[1]
             for key in ("condition", "body")
@@ -155,7 +155,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Reads `Compiled.as_text()`.
+    """Parses the output of `Compiled.as_text`.
 
     Raises:
       ValueError: if the text has no entry computation.
@@ -176,7 +176,7 @@ def parse(text: str) -> Module:
         elif lines:  # attributes of kernels may contain line breaks
             lines[-1] += line
     if not entry:
-        raise ValueError("the text of the program has no ENTRY computation; is it compiled HLO?")
+        raise ValueError("the program's text has no ENTRY computation; pass compiled HLO")
     return Module(computations, entry)
 
 

@@ -1,4 +1,4 @@
-"""How often each instruction of a compiled program runs."""
+"""Counts how often each instruction of a compiled program runs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _steps(module: Module, computation: Computation, times: int, loop: str) -> I
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
     """Returns the number of iterations of a `while`, or None if the text does not determine it.
 
-    Some backends write the number. Otherwise the condition must compare a counter with a fixed
+    Some backends record the number. Otherwise, the condition must compare a counter with a fixed
     limit, and the body must add a constant to that counter; start, limit and step must be
     constants.
     """
@@ -86,14 +86,14 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 @dataclasses.dataclass(frozen=True)
 class _Element:
-    """An element of the state that a loop carries."""
+    """An element of a loop's carried state."""
 
     index: int
 
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
-    """An instruction on integers, seen through the fusion that may hide it."""
+    """An integer instruction, taken out of its fusion if it is inside one."""
 
     opcode: str
     direction: str
@@ -102,7 +102,7 @@ class _Operation:
 
 @dataclasses.dataclass(frozen=True)
 class _Values:
-    """What is known about the integers of one computation."""
+    """The known integer values in one computation."""
 
     module: Module
     computation: Computation
@@ -115,7 +115,7 @@ class _Values:
         return found
 
     def value(self, name: str) -> _Element | int | None:
-        """Returns a constant or an element of the state; None for anything else."""
+        """Returns a constant or an element of the carried state; None for anything else."""
         found = self.origin(name)
         if found.opcode == "constant" and re.fullmatch(r"-?\d+", found.arguments):
             return int(found.arguments)
@@ -150,7 +150,7 @@ class _Values:
         return _Operation(root.opcode, root.attribute("direction"), operands)
 
     def increment(self, index: int) -> int | None:
-        """Returns the constant that one iteration adds to an element of the state, if any."""
+        """Returns the constant that an iteration adds to a state element; None if unknown."""
         root = self.origin(self.computation.root.name)
         if root.opcode != "tuple":
             return None

@@ -1,6 +1,6 @@
-"""Memory of a program on one chip, and the tensors that take it up.
+"""Memory that a program needs on one chip, and its largest tensors.
 
-`programs.py` compiles the programs for a slice of `topology.py`; no TPU is needed.
+`programs.py` compiles the programs for a slice from `topology.py`; no TPU is needed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Memory:
     """Bytes on one chip.
 
     Attributes:
-      arguments, temporaries, outputs: what the compiler laid out in main memory.
-      donated: the part of the arguments that outputs reuse.
-      peak: the most that the program holds at once, by the compiler's own simulation.
-      resident: what the run holds outside the program, such as the optimizer's moments during a
-        rollout.
+      arguments, temporaries, outputs: bytes that the compiler laid out in main memory.
+      donated: the part of the arguments whose memory outputs reuse.
+      peak: the most that the program holds at once, according to the compiler's simulation.
+      resident: bytes that the run holds outside the program, such as the optimizer's moments during
+        a rollout.
     """
 
     arguments: int
@@ -41,7 +41,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The memory that a chip needs: everything that is laid out, even if the peak is lower."""
+        """The memory that a chip needs: all that is laid out, even if the peak is lower."""
         return self.arguments + self.temporaries + self.outputs - self.donated + self.resident
 
 
@@ -50,9 +50,9 @@ class Tensor:
     """A tensor that takes memory.
 
     Attributes:
-      name: path of an argument, or the operation that makes a temporary.
+      name: path of an argument, or the operation that produces a temporary.
       kind: "argument", "resident" (see `Memory`) or "temporary".
-      shape: type and sizes: of one chip's part for temporaries, otherwise of the whole array.
+      shape: dtype and sizes, of one chip's part for temporaries and else of the whole array.
       spread: how it is spread over the mesh; "" for temporaries.
       bytes: bytes on one chip.
     """
@@ -82,7 +82,7 @@ def memory(executable: jax.stages.Compiled, resident: Any) -> Memory:
 
 
 def chip_bytes(tree: Any) -> int:
-    """Returns the bytes that one chip holds of abstract, sharded arrays."""
+    """Returns the number of bytes that one chip holds of a tree of abstract, sharded arrays."""
     return sum(map(_part_bytes, jax.tree.leaves(tree)))
 
 
@@ -102,7 +102,7 @@ def named_tensors(tree: dict[str, Any], kind: str) -> Iterator[Tensor]:
 
 
 def temporaries(module: Module) -> Iterator[Tensor]:
-    """Yields the results of instructions in main memory, each shape of an operation once.
+    """Yields the results of instructions in main memory, once per operation and shape.
 
     They are not all alive at the same time; look at the largest ones first.
     """

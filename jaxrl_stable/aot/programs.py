@@ -1,8 +1,8 @@
 """The programs of a run, compiled for devices that this machine does not have.
 
-They are the programs of `run.programs.make_programs`, with the same donation. Each takes the
-outputs of the one before, so the results hold for real runs. Arguments are shapes with shardings;
-nothing is allocated.
+These are the programs from `run.programs.make_programs`, with the same buffer donation. Each takes
+the outputs of the previous one, so the results hold for real runs. Arguments are shapes with
+shardings; nothing is allocated.
 
 Every response is assumed to have full length. The programs have fixed shapes, so a shorter response
 only changes how often the decode loop runs.
@@ -49,11 +49,11 @@ class Program:
       name: name in `run.programs.Programs`.
       function: the jitted function.
       arguments: arguments by name, in order: shapes with shardings.
-      resident: what else the run holds on its chips while the program runs, by name.
+      resident: arrays that the run also holds on its chips while the program runs, by name.
       model_flops: FLOPs that the model needs on all chips together, outside loops of unknown
         length.
-      loop_flops: like `model_flops`, for one iteration of such a loop (one token of all rows in a
-        cache).
+      loop_flops: like `model_flops`, for one iteration of such a loop (one token for every row in
+        the cache).
     """
 
     name: str
@@ -102,7 +102,7 @@ def compiled_programs(
     Args:
       experiment: the experiment.
       mesh: the mesh over the devices to compile for; must be in use (`jax.set_mesh`).
-      names: which of `NAMES`; the programs that make their arguments are compiled too.
+      names: some of `NAMES`; the programs that produce their arguments are compiled too.
 
     Raises:
       ValueError: if a name is unknown, or rows do not divide evenly over the mesh.
@@ -186,7 +186,7 @@ def compiled_programs(
 
 
 def for_tpu(experiment: Experiment) -> Experiment:
-    """Resolves "auto" as on a TPU; otherwise it would follow the backend of this machine."""
+    """Resolves "auto" as on a TPU; otherwise it would follow this machine's backend."""
     model = experiment.model
     implementations = dict(
         attention=attention_implementation(model, "tpu"),
@@ -196,7 +196,7 @@ def for_tpu(experiment: Experiment) -> Experiment:
 
 
 def abstract_train_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """Returns weights and moments as shapes with shardings: the template of a run's checkpoints."""
+    """Returns weights and moments as shapes with shardings: the template for checkpoints."""
     optimizer = make_optimizer(experiment.reinforcement.optimizer)
     return abstract_state(mesh, lambda: init_state(init_model(experiment.model, 0), optimizer))
 
@@ -225,6 +225,6 @@ def _layout(tree: Any) -> list[tuple]:
 
 
 def _sampling(rl: Reinforcement, vocab_size: int) -> Sampling:
-    """The run's sampling settings with a placeholder stop token; it does not change the program."""
+    """Returns the run's sampling settings; the stop token is a placeholder without effect."""
     last = vocab_size - 1
     return Sampling(rl.max_tokens, rl.temperature, rl.top_k, rl.top_p, (last,), last)

@@ -1,4 +1,4 @@
-"""The printed table, and advice on programs that do not fit."""
+"""The printed table of figures, and advice on programs that do not fit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def details(figures: list[Figures]) -> str:
 
 
 def refusal(each: Figures) -> str:
-    """Says in one line why a program does not fit, with its largest tensors, and what to change."""
+    """Returns one line: why a program does not fit, its largest tensors, and what to change."""
     memory = each.memory
     largest = max(each.tensors, key=lambda tensor: tensor.bytes)
     others = [str(tensor) for tensor in each.tensors[1:3]]
@@ -60,7 +60,7 @@ def refusal(each: Figures) -> str:
 
 
 def advice(tensor: Tensor) -> str:
-    """Says what to change to make a tensor smaller."""
+    """Returns advice on how to make a tensor smaller."""
     if tensor.kind == "temporary":
         return (
             "use a smaller Reinforcement.micro_batch_size (a divisor that the mesh still divides), "

@@ -1,9 +1,9 @@
 """The roofline: the shortest time that a chip allows (Williams, Waterman and Patterson 2009).
 
-Each resource needs its work divided by its speed. With perfect overlap a step takes as long as the
-slowest resource, which is the bound. Real steps take longer: overlap is never perfect, and small or
-ragged products do not reach the peak. The utilisation is therefore an upper bound, except if HBM is
-the slowest resource: its bytes are a rough upper estimate (see `work`).
+The time on each resource is its work divided by its speed. With perfect overlap, a step takes as
+long as the slowest resource, called the bound. Real steps take longer: overlap is never perfect,
+and small or ragged products do not reach the peak. The utilisation is therefore an upper bound,
+unless HBM is the slowest resource: its bytes are a rough upper estimate (see `work`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ class Roofline:
       compute: FLOPs of the program, divided by the bfloat16 peak.
       hbm: bytes, divided by the bandwidth of main memory.
       ici: bytes of each collective, divided by the bandwidth of all links along the torus
-        dimensions that its group spans (a permutation has one link); one collective after the
-        other.
-      dcn: bytes between slices, divided by a chip's share of its host's network bandwidth.
+        dimensions that its group spans (a permutation uses one link), summed over collectives.
+      dcn: bytes sent between slices, divided by a chip's share of its host's network bandwidth.
     """
 
     compute: float

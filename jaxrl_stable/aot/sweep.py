@@ -24,7 +24,7 @@ def scaled(experiment: Experiment, factor: Fraction) -> Experiment:
     """Returns the experiment with `factor` times the rows, in the same number of micro-batches.
 
     Raises:
-      ValueError: if the mesh has no axis that grows, or the number of rows is not whole.
+      ValueError: if the mesh has no axis that grows, or a number of rows would not be whole.
     """
     if experiment.mesh.data != -1:
         raise ValueError(
@@ -56,12 +56,12 @@ def sweep_table(sizes: Sizes) -> str:
 
 
 def sweep_record(sizes: Sizes) -> list[dict[str, Any]]:
-    """Returns the figures on all topologies as JSON."""
+    """Returns the figures on all topologies as a JSON array."""
     return [topology_record(topology, figures) for topology, figures in sizes]
 
 
 def topology_record(topology: Topology, figures: list[Figures]) -> dict[str, Any]:
-    """Returns the figures on one topology as JSON."""
+    """Returns the figures on one topology as a JSON object."""
     return {
         "topology": topology.name,
         "chips": topology.chips,
@@ -99,7 +99,7 @@ def plot_sweep(sizes: Sizes, path: pathlib.Path) -> None:
 def _series(
     sizes: Sizes,
 ) -> Iterator[tuple[str, list[int | float], Callable[[int | float], str]]]:
-    """Yields label, value on each topology, and a formatter for the values, for each line."""
+    """Yields, for each line, its label, its value on each topology, and a formatter."""
     for programs in zip(*(figures for _, figures in sizes), strict=True):
         yield f"{programs[0].name}: memory", [each.memory.total for each in programs], byte_size
         for parts in zip(*(each.parts for each in programs), strict=True):

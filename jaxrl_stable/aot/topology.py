@@ -5,7 +5,7 @@ the torus. `v5e:16x16*2` is two such slices, joined by the data-centre network (
 
 Speeds and memory are from Google Cloud, docs.cloud.google.com/tpu/docs/v5e, …/v5p, …/v6e.
 Bandwidths of links between chips (ICI, one way) and of the network between slices are from "How to
-Scale Your Model", jax-ml.github.io/scaling-book/tpus; they are a tenth below the nominal ones on
+Scale Your Model", jax-ml.github.io/scaling-book/tpus; they are a tenth below the nominal values on
 Google Cloud's pages.
 """
 
@@ -23,13 +23,13 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Figures of one chip.
+    """Figures for one chip type.
 
     Attributes:
       name: name of the chip in topologies.
       hbm: bytes of main memory that a program may use. The compiler keeps the rest of the nominal
         16, 95 and 32 GB; this figure is from its own message when a program does not fit.
-      flops: FLOPs per second of dense bfloat16 products.
+      flops: FLOPs per second in dense bfloat16 products.
       hbm_bandwidth: bytes per second of main memory.
       link_bandwidth: bytes per second over one ICI link in one direction. A chip has two links per
         dimension of the torus.
@@ -126,7 +126,7 @@ def has_libtpu() -> bool:
 
 
 def parse_topology(name: str) -> Topology:
-    """Reads `v5p:4x4x4` or `v5e:16x16*2`.
+    """Parses a topology, such as `v5p:4x4x4` or `v5e:16x16*2`.
 
     Raises:
       ValueError: if the form or the chip is unknown, or the number of dimensions is wrong.

@@ -1,16 +1,16 @@
 """FLOPs and main-memory bytes of a compiled program on one chip.
 
-XLA's own cost analysis counts the body of a loop once, which for a scan over layers is off by the
-number of layers; here loops are multiplied out. Only matrix products count (on TPU all of them are
-convolutions), as in XLA: two FLOPs per product that does not involve padding. A kernel counts what
-its authors declared (`cost_estimate`). Kernels without a declaration are listed by name, because
-their work is missing from the sum. `kernel_flops` has better figures for two kernels: a grouped
-product runs over a buffer sized for the worst case and declares the FLOPs of a full one, but skips
-the empty part; splash attention declares nothing.
+XLA's own cost analysis counts the body of a loop once, which for a scan over layers is too low by a
+factor of the number of layers; here loops are multiplied out. Only matrix products count (on TPU,
+all of them are convolutions). As in XLA, each multiplication that does not involve padding counts
+as two FLOPs. A kernel counts with the FLOPs that its authors declared (`cost_estimate`). Kernels
+without a declaration are listed by name, because their work is missing from the sum. `kernel_flops`
+has better figures for two kernels: a grouped product has a buffer sized for the worst case and
+declares the FLOPs for a full one, but skips the empty part; splash attention declares nothing.
 
-Bytes of main memory are a rough upper bound. They are what each instruction reads and writes if the
-chip keeps nothing in between except what the compiler placed there. A kernel counts its operands
-once and in full.
+Bytes of main memory are a rough upper bound: what each instruction reads and writes if the chip
+keeps nothing between instructions, except what the compiler placed in on-chip memory. A kernel's
+operands count once and in full.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def work(module: Module, loop: str = "", kernel_flops: KernelFlops | None = None
 
     Args:
       module: the program.
-      loop: counts one iteration of this loop of unknown length; "" counts what runs outside.
-      kernel_flops: returns a better figure for a kernel, or None to use what it declares.
+      loop: a loop of unknown length, of which one iteration counts; "" counts all outside such
+        loops.
+      kernel_flops: returns a better figure for a kernel, or None to use its declaration.
     """
     flops, moved, unknown, chains = 0.0, 0.0, set(), set()
     for step in steps(module):
@@ -109,10 +110,10 @@ def _flops(module: Module, computation: Computation, each: Instruction) -> float
 
 
 def _convolution_flops(computation: Computation, each: Instruction) -> float:
-    """Returns the FLOPs as counted by XLA's `HloCostAnalysis::HandleConvolution`.
+    """Returns the FLOPs as XLA's `HloCostAnalysis::HandleConvolution` counts them.
 
-    A batched product is a convolution over the batch whose window, through dilation, covers one
-    element at a time. Therefore only window positions that cover an element count.
+    A batched product is a convolution over the batch whose dilated window covers one element at a
+    time. Therefore only window positions that cover an element count.
     """
     left, right = (computation.operand(each, i).arrays[0].dims for i in (0, 1))
     out = each.arrays[0].dims
@@ -131,7 +132,7 @@ def _convolution_flops(computation: Computation, each: Instruction) -> float:
 
 
 def _window(text: str, spatial: int) -> list[dict[str, int]]:
-    """Parses `{size=8x1 stride=7x1 pad=0_0x1_1 lhs_dilate=8x1}` by dimension."""
+    """Parses `{size=8x1 stride=7x1 pad=0_0x1_1 lhs_dilate=8x1}` into one dict per dimension."""
     found = dict(re.findall(r"(\w+)=([\w\-]+)", text))
     fields = {name: found[name].split("x") for name in found}
     one = ["1"] * spatial
@@ -152,10 +153,10 @@ def _dimensions(text: str) -> list[int]:
 
 
 def _moved(module: Module, computation: Computation, each: Instruction) -> float:
-    """Returns the bytes between main memory and the chip: operands in, results out.
+    """Returns the bytes moved between main memory and the chip: operands in, results out.
 
-    A slice moves only itself, not the array that it is cut from; an update in place moves itself
-    twice.
+    A slice counts twice (read and written), without the array that it is cut from; so does an
+    in-place update.
     """
     if each.opcode in _FREE or (
         each.opcode == "custom-call" and any(name in each.attributes for name in _SILENT_KERNELS)
@@ -192,7 +193,7 @@ def _moved_by_fusion(module: Module, each: Instruction, operands: list[Instructi
 
 
 def _read_of(module: Module, body: Computation, index: int) -> float:
-    """Returns the bytes read from a fusion's operand, which are fewer if only slices are used."""
+    """Returns the bytes read from a fusion's operand: its slices only, if nothing else is used."""
     (parameter,) = (
         each
         for each in body.instructions
@@ -217,7 +218,7 @@ def _read_of(module: Module, body: Computation, index: int) -> float:
 
 
 def _carried(module: Module, fusion: Instruction) -> list[tuple[Computation, Instruction]]:
-    """Returns the collectives overlapped with a fusion, each with its computation."""
+    """Returns the collectives that overlap with a fusion, each with its computation."""
     if fusion.opcode != "fusion":
         return []
     body, found = module.body(fusion), []
@@ -232,7 +233,7 @@ def _touched(computation: Computation, each: Instruction) -> tuple[Array, ...]:
 
 
 def _is_view(module: Module, each: Instruction) -> bool:
-    """Returns whether it only changes layout or type, which moves no bytes inside a fusion."""
+    """Returns whether it only changes layout or dtype, which moves no bytes inside a fusion."""
     if each.opcode == "fusion":
         body = module.body(each).instructions
         return all(x.opcode == "parameter" or _is_view(module, x) for x in body)
@@ -243,18 +244,18 @@ def _in_main_memory(instruction: Instruction) -> int:
     return sum(array.bytes for array in instruction.arrays if array.space == 0)
 
 
-# Products of one head: scores and values forward; again the scores, then the gradients of scores,
-# values, keys and, in the fused kernel, queries.
+# Matrix products per head. Forward: scores, and scores times values. Backward: the scores again,
+# then the gradients of scores, values, keys and, in the fused kernel, queries.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def kernel_flops(config: ModelConfig) -> KernelFlops:
-    """Returns a function for the FLOPs of grouped products and of attention in a model's programs.
+    """Returns a function that counts the FLOPs of grouped products and attention in programs.
 
-    A grouped product counts the rows that it would get if routers spread tokens evenly: with K
-    choices among E experts, each of the e experts on a chip gets K/E of the tokens, and the chip's
-    buffer has room for min(K, e) rows per token. Attention counts half of the (query, key) pairs,
-    because splash skips blocks above the diagonal.
+    A grouped product counts the rows that it gets if routers spread tokens evenly: with K choices
+    among E experts, each of the e experts on a chip gets K/E of the tokens, and the chip's buffer
+    has room for min(K, e) rows per token. Attention counts half of the (query, key) pairs, because
+    splash skips blocks above the diagonal.
     """
 
     def flops(computation: Computation, kernel: Instruction) -> float | None:

@@ -16,8 +16,8 @@ from jaxrl_stable.checks import field_types
 class _Sum(SeriesTask):
     """Maps terms to the sums of the first two, three, … terms, or to the last sum only.
 
-    The additional reward kind `answer` is 1 if the symbol before EOS is the result, whatever comes
-    before it, and 0 otherwise.
+    The additional reward kind `answer` is 1 if the symbol before EOS is the result, regardless of
+    earlier symbols, and 0 otherwise.
     """
 
     REWARD_KINDS: ClassVar[tuple[str, ...]] = ("binary", "per_position", "answer")
@@ -42,7 +42,7 @@ class _Sum(SeriesTask):
 
     def solve(self, answer: Series, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         if self.worked:
-            # A slip in one sum acts like a change of its term: all later sums contain it too.
+            # A slip in one sum acts like a wrong term: all later sums contain it, too.
             terms = answer.values.at[1:].add(slips[:-1])
             sums, length = jnp.cumsum(terms, dtype=jnp.int32)[1:], answer.size - 1
         else:
@@ -51,7 +51,7 @@ class _Sum(SeriesTask):
 
 
 class _Terms(_Sum):
-    """Sums shown with a plus between the terms. Each residue is one symbol."""
+    """Shows sums with a plus between the terms. Each residue is one symbol."""
 
     SEPARATORS: ClassVar[tuple[str, ...]] = ("=", "+")
 
@@ -68,10 +68,10 @@ class _Terms(_Sum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModularAddition(_Terms):
-    """`17 + 9 =` → `3`, modulo 23. A slip writes another residue.
+    """`17 + 9 =` → `3`, modulo 23. A slip of the teacher writes a wrong residue.
 
-    There are only modulus² problems, split by their prompts: a sum may be held out while the same
-    sum with its terms swapped is not.
+    There are only modulus² problems. Training and held-out problems are split by prompt, so a sum
+    may be held out while the same sum with swapped terms is not.
 
     Attributes:
       modulus: m; the vocabulary has m + 4 ids.
@@ -88,12 +88,14 @@ class ModularAddition(_Terms):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainSum(_Terms):
-    """`7 + 8 + 4 =` → `5 9`, modulo 10. A slip makes one sum wrong; the rest builds on it.
+    """`7 + 8 + 4 =` → `5 9`, modulo 10.
+
+    A slip of the teacher makes one sum wrong; the later sums build on it.
 
     Attributes:
       smallest, largest: fewest and most terms per problem.
       modulus: m; the vocabulary has m + 4 ids.
-      worked: whether the right response contains all sums or only the result.
+      worked: whether the correct response contains all sums or only the result.
     """
 
     smallest: int = 2
@@ -108,14 +110,15 @@ class ChainSum(_Terms):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parity(_Sum):
-    """`1 0 1 1 =` → `1 0 1`, parities of the first 2, 3 and 4 bits. A slip flips all later ones.
+    """`1 0 1 1 =` → `1 0 1`, the parities of the first 2, 3 and 4 bits.
 
-    Two slips cancel, so the result (`reward_kind="answer"`) can still be right. Few problems have
-    few bits: with 2 or 3 bits, one of the two splits may be empty.
+    A slip of the teacher flips one parity and all later ones. Two slips cancel, so the result
+    (`reward_kind="answer"`) can still be correct. Few problems have few bits: with only 2 or 3
+    bits, the training split or the held-out split may be empty.
 
     Attributes:
       smallest, largest: fewest and most bits per problem.
-      worked: whether the right response contains all parities or only the last.
+      worked: whether the correct response contains all parities or only the last.
     """
 
     modulus: ClassVar[int] = 2

@@ -1,8 +1,9 @@
 """Countdown: reach a target with given numbers. The reward is a parser that accepts any tokens.
 
-An expression is a number, followed by any number of (operator, number) pairs. It is evaluated from
-left to right without precedence, as on a pocket calculator: `2 + 3 * 5` is 25. Without parentheses,
-the state of a prefix is one number, not a stack. Without division, every value is an integer.
+An expression is a number, followed by zero or more (operator, number) pairs. It is evaluated from
+left to right without precedence, as on a pocket calculator: `2 + 3 * 5` is 25. Because there are no
+parentheses, the state after a prefix is one number, not a stack. Because there is no division,
+every value is an integer.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from jaxrl_stable.array_tasks.task import (
 ARROW, PLUS, ZERO = 2, 3, 6  # ids; operators are 3 to 5, digits 6 to 15
 TARGETS = 99  # the largest target: two digits
 LEGAL_REWARD = 0.1
-# Values are clipped here so that none overflows. No verdict changes: numbers are from 1 to 9, so a
-# response would have to be far longer to come back from here to a target.
+# Values are clipped to this limit to prevent overflow. No verdict changes: numbers are from 1 to 9,
+# so a response would have to be far longer to get back from the limit to a target.
 _LIMIT = 10**6
 
 
@@ -38,7 +39,7 @@ class Numbers(NamedTuple):
       given: the numbers in ascending order, then zeros.
       size: count of the numbers.
       target: the target, from 1 to 99.
-      terms, operators: one right response; operators are 0 (+), 1 (−) or 2 (*). Each operator
+      terms, operators: one correct response; operators are 0 (+), 1 (−) or 2 (*). Each operator
         precedes its term; the first one is unused. Entries from `size` on are arbitrary.
     """
 
@@ -54,15 +55,16 @@ class Countdown(ArrayTask):
     """`3 5 7 -> 2 2` → `3 * 5 + 7`. Each number must be used exactly once.
 
     Numbers are from 1 to 9 and shown in ascending order, so that their order reveals nothing. The
-    target has two digits. Every problem has a solution: it comes from an expression whose
-    intermediate results are all from 1 to 99. Many problems have several solutions.
+    target is shown with two digits. Every problem has a solution, because its target is computed
+    from an expression whose intermediate results are all from 1 to 99. Many problems have several
+    solutions.
 
-    A slip writes another number or another operator; the response stays well-formed.
+    A slip of the teacher writes a wrong number or operator; the response stays well-formed.
 
-    Reward kind `binary` is 1 for a legal expression with the target as its value, followed by EOS,
-    and 0 otherwise. `legal` also gives 0.1 to other legal expressions. Legal means well-formed and
-    using every number as often as it is given. `per_position` would be meaningless: several
-    responses are right, so no single position is right or wrong.
+    An expression is legal if it is well-formed and uses every number exactly as often as it is
+    given. Reward kind `binary` is 1 for a legal expression with the target as its value, followed
+    by EOS, and 0 otherwise. `legal` also gives 0.1 to other legal expressions. There is no
+    `per_position`: several responses are correct, so no single position is correct or wrong.
 
     Attributes:
       smallest, largest: fewest and most numbers per problem.
@@ -151,10 +153,10 @@ def parse(
     Returns:
       well_formed: whether the response is an expression followed by EOS.
       value: value of the expression; meaningless unless `well_formed`.
-      used: count of each digit in it; meaningless unless `well_formed`.
+      used: count of each digit in the expression; meaningless unless `well_formed`.
     """
     place = jnp.arange(len(response))
-    length = mask.sum() - 1  # of the expression
+    length = mask.sum() - 1  # length of the expression
     body = place < length
     number = (response >= ZERO) & (response < ZERO + 10)
     operator = (response >= PLUS) & (response < PLUS + 3)
@@ -163,7 +165,7 @@ def parse(
     ended = response[length] == EOS
     well_formed = ended & (length % 2 == 1) & (alternates | ~body).all()
 
-    # Other tokens, such as EOS and padding, read as + 0.
+    # Other tokens, such as EOS and padding, are read as + 0.
     digits = jnp.where(number, response - ZERO, 0)
     operators = jnp.where(operator, response - PLUS, 0)
 

@@ -18,7 +18,7 @@ class _Letters(SeriesTask):
 
     Attributes:
       smallest, largest: fewest and most letters per problem.
-      symbols: size of the alphabet, from "a" on; at most 26.
+      symbols: size of the alphabet, which starts at "a"; at most 26.
     """
 
     smallest: int = 3
@@ -49,7 +49,7 @@ class _Letters(SeriesTask):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reverse(_Letters):
-    """`d a c =` → `c a d`. A slip writes a wrong letter."""
+    """`d a c =` → `c a d`. A slip of the teacher writes a wrong letter."""
 
     def solve(self, answer: Series, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         # After the flip, unused places come first; `roll` moves them to the end.
@@ -59,7 +59,7 @@ class Reverse(_Letters):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sort(_Letters):
-    """`d a c =` → `a c d`, in alphabetical order. A slip writes a wrong letter."""
+    """`d a c =` → `a c d`, in alphabetical order. A slip of the teacher writes a wrong letter."""
 
     def solve(self, answer: Series, slips: Int[AnyArray, "R"]) -> Int[Array, "R"]:
         unused = jnp.arange(self.largest) >= answer.size

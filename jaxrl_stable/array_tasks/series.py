@@ -1,4 +1,4 @@
-"""Tasks with one right response to a series of symbols, and the grading of responses."""
+"""Tasks with one correct response to a series of symbols, and the grading of responses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxrl_stable.array_tasks.task import EOS, PAD, ArrayTask, left_padded
 
-MIN_PROBLEMS = 32  # fewer problems might all fall into one split
+MIN_PROBLEMS = 32  # with fewer, all problems might fall into one split
 
 
 class Series(NamedTuple):
-    """A problem.
+    """One problem of a `SeriesTask`.
 
     Attributes:
       values: symbols, counted from 0; zeros from `size` on.
@@ -29,13 +29,13 @@ class Series(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeriesTask(ArrayTask):
-    """A task whose problems are uniform, independent symbols. All allowed sizes are equally likely.
+    """A task whose problems are series of independent, uniformly distributed symbols.
 
-    Responses are graded against the one right response:
+    All allowed sizes are equally likely. A response is graded against the one correct response:
 
-    - `binary`: 1 if the whole response is right, 0 otherwise;
-    - `per_position`: number of right positions, EOS included, divided by the length of the longer
-      of the two responses.
+    - `binary`: 1 if the whole response is correct, 0 otherwise;
+    - `per_position`: number of correct positions, EOS included, divided by the length of the given
+      or the correct response, whichever is longer.
 
     A response without EOS is wrong under `binary` and has at least one wrong position under
     `per_position`.
@@ -50,7 +50,7 @@ class SeriesTask(ArrayTask):
         count = sum(len(self.symbol_texts) ** size for size in range(smallest, largest + 1))
         if count < MIN_PROBLEMS:
             raise ValueError(
-                f"{self!r} has {count} different problems, too few to hold some out; increase "
+                f"{self!r} has {count} distinct problems, too few to hold some out; increase "
                 f"its sizes, symbols or modulus to get at least {MIN_PROBLEMS}"
             )
 
@@ -106,7 +106,7 @@ class SeriesTask(ArrayTask):
 
 
 def _result(response: Int[Array, "R"], mask: Bool[Array, "R"]) -> Int[Array, ""]:
-    """Returns the symbol before EOS, or −1 if the response has none or does not end with EOS."""
+    """Returns the symbol before EOS, or −1 if there is none or the response lacks EOS."""
     length = mask.sum()
     ended = (length >= 2) & (response[length - 1] == EOS)
     return jnp.where(ended, response[length - 2], -1)

@@ -1,7 +1,8 @@
 """The base class of array tasks: pure functions that draw, solve and grade problems.
 
 A task defines how one problem is drawn, shown, solved and judged; `ArrayTask` maps this over a
-batch. Dimensions: `n` problems, `P` prompt width, `R` response width, which is `max_tokens`.
+batch. The teacher that solves problems can make random mistakes, called slips. Dimensions: `n`
+problems, `P` prompt width, `R` response width, which is `max_tokens`.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from jaxrl_stable.checks import field_types, one_of
 
 PAD, EOS = 0, 1
 HELDOUT_SHARE = 4  # one problem in four is held out
-# Per problem. If a split has 1 problem in 32, all draws miss it with (31/32)^1000 = 2e-14.
+# Draws per problem. All miss a split of 1 problem in 32 with probability (31/32)^1000 = 2e-14.
 MAX_DRAWS = 1000
 
 AnyArray = Array | np.ndarray | np.generic  # on the device or the host
 Size = int | Int[AnyArray, ""]
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problems:
@@ -39,7 +41,7 @@ class Problems:
     Attributes:
       prompts: token ids, left-padded with `pad_id`.
       mask: True on tokens, False on padding.
-      answer: pytree that the reward reads; arrays with a leading axis n.
+      answer: pytree of arrays with a leading axis n, which the reward reads.
     """
 
     prompts: Int[AnyArray, "*mapped n P"]
@@ -79,7 +81,7 @@ class ArrayTask(abc.ABC):
     @property
     @abc.abstractmethod
     def max_tokens(self) -> int:
-        """R, the length of the longest right response, EOS included."""
+        """R, the length of the longest correct response, EOS included."""
 
     @property
     @abc.abstractmethod
@@ -88,7 +90,7 @@ class ArrayTask(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, key: Key[Array, ""]) -> Any:
-        """Draws one problem: a pytree of arrays, as in `Problems.answer`."""
+        """Draws one problem: a pytree like `Problems.answer`, without the leading axis."""
 
     @abc.abstractmethod
     def prompt(self, answer: Any) -> Int[Array, "P"]:
@@ -100,7 +102,8 @@ class ArrayTask(abc.ABC):
 
         Args:
           answer: the problem.
-          slips: offset of the symbol at each step, modulo the number of symbols; 0 is right.
+          slips: offset added to the symbol at each step, modulo the number of symbols; 0 where the
+            teacher makes no mistake.
         """
 
     @abc.abstractmethod
@@ -132,8 +135,8 @@ class ArrayTask(abc.ABC):
         Args:
           key: typed PRNG key.
           count: n, static.
-          heldout: whether to draw from the held-out split; the splits share no prompt
-            (`is_heldout`).
+          heldout: whether to draw from the held-out split, which shares no prompt with the training
+            split (`is_heldout`).
         """
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
         answer = jax.vmap(lambda key: self._draw_from(key, heldout))(keys)
@@ -162,9 +165,9 @@ class ArrayTask(abc.ABC):
         Args:
           key: typed PRNG key.
           problems: problems of this task.
-          slips: probability that a step is wrong; every other symbol is then equally likely. If a
-            task has intermediate steps, later steps continue from the mistake. EOS is always in its
-            right place.
+          slips: probability of a slip at each step. The symbol is then wrong, and all wrong symbols
+            are equally likely. If a task has intermediate steps, later steps continue from the
+            mistake. EOS is always in the correct place.
 
         Returns:
           tokens: responses, right-padded with `pad_id`.
@@ -193,8 +196,8 @@ class ArrayTask(abc.ABC):
         expected = (problems.prompts.shape[0], self.max_tokens)
         if responses.shape != expected or mask.shape != expected:
             raise ValueError(
-                f"{type(self).__name__}.reward: responses are {responses.shape} and mask "
-                f"{mask.shape}; both must be {expected}, problems by max_tokens"
+                f"{type(self).__name__}.reward: responses have shape {responses.shape} and mask "
+                f"{mask.shape}; both need shape {expected}, problems by max_tokens"
             )
         return jax.vmap(self.judge)(problems.answer, jnp.where(mask, responses, PAD), mask)
 

@@ -1,14 +1,18 @@
-"""Metrics as parts that combine exactly, each with its formula and its names in other systems.
+"""Metrics that combine exactly, each with its formula and its names in other frameworks.
 
-There is one file per family of metrics, and one for the parts that they share:
+There is one file per family of metrics, and one for the accumulators that they share:
 
     parts.py      Mean, Max, Min, Sum, Spread, Correlation; how they combine and become numbers
     mismatch.py   sampler against trainer (`mismatch/…`), current policy against the rollout's
                   (`staleness/…`)
-    weights.py    importance weights (`weight/…`), the clip (`clip/…`), corrections (`correction/…`)
+    weights.py    importance weights (`weight/…`), clipping (`clip/…`), corrections
+                  (`correction/…`)
     validity.py   how well the token-level objective approximates the sequence-level one
                   (`validity/…`)
-    routing.py    agreement of routers (`routing/…`), load and confidence (`experts/…`)
+    routing.py    router agreement (`routing/…`), load and confidence (`experts/…`)
+
+In the lists of metrics, square brackets contain the names under which other frameworks record the
+same quantity.
 
 Metrics that only the host knows are computed in `run/judge.py` (`reward/…`, `response/…`),
 `run/evaluation.py` (`eval/…`) and `train.py` (`sampling/…`). `report/meanings.py` explains all of

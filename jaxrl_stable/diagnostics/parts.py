@@ -1,7 +1,7 @@
-"""Metric accumulators, combined over micro-batches, mini-batches and devices.
+"""Metric accumulators that combine over micro-batches, mini-batches and devices.
 
-A part holds sums, not results, so it does not matter how the rows are split; `value` divides once.
-`collapse` combines the entries along a leading axis.
+An accumulator (`Part`) holds sums rather than results, so the value does not depend on how rows are
+split. `collapse` combines the entries along a leading axis; `value` divides once, at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jaxrl_stable.array_types import Array, Bool, Float, Shaped
 
 
-@typing.no_type_check  # JAX also rebuilds it around shapes, shardings and other non-arrays
+# JAX also unflattens this class with non-array leaves, such as shapes and shardings. This holds for
+# all classes below.
+@typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
@@ -82,10 +84,10 @@ class Sum:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Population standard deviation √(Σ (x − x̄)² / n), with n, not n − 1; 0 if empty.
+    """Population standard deviation √(Σ (x − x̄)² / n), with divisor n, not n − 1; 0 if empty.
 
     Each part sums squares around its own mean; combining shifts them to the common mean (Chan,
-    Golub and LeVeque 1979). E[x²] − E[x]² would be lost in float32 rounding for x near 1.
+    Golub and LeVeque 1979). For x near 1, float32 rounding would dominate E[x²] − E[x]².
     """
 
     count: Float[Array, "*n"]
@@ -122,9 +124,10 @@ class EffectiveShare(Spread):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """Pearson's Σ (x − x̄)(y − ȳ) / √(Σ (x − x̄)² Σ (y − ȳ)²); combines like `Spread`.
+    """Pearson correlation, Σ (x − x̄)(y − ȳ) / √(Σ (x − x̄)² Σ (y − ȳ)²).
 
-    It is NaN if x or y does not vary, because the correlation is undefined then, not 0.
+    It combines like `Spread`. It is NaN if x or y does not vary, because the correlation is then
+    undefined, not 0.
     """
 
     count: Float[Array, "*n"]
@@ -180,7 +183,7 @@ def masked_min(x: Shaped[Array, "*n"], mask: Bool[Array, "*n"]) -> Min:
 def masked_spread(
     x: Float[Array, "*n"], mask: Bool[Array, "*n"], kind: type[Spread] = Spread
 ) -> Spread:
-    """Returns the spread of x, or its `EffectiveShare`."""
+    """Returns the spread of x as `kind`: `Spread` or `EffectiveShare`."""
     mean, deviation = _centred(x, mask)
     return kind(mask.sum(dtype=jnp.float32), mean, jnp.square(deviation).sum())
 
@@ -199,7 +202,7 @@ def quotient(a: Float[Array, "*n"], b: Float[Array, "*n"]) -> Float[Array, "*n"]
 
 
 def collapse(metrics: Metrics) -> Metrics:
-    """Combines metrics that were stacked along a leading axis, such as the output of a scan."""
+    """Combines metrics that are stacked along a leading axis, such as the output of a scan."""
     return jax.tree.map(lambda m: m.collapse(), metrics, is_leaf=is_metric)
 
 
@@ -209,11 +212,11 @@ def merge(parts: list[Metrics]) -> Metrics:
 
 
 def finalize(metrics: Metrics) -> dict[str, Float[Array, ""]]:
-    """Returns the values of all metrics, including those derived from more than one part:
+    """Returns the values of all metrics, and adds these derived ones:
 
     - `experts/…_violation`, `experts/idle_share`: see `load_metrics`
     - `mismatch/kl_entropy_ratio`: `mismatch/kl_k3_token_mean` / `entropy`, the mismatch in units of
-      the policy's own uncertainty (prime-rl `kl_ent_ratio/mean`)
+      the policy's own uncertainty [prime-rl: `kl_ent_ratio/mean`]
     """
     values = {name: metric.value() for name, metric in metrics.items()}
     if "experts/load" in values:
@@ -242,6 +245,6 @@ def _common_mean(count: Float[Array, "n *m"], mean: Float[Array, "n *m"]) -> Flo
 def _centred(
     x: Float[Array, "*n"], mask: Bool[Array, "*n"]
 ) -> tuple[Float[Array, ""], Float[Array, "*n"]]:
-    """Returns the mean over the mask, and the deviations from it, 0 outside the mask."""
+    """Returns the mean over the mask, and the deviations from it, which are 0 outside the mask."""
     mean = masked_mean(x, mask).value()
     return mean, jnp.where(mask, x.astype(jnp.float32) - mean, 0.0)

@@ -1,4 +1,4 @@
-"""Agreement of the training routers with the sampler's, and balance of the experts' load."""
+"""Agreement between training and sampling routers, and balance of the expert load."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jaxrl_stable.diagnostics.parts import Metrics, Sum, masked_mean
 
 
 def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"]) -> Metrics:
-    """Returns the agreement of the sampler's experts with the training router's own choice.
+    """Returns how well the sampler's experts agree with the training router's own choice.
 
     Args:
-      agreement: share of the K experts in common, per layer and token (`routing.overlap`).
-      valid: tokens that have a choice to compare.
+      agreement: share of the K experts that both chose, per layer and token (`routing.overlap`).
+      valid: True on tokens that have choices to compare.
 
     - `routing/agreement`: mean over layers and valid tokens
     - `routing/agreement_layer_XX`: mean over valid tokens in one MoE layer
@@ -21,7 +21,7 @@ def routing_metrics(agreement: Float[Array, "L B T"], valid: Bool[Array, "B T"])
       (94 % at 48 layers in arXiv:2510.11370)
     - `routing/zero_overlap_share`: share of (layer, token) pairs whose choices have no expert in
       common. Routers rarely differ that much, so a high share suggests that the recorded routing is
-      shifted, stale, or from another row. The replay check of miles counts the same quantity
+      shifted, stale, or from another row. The replay check in miles counts the same quantity
     """
     if agreement.shape[0] == 0:
         return {}
@@ -44,30 +44,30 @@ def load_metrics(
     real: Bool[Array, "B T"],
     devices: int = 1,
 ) -> Metrics:
-    """Returns the balance of the experts and the confidence of the routers, without padding.
+    """Returns metrics on expert balance and router confidence, ignoring padding.
 
     An expert's violation v = E · (its share of the layer's load) − 1 is 0 if the load is perfectly
     balanced (arXiv:2408.15664, eq. 4). From the total load, `finalize` derives:
 
-    - `experts/max_violation`: largest v of all layers, up to E − 1. verl `max_vio/max`; prime-rl's
-      `max_vio` excludes the K busiest experts of each layer
-    - `experts/min_violation`: smallest v of all layers, −1 for an expert without tokens. verl
-      reports the largest and the mean over layers of its `min_vio`
-    - `experts/avg_violation`: mean of |v| over layers and experts. verl `avg_vio/avg`
+    - `experts/max_violation`: largest v in any layer, at most E − 1 [verl: `max_vio/max`. The
+      `max_vio` in prime-rl excludes the K busiest experts of each layer]
+    - `experts/min_violation`: smallest v in any layer, −1 for an expert without tokens. verl
+      instead reports the largest `min_vio` over layers, and the mean
+    - `experts/avg_violation`: mean of |v| over layers and experts [verl: `avg_vio/avg`]
     - `experts/idle_share`: share of experts that got no token
 
     These are recorded directly:
 
-    - `experts/confidence`: mean probability mass of the experts used; prime-rl's routing confidence
-    - `experts/device_imbalance`: pairs served by the busiest device divided by the mean over
-      devices, averaged over layers and passes. All devices wait for the busiest, so the experts
-      take longer by this factor than in perfect balance. All replicas of the experts are counted
-      together
+    - `experts/confidence`: mean probability mass of the experts used [prime-rl: routing confidence]
+    - `experts/device_imbalance`: (token, choice) pairs served by the busiest device, divided by the
+      mean over devices; averaged over layers and passes. All devices wait for the busiest one, so
+      the experts take this many times as long as with perfect balance. All replicas of the experts
+      are counted together
 
     Args:
-      load: (token, choice) pairs of each expert in one pass.
+      load: number of (token, choice) pairs per expert in one pass.
       confidence: probability mass of each token's experts.
-      real: tokens that are not padding.
+      real: True on tokens that are not padding.
       devices: number of devices over which the experts are split, each with E / devices
         consecutive experts.
     """

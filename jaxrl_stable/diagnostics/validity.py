@@ -26,11 +26,11 @@ def validity_metrics(
         g_t = |S − ρ_t| / max(1, S, ρ_t)    eq. 2 minus eq. 4, in the weight of token t's gradient
 
     The divisor is 1 where the approximation is good. Elsewhere it keeps e in [−1, 1.4] and g in
-    [0, 1], so that no single response dominates. To leading order e is Σ_{s<t} δ_s δ_t, of second
-    order, while the error of the gradient is of first order: g_t is about |Σ_{s≠t} δ_s|. With
+    [0, 1], so that no single response dominates. To leading order, e = Σ_{s<t} δ_s δ_t, which is of
+    second order in δ, whereas the gradient error is of first order: g_t ≈ |Σ_{s≠t} δ_s|. With
     advantages A_i, one per response:
 
-    - `validity/violating_share`: share of responses with |e| > tolerance
+    - `validity/violating_share`: share of responses with |e| > `tolerance`
     - `validity/value_error`: Σ |A_i| |e_i| / Σ |A_i|
     - `validity/value_bias`: Σ A_i e_i / Σ |A_i|, positive if the token-level objective is too low.
       S − F has mean 0 over responses, so only its correlation with the reward causes a bias
@@ -48,8 +48,8 @@ def validity_metrics(
       logp_old: log π_old. None means that π_old is π_θ, so staleness is 0.
       logp_rollout: log μ_old, as the sampler recorded it.
       advantages: one per response.
-      mask: response tokens; rows without any are not counted.
-      tolerance: bound of `violating_share`.
+      mask: True on response tokens; rows without any are not counted.
+      tolerance: bound on |e| in `violating_share`.
     """
     responses = mask.any(-1)
     advantages = jnp.where(responses, at_least_float32(advantages), 0.0)
@@ -90,10 +90,10 @@ def validity_metrics(
 def _first_order_errors(
     log_weight: Float[Array, "B T"],
 ) -> tuple[Float[Array, "B"], Float[Array, "B T"]]:
-    """Returns e and g of `validity_metrics`; `log_weight` is 0 outside the mask.
+    """Returns e and g as defined in `validity_metrics`; `log_weight` is 0 outside the mask.
 
-    It takes differences of S − 1, F − 1 and ρ − 1 rather than of S, F and ρ, because second-order
-    terms would be lost in the float32 rounding of numbers near 1.
+    It subtracts S − 1, F − 1 and ρ − 1 rather than S, F and ρ, because float32 rounding of numbers
+    near 1 would swamp the second-order terms.
     """
     product = jnp.expm1(bounded(log_weight.sum(-1)))
     delta = jnp.expm1(bounded(log_weight))

@@ -1,7 +1,8 @@
-"""Metrics of importance weights before and after their bounds, of the clip, and of corrections.
+"""Metrics on importance weights before and after bounding, on clipping, and on corrections.
 
-w is the ratio that the objective uses: π_θ/μ_old, or in ablations a ratio of other policies. Means
-are over all response tokens unless the name says `seq`.
+w is the ratio that the objective uses: π_θ/μ_old, or a ratio between other policies in ablations.
+Means are over all response tokens unless the name says `seq`. Square brackets contain the names
+under which other frameworks record the quantity.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jaxrl_stable.diagnostics.parts import (
 from jaxrl_stable.importance import bounded, log_ratio, response_mean
 from jaxrl_stable.objectives.token_loss import TokenLoss
 
-# A histogram made of ordinary means. Names give the bounds in hundredths; the lower is inclusive.
+# A histogram made of ordinary means. Names give bounds in hundredths; lower bounds are inclusive.
 BUCKETS = {
     "weight/bucket_000_025": (0.0, 0.25),
     "weight/bucket_025_050": (0.25, 0.5),
@@ -41,19 +42,20 @@ def weight_metrics(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
 
 def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """Returns metrics of the ratio w before any bound (except ±20 in log space, against overflow).
+    """Returns metrics on w before any bound (except ±20 in log space, to prevent overflow).
 
     - `weight/raw_mean`, `raw_max`, `raw_min`, `raw_std`: statistics of w
     - `weight/raw_seq_mean`, `raw_seq_max`, `raw_seq_min`, `raw_seq_std`: statistics of each
-      response's mean w. verl `rollout_is_seq_…` without truncation (its std divides by n − 1)
-    - `weight/abs_log_mean`: mean |ln w|. SkyRL `minibatch_rollout_train_logprobs_abs_diff_mean` if
-      w is π_θ/μ_old; the excess over `mismatch/abs_token_mean` comes from the updates
-    - `weight/share_above_2`, `share_below_half`: mean 1[w > 2], mean 1[w < 1/2]. verl
-      `rollout_is_ratio_fraction_high`, `…_low` with its usual C = 2
+      response's mean w [verl: `rollout_is_seq_…` without truncation; its std divides by n − 1]
+    - `weight/abs_log_mean`: mean |ln w|. If w is π_θ/μ_old, the excess over
+      `mismatch/abs_token_mean` comes from the updates [SkyRL, for this w:
+      `minibatch_rollout_train_logprobs_abs_diff_mean`]
+    - `weight/share_above_2`, `share_below_half`: mean(1[w > 2]), mean(1[w < 1/2]) [verl:
+      `rollout_is_ratio_fraction_high`, `…_low` with its usual C = 2]
     - `weight/seq_share_above_2`, `seq_share_below_half`: shares of responses whose mean w is above
-      2 or below 1/2. verl `rollout_is_seq_fraction_high`, `…_low`
-    - `weight/bucket_LOW_HIGH`: share of tokens with LOW/100 ≤ w < HIGH/100; the shares sum to 1. A
-      histogram, like open-instruct's `rho_hist`
+      2 or below 1/2 [verl: `rollout_is_seq_fraction_high`, `…_low`]
+    - `weight/bucket_LOW_HIGH`: share of tokens with LOW/100 ≤ w < HIGH/100. The shares sum to 1 and
+      form a histogram, like open-instruct's `rho_hist`
     """
     log_weight = bounded(loss.log_weight)
     raw, responses = jnp.exp(log_weight), mask.any(-1)
@@ -80,14 +82,14 @@ def raw_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
 
 def used_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """Returns metrics of w after bounds or gate: the factor on −Â ∇log π_θ where not clipped.
+    """Returns metrics on w after the bounds or gate: the factor on −Â ∇log π_θ of unclipped tokens.
 
-    - `weight/used_mean`, `used_max`, `used_min`, `used_std`: statistics of this factor. verl
-      `rollout_is_mean`, …, which it computes after truncation, unlike its fractions
-    - `weight/truncated_share`: share of tokens whose weight hit a bound but which keep their
+    - `weight/used_mean`, `used_max`, `used_min`, `used_std`: statistics of this factor [verl:
+      `rollout_is_mean`, …, computed after truncation, unlike verl's fractions]
+    - `weight/truncated_share`: share of tokens whose weight hit a bound and that keep their
       gradient
-    - `weight/ess`: (mean w)² / mean w², the effective sample size as a share (Kish 1965); 1 if all
-      weights are equal. verl `rollout_is_eff_sample_size`
+    - `weight/ess`: (mean w)² / mean w², the effective sample size as a share (Kish 1965). It is 1
+      if all weights are equal [verl: `rollout_is_eff_sample_size`]
     """
     return {
         "weight/used_mean": masked_mean(loss.weight, mask),
@@ -100,17 +102,17 @@ def used_weights(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
 
 
 def clip_metrics(loss: TokenLoss, mask: Bool[Array, "B T"]) -> Metrics:
-    """Returns metrics of the tokens whose gradient the clip actually zeroes, by the sign of Â.
+    """Returns metrics on tokens whose gradient is zero because of clipping, by the sign of Â.
 
-    - `clip/high_share`, `clip/low_share`: share of tokens clipped with Â > 0, and with Â < 0. TRL
-      `clip_ratio/high_mean`, `low_mean`; for a trust region, prime-rl `is_masked_high`, `…_low`
-    - `clip/region_share`: their sum. TRL `clip_ratio/region_mean`, prime-rl `is_masked`; verl
-      `pg_clipfrac` + `pg_clipfrac_lower` (the dual clip's share), except for CISPO and DPPO, where
-      verl counts truncated tokens
+    - `clip/high_share`, `clip/low_share`: share of tokens clipped with Â > 0, and with Â < 0 [TRL:
+      `clip_ratio/high_mean`, `low_mean`; prime-rl, for a trust region: `is_masked_high`, `…_low`]
+    - `clip/region_share`: the sum of the two [TRL: `clip_ratio/region_mean`; prime-rl: `is_masked`;
+      verl: `pg_clipfrac` + `pg_clipfrac_lower` (the dual clip's share), except for CISPO and DPPO,
+      where verl counts truncated tokens]
     - `clip/high_seq_max`, `clip/low_seq_min`: the largest high share and the smallest low share of
-      any response. TRL `clip_ratio/high_max`, `low_min`
+      any response [TRL: `clip_ratio/high_max`, `low_min`]
     - `clip/kl_k3_clipped`, `clip/kl_k3_kept`: mean(w − 1 − ln w) over the clipped tokens and over
-      the others. prime-rl `masked_mismatch_kl`, `unmasked_mismatch_kl` if w is π_θ/μ_old
+      the others [prime-rl, if w is π_θ/μ_old: `masked_mismatch_kl`, `unmasked_mismatch_kl`]
     """
     clipped = loss.clipped_high | loss.clipped_low
     divergence = k3(loss.log_weight)
@@ -132,16 +134,16 @@ def correction_metrics(
     logp_rollout: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
 ) -> Metrics:
-    """Returns metrics of a correction: a factor on each token's loss, 0 where it is dropped.
+    """Returns metrics on a correction: a factor on each token's loss, which is 0 on dropped tokens.
 
-    - `correction/factor_mean`: mean over all tokens, dropped ones included. open-instruct
-      `rho_weight`
-    - `correction/dropped_share`: mean 1[factor = 0]. open-instruct `rho_drop_frac`; NeMo-RL
-      `is_oob_ratio` if the correction drops (IcePop)
-    - `correction/dropped_response_share`: share of responses that lose all tokens
-    - `correction/kl_k3_dropped`, `correction/kl_k3_kept`: mean(e^Δ − 1 − Δ), Δ = log π_old −
-      log μ_old, over the dropped tokens and over the others; weighted by their shares, they average
-      to `mismatch/kl_k3_token_mean`
+    - `correction/factor_mean`: mean over all tokens, including dropped ones [open-instruct:
+      `rho_weight`]
+    - `correction/dropped_share`: mean(1[factor = 0]) [open-instruct: `rho_drop_frac`; NeMo-RL, if
+      the correction drops tokens (IcePop): `is_oob_ratio`]
+    - `correction/dropped_response_share`: share of responses whose tokens are all dropped
+    - `correction/kl_k3_dropped`, `correction/kl_k3_kept`: mean(e^Δ − 1 − Δ), with Δ = log π_old −
+      log μ_old, over the dropped tokens and over the others. Weighted by their shares, the two
+      average to `mismatch/kl_k3_token_mean`
     """
     dropped = mask & (factor == 0)
     divergence = k3(log_ratio(logp_old, logp_rollout, mask))

@@ -5,9 +5,9 @@
     python -m jaxrl_stable.hf export WORKDIR MODEL --like=ORIGINAL
     python -m jaxrl_stable.hf upcycle DENSE MODEL --copies=8 --chosen=2
 
-MODEL is a model directory as transformers writes it; WORKDIR is the directory of a run. Everything
-happens in host memory. A run can load a model that does not fit there directly, in shards
-(`Experiment.init_from`).
+MODEL is a model directory as written by transformers; WORKDIR is a run's working directory. All
+commands work in host memory. For models that do not fit there, set `Experiment.init_from`: a run
+then loads the checkpoint directly into shards.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     command.add_argument("workdir")
     command.add_argument("--param_dtype", choices=_TYPES, default="float32")
 
-    command = commands.add_parser("export", help="write the weights of a run for transformers")
+    command = commands.add_parser("export", help="write a run's weights for transformers")
     command.add_argument("workdir")
     command.add_argument("model")
-    command.add_argument("--like", default=None, help="original checkpoint of the run")
+    command.add_argument("--like", default=None, help="checkpoint that the run started from")
     command.add_argument("--best", action="store_true", help="the best checkpoint, not the newest")
     command.add_argument("--dtype", choices=_TYPES, default="bfloat16")
     command.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0])
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     command.add_argument("dense")
     command.add_argument("model")
     command.add_argument("--copies", type=int, required=True, help="number of copies of each MLP")
-    command.add_argument("--chosen", type=int, default=1, help="number of copies per token")
+    command.add_argument("--chosen", type=int, default=1, help="number of copies used per token")
     command.add_argument("--segments", type=int, default=1, help="number of experts per copy")
     command.add_argument("--noise", type=float, default=0.0, help="relative noise on the copies")
     command.add_argument("--seed", type=int, default=0)
@@ -92,11 +92,11 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def import_(arguments: argparse.Namespace) -> None:
-    """Loads a checkpoint and saves it as step 0 of a run, from which other runs can start."""
+    """Saves a Hugging Face checkpoint as step 0 of a run, from which other runs can start."""
     workdir = pathlib.Path(arguments.workdir)
     checkpoints = workdir / "checkpoints"
     if checkpoints.exists():
-        raise ValueError(f"{checkpoints} exists; give a new working directory")
+        raise ValueError(f"{checkpoints} already exists; use a new working directory")
     config = hf.read_config(arguments.model, param_dtype=arguments.param_dtype)
     model = hf.load(arguments.model, make_mesh(MeshShape()), config)
     with Checkpointer(checkpoints, config.architecture()) as checkpointer:
@@ -106,7 +106,7 @@ def import_(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Restores the weights of a run and saves them for transformers."""
+    """Restores a run's weights and saves them for transformers."""
     checkpoints = pathlib.Path(arguments.workdir) / "checkpoints"
     architecture = stored_architecture(checkpoints)
     config = ModelConfig.from_architecture(architecture)
@@ -125,7 +125,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def upcycle_(arguments: argparse.Namespace) -> None:
-    """Writes a mixture of experts made from a dense checkpoint."""
+    """Writes a mixture-of-experts checkpoint made from a dense one."""
     options = {
         name: getattr(arguments, name) for name in ("copies", "chosen", "segments", "noise", "seed")
     }

@@ -1,4 +1,4 @@
-"""Maps `config.json` of each supported architecture to the fields of `ModelConfig` and back.
+"""Maps each supported architecture's `config.json` to the fields of `ModelConfig` and back.
 
 A new family also needs its tensor names (`names.py`) and the options that it refuses (`config.py`).
 """
@@ -18,10 +18,10 @@ class Architecture(NamedTuple):
 
     Attributes:
       model_type: name of the architecture in `config.json`.
-      class_name: name of its causal language model in transformers.
-      read: returns fields of `ModelConfig`, given the JSON object.
-      write: returns the JSON fields beyond the common ones, given a `ModelConfig`.
-      float32: name endings of the tensors that are always stored in float32
+      class_name: name of its causal language model class in transformers.
+      read: converts the JSON object to fields of `ModelConfig`.
+      write: converts a `ModelConfig` to the JSON fields that not all architectures share.
+      float32: suffixes of the names of tensors that are always stored in float32
         (transformers: `_keep_in_fp32_modules_strict`).
     """
 
@@ -33,7 +33,10 @@ class Architecture(NamedTuple):
 
 
 def _experts(content: Json, *names: str) -> Json:
-    """Returns the expert fields of softmax routers; transformers 5 renamed their number."""
+    """Returns the expert fields for softmax routers.
+
+    `names` are the possible keys for the number of experts, which transformers 5 renamed.
+    """
     number = next((content[name] for name in names if name in content), None)
     if number is None:
         raise KeyError(names[0])
@@ -74,7 +77,7 @@ def _read_olmoe(content: Json) -> Json:
     return _experts(content, "num_experts", "num_local_experts") | dict(
         moe_intermediate_size=content["intermediate_size"],
         norm_topk_prob=content.get("norm_topk_prob", False),
-        # The only possible value: the query norm spans `hidden_size`.
+        # The only possible value, because the query norm spans `hidden_size`.
         head_dim=content["hidden_size"] // content["num_attention_heads"],
         query_key_norm="layer",
         clip_qkv=content.get("clip_qkv"),
@@ -120,9 +123,9 @@ def _read_deepseek_v3(content: Json) -> Json:
 
 
 def _write_deepseek_v3(config: ModelConfig) -> Json:
-    latent = config.latent or LatentSizes(1, 2, 1)  # any: it reads back as another model
+    latent = config.latent or LatentSizes(1, 2, 1)  # placeholder; `to_json` rejects the result
     return dict(
-        head_dim=latent.rotary_dim,  # transformers uses it for the rotation
+        head_dim=latent.rotary_dim,  # transformers uses it for rotary embeddings
         qk_head_dim=config.head_dim,
         qk_nope_head_dim=config.head_dim - latent.rotary_dim,
         qk_rope_head_dim=latent.rotary_dim,
@@ -146,7 +149,7 @@ def _write_deepseek_v3(config: ModelConfig) -> Json:
     )
 
 
-# Dense models come first, so that a Qwen3-MoE without experts is written as Qwen3.
+# Qwen3 comes first, so that a Qwen3-MoE model without experts is written as Qwen3.
 ARCHITECTURES = (
     Architecture("qwen3", "Qwen3ForCausalLM", lambda content: no_experts(), lambda config: {}),
     Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe),

@@ -1,6 +1,6 @@
 """Converts `config.json` to `ModelConfig` and back.
 
-An option that is not implemented is an error that names the option, never a silent approximation.
+An unimplemented option raises an error that names it. Options are never silently approximated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxrl_stable.files import read_json
 from jaxrl_stable.hf.architectures import ARCHITECTURES, Architecture, Json, no_experts
 from jaxrl_stable.model.config import EXECUTION_FIELDS, ModelConfig, Yarn
 
-# Returns the model of the run that is being resumed, given execution fields, or None.
+# Maps execution fields to the model of the run that is being resumed, or to None.
 ModelOfRun = Callable[..., ModelConfig | None]
 _model_of_run: contextvars.ContextVar[ModelOfRun] = contextvars.ContextVar(
     "model_of_run", default=lambda **execution: None
@@ -27,7 +27,7 @@ _model_of_run: contextvars.ContextVar[ModelOfRun] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def resuming(model_of_run: ModelOfRun) -> Iterator[None]:
-    """Lets `read_config` answer for a directory that is gone, if the run knows its own model."""
+    """Lets `read_config` return the resumed run's own model if the directory is gone."""
     token = _model_of_run.set(model_of_run)
     try:
         yield
@@ -43,7 +43,8 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
     Args:
       directory: directory with a `config.json`.
       **execution: fields of `ModelConfig` that a checkpoint does not specify, such as `dtype`,
-        `param_dtype`, `remat` or `head_chunk`; or `max_positions`, in place of what it says.
+        `param_dtype`, `remat` or `head_chunk`; also `max_positions`, which overrides the
+        checkpoint's value.
 
     Raises:
       FileNotFoundError: if `config.json` does not exist.
@@ -52,7 +53,7 @@ def read_config(directory: str | pathlib.Path, **execution: Any) -> ModelConfig:
     wrong = sorted(execution.keys() - set(EXECUTION_FIELDS))
     if wrong:
         raise ValueError(
-            f"read_config got {wrong[0]}, which the checkpoint determines; give only "
+            f"read_config got {wrong[0]}, which the checkpoint determines; pass only "
             f"{', '.join(EXECUTION_FIELDS)}"
         )
     directory = local_path("read_config.directory", directory)
@@ -77,16 +78,16 @@ def read_config_json(directory: str | pathlib.Path) -> Json:
     """
     file = pathlib.Path(directory) / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist; give a Hugging Face model directory")
+        raise FileNotFoundError(f"{file} does not exist; use a Hugging Face model directory")
     return read_json(file)
 
 
 def from_json(content: Json) -> Json:
-    """Returns fields of `ModelConfig` from a parsed `config.json`.
+    """Converts a parsed `config.json` to fields of `ModelConfig`.
 
     Raises:
       KeyError: if a field is missing.
-      ValueError: if a field is invalid or requires an option that is not implemented.
+      ValueError: if a field is invalid or requires an unimplemented option.
     """
     known = {architecture.model_type: architecture for architecture in ARCHITECTURES}
     kind = content.get("model_type")
@@ -104,13 +105,13 @@ def from_json(content: Json) -> Json:
 def to_json(config: ModelConfig) -> tuple[Architecture, Json]:
     """Returns the transformers architecture that computes this model, and its `config.json`.
 
-    It is the first architecture whose JSON reads back as the same `ModelConfig`, so no model is
-    exported that another program would compute differently.
+    The result is the first architecture whose JSON reads back as the same `ModelConfig`. Other
+    programs therefore compute the same function as the exported model.
 
     Raises:
       ValueError: if no supported architecture has this combination of options.
     """
-    if not config.num_experts:  # the expert fields are then meaningless
+    if not config.num_experts:  # the expert fields are meaningless then
         config = dataclasses.replace(config, **no_experts())
     wanted = config.architecture()
     for architecture in ARCHITECTURES:
@@ -126,13 +127,13 @@ def to_json(config: ModelConfig) -> tuple[Architecture, Json]:
         if same:
             return architecture, content
     raise ValueError(
-        "no architecture of transformers computes this ModelConfig; supported are "
+        "no transformers architecture computes this ModelConfig; the supported ones are "
         f"{', '.join(a.model_type for a in ARCHITECTURES)}, each with its own router and attention"
     )
 
 
 def _refuse(content: Json) -> None:
-    """Raises ValueError if an option that is not implemented has a value with an effect."""
+    """Raises ValueError if an unimplemented option is set to a value that has an effect."""
     harmless = {
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
@@ -181,9 +182,9 @@ def _common(content: Json) -> Json:
 
 
 def _context(content: Json, scaling: Yarn | None) -> Any:
-    """Returns the number of positions that a model was trained or stretched for; 0 if not known.
+    """Returns the number of positions that a model was trained or stretched for; 0 if unknown.
 
-    YaRN stretches `original_max_position_embeddings` by its factor. DeepSeek's files have the
+    YaRN stretches `original_max_position_embeddings` by its factor. DeepSeek stores the
     product in `max_position_embeddings`; Qwen's instructions leave the original value there.
     """
     context = content.get("max_position_embeddings") or 0
@@ -205,11 +206,11 @@ def _common_json(config: ModelConfig) -> Json:
         tie_word_embeddings=config.tie_embeddings,
         hidden_act="silu",
         attention_bias=False,
-        # If missing, each defaults to the id of the architecture's first model.
+        # Transformers replaces a missing id with the one of the architecture's first model.
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
-        # Both spellings: transformers 5 reads the first; version 4 and engines read the second.
+        # Both spellings: transformers 5 reads the first; version 4 and other engines, the second.
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         rope_theta=config.rope_theta,
     )
@@ -217,7 +218,7 @@ def _common_json(config: ModelConfig) -> Json:
         content["max_position_embeddings"] = config.max_positions
     yarn = config.rope_scaling
     if yarn is not None:
-        # Version 4 derives the factor from this field; 5.23 reads the one below.
+        # Transformers 4 derives the factor from this field; 5.23 reads `factor` below.
         content["max_position_embeddings"] = round(yarn.factor * yarn.original_context)
         content["rope_scaling"] = dict(
             rope_type="yarn",
@@ -239,7 +240,8 @@ def _rotary(content: Json) -> tuple[float, Yarn | None]:
 
     They come from `rope_parameters` (transformers 5) or from the two fields of version 4. If a
     version-5 config also has `rope_scaling`, both versions use that, and so does this function.
-    They then ignore the base in `rope_parameters` and use a default; that is refused here.
+    Both versions then replace the base in `rope_parameters` with a default; here, such a config
+    is an error.
     """
     parameters = content.get("rope_parameters") or {}
     scaling = dict(content.get("rope_scaling") or parameters)
@@ -253,7 +255,7 @@ def _rotary(content: Json) -> tuple[float, Yarn | None]:
         raise KeyError("rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if scaling.get("partial_rotary_factor", 1) != 1:
-        raise ValueError("partial_rotary_factor is not implemented; none of these models has it")
+        raise ValueError("partial_rotary_factor is not implemented; no supported model uses it")
     if kind == "default":
         return float(theta), None
     if kind != "yarn":
@@ -269,7 +271,7 @@ def _rotary(content: Json) -> tuple[float, Yarn | None]:
         rotation = magnitude(1)
         if mscale and all_dims:
             rotation = magnitude(mscale) / magnitude(all_dims)
-    latent = content["model_type"] == "deepseek_v3"  # the only one that also scales its softmax
+    latent = content["model_type"] == "deepseek_v3"  # the only type that also scales its softmax
     return float(theta), Yarn(
         factor=float(factor),
         original_context=scaling["original_max_position_embeddings"],

@@ -1,6 +1,6 @@
 """Reads and writes the safetensors files of a checkpoint directory in parts.
 
-Nothing here holds more than a part of a tensor in memory.
+No function here holds more than a part of a tensor in memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import safetensors
 from jaxrl_stable.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHOWN = 10  # most tensors that an error names per kind of fault
-# Supported types of weights, by their names in the file format.
+SHOWN = 10  # how many tensors an error names per kind of fault, at most
+# Supported weight dtypes, by their names in the safetensors format.
 DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -31,17 +31,17 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class TensorFiles:
-    """All tensors of a directory, by name.
+    """All tensors in a checkpoint directory, by name.
 
-    If a directory contains both a single file and an index, the single file counts, as in
-    transformers. Saving a sharded checkpoint again as one file leaves a stale index behind.
+    If a directory contains both a single file and an index, the single file takes precedence, as in
+    transformers: saving a sharded checkpoint again as one file leaves a stale index behind.
 
     Attributes:
       shapes: shape of every tensor.
-      codes: type of every tensor, as named in the file format ("BF16").
+      codes: dtype of every tensor, as named in the safetensors format ("BF16").
 
     Raises:
-      FileNotFoundError: if the directory contains no weights, or a file of the index is missing.
+      FileNotFoundError: if the directory has no weights, or a file listed in the index is missing.
       ValueError: if a file is damaged or does not match the index.
     """
 
@@ -56,14 +56,16 @@ class TensorFiles:
             try:
                 handle = safetensors.safe_open(path, framework="np")
             except FileNotFoundError:
-                raise FileNotFoundError(f"{path} is missing; download the rest") from None
+                raise FileNotFoundError(
+                    f"{path} is missing; download the rest of the checkpoint"
+                ) from None
             except safetensors.SafetensorError as error:
                 raise ValueError(f"{path} is damaged ({error}); download it again") from None
             for name in handle.keys():  # noqa: SIM118
                 if index.get(name, file) != file:
                     raise ValueError(
-                        f"{path} holds {name}, which {INDEX} places in {index[name]}; download "
-                        "both again"
+                        f"{path} contains {name}, but {INDEX} places it in {index[name]}; "
+                        "download both files again"
                     )
                 part = handle.get_slice(name)
                 self.shapes[name] = tuple(part.get_shape())
@@ -72,35 +74,36 @@ class TensorFiles:
         absent = sorted(index.keys() - self.shapes.keys())
         if absent:
             raise ValueError(
-                f"{self.directory / index[absent[0]]} does not hold {absent[0]} as {INDEX} says; "
-                "download both again"
+                f"{self.directory / index[absent[0]]} lacks {absent[0]}, which {INDEX} places "
+                "there; download both files again"
             )
 
     def view(self, tensor: str) -> np.ndarray:
-        """Returns a tensor as a memory map of its file; data is read when it is accessed."""
+        """Returns a tensor as a view of its memory-mapped file; data is read on access."""
         mapped, begin = self._places[tensor]
         dtype, shape = DTYPES[self.codes[tensor]], self.shapes[tensor]
         end = begin + dtype.itemsize * int(np.prod(shape))
         return np.asarray(mapped[begin:end]).view(dtype).reshape(shape)
 
     def not_finite(self, tensors: Sequence[str]) -> str:
-        """Returns the error for tensors with values that are not finite."""
+        """Returns the error message for tensors with non-finite values."""
         return (
-            f"{self.directory} holds values that are not finite in {listed(tensors)}; download it "
-            "again, or find out what wrote it"
+            f"{self.directory} has non-finite values in {listed(tensors)}; download it again, or "
+            "check the program that wrote it"
         )
 
 
 def listed(names: Sequence[str]) -> str:
-    """Returns the first `SHOWN` names, and how many more there are."""
+    """Lists the first `SHOWN` names and says how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def _places(path: pathlib.Path) -> dict[str, tuple[np.memmap, int]]:
-    """Returns the mapped file and the byte at which each tensor begins.
+    """Maps each tensor to its memory-mapped file and the offset of its first byte.
 
-    The safetensors library, which has checked the file, would copy what it reads in one thread.
+    The safetensors library has checked the file, but is not used to read tensors, because it copies
+    them in a single thread.
     """
     mapped = np.memmap(path, np.uint8, "r")
     length = int.from_bytes(mapped[:8].tobytes(), "little")
@@ -110,37 +113,39 @@ def _places(path: pathlib.Path) -> dict[str, tuple[np.memmap, int]]:
 
 
 def _index(directory: pathlib.Path) -> dict[str, str]:
-    """Returns the file of each tensor; empty if one file holds all tensors."""
+    """Maps each tensor to its file; empty if a single file holds all tensors."""
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} does not exist; give a Hugging Face model directory")
+        raise FileNotFoundError(
+            f"{directory} is not a directory; use a Hugging Face model directory"
+        )
     if (directory / SINGLE).exists():
         return {}
     path = directory / INDEX
     if not path.exists():
         raise FileNotFoundError(
-            f"{directory} has neither {SINGLE} nor {INDEX}; give a directory with safetensors "
+            f"{directory} has neither {SINGLE} nor {INDEX}; use a directory with safetensors "
             "weights"
         )
     index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ValueError(f"{path} has no weight_map; download it again")
-    for file in index.values():  # an untrusted name must not lead out of the directory
+    for file in index.values():  # an untrusted name must not escape the directory
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
             raise ValueError(f"{path} names the file {file!r}; only plain file names are allowed")
     return index
 
 
 class TensorWriter:
-    """New safetensors files whose tensors are written in parts, in any order and by any thread.
+    """Writes safetensors files part by part, in any order and from any thread.
 
     The safetensors library needs all tensors of a file in memory; here a file may be larger than
-    memory. Leaving the context writes the index if there are several files.
+    memory. On leaving the context, the index is written if there are several files.
 
     Args:
       directory: an empty directory (`new_directory`).
       shapes: shape of every tensor, in order.
-      dtypes: type of every tensor.
-      file_bytes: size limit per file; a larger tensor gets its own file.
+      dtypes: dtype of every tensor.
+      file_bytes: size limit per file, in bytes; a larger tensor gets its own file.
     """
 
     def __init__(
@@ -189,7 +194,7 @@ class TensorWriter:
                 self._map[name] = file
 
     def write(self, tensor: str, first: int, part: np.ndarray) -> None:
-        """Writes whole rows from row `first` on, counted in the tensor flattened to a matrix."""
+        """Writes whole rows of the tensor, flattened to a matrix, starting at row `first`."""
         descriptor, begin = self._places[tensor]
         row = part.itemsize * int(np.prod(self._shapes[tensor][1:][-1:]))
         _write_all(descriptor, np.ascontiguousarray(part).view(np.uint8).data, begin + first * row)
@@ -216,7 +221,7 @@ def new_directory(target: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """
     target = pathlib.Path(target).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not empty; give a new directory")
+        raise ValueError(f"{target} exists and is not an empty directory; use a new one")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{target.name}.partial-"))
     try:

@@ -1,8 +1,8 @@
 """Loads a checkpoint directory straight into a sharded model.
 
 A few threads fill each device's shard of each parameter in place, a few rows at a time. A host
-reads only what its own devices hold, except tied embeddings that are stored twice. All faults of
-the files, except values, are detected before any weights are read.
+reads only what its own devices hold; the exception is tied embeddings that are stored twice. All
+faults in the files, except non-finite values, are detected before any weights are read.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def load(
 ) -> Transformer:
     """Loads a Hugging Face checkpoint.
 
-    A host allocates its own shards (on accelerators one at a time) and `THREADS` chunks of 1 MiB.
-    The files are memory-mapped, so the system can evict what has been read. Weights are converted
-    to `config.param_dtype`.
+    A host allocates its own shards (on accelerators, one at a time) and `THREADS` chunks of 1 MiB.
+    The files are memory-mapped, so the operating system can evict pages that have been read.
+    Weights are converted to `config.param_dtype`.
 
     Args:
-      directory: `config.json` and safetensors files, per-expert or fused.
-      mesh: mesh over which the parameters are sharded, by the rules of `sharding`.
+      directory: holds `config.json` and safetensors files, in the per-expert or fused layout.
+      mesh: mesh over which the parameters are sharded, by the rules in `sharding`.
       config: the architecture with its execution settings; `read_config(directory)` by default.
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if the config has another architecture, if tensors are missing, extra, misshapen,
-        of an unknown type or not finite (the message lists them), or if tied embeddings are stored
-        twice and differ.
+      ValueError: if `config` has a different architecture, if tensors are missing, extra,
+        misshapen, of an unknown dtype or non-finite (the message lists them), or if tied embeddings
+        are stored twice and differ.
     """
     config = read_config(directory) if config is None else config
     _check_architecture(directory, config)
@@ -66,7 +66,7 @@ def load(
             _parameter(param.get_value(), plan[path], files, pool, broken)
             for path, param in parameters(abstract).items()
         ]
-    names = sorted(files.shapes)  # a process detects only broken tensors in its own part
+    names = sorted(files.shapes)  # a process checks only the tensors that it reads
     flags = distributed.any_process([name in broken for name in names])
     broken = {name for name, flag in zip(names, flags, strict=True) if flag}
     if broken:
@@ -75,12 +75,12 @@ def load(
 
 
 def check(directory: str | pathlib.Path, config: ModelConfig) -> None:
-    """Checks that `load` would find a model's tensors: architecture, names, shapes and types.
+    """Checks that `load` would find a model's tensors: architecture, names, shapes and dtypes.
 
-    No values are read, except those of a head next to tied embeddings.
+    Reads no values, except to compare tied embeddings that are stored twice.
 
     Raises:
-      FileNotFoundError, ValueError: as `load` does, except for values that are not finite.
+      FileNotFoundError, ValueError: as `load` does, except for non-finite values.
     """
     _check_architecture(directory, config)
     files = TensorFiles(directory)
@@ -97,13 +97,13 @@ def _check_architecture(directory: str | pathlib.Path, config: ModelConfig) -> N
             if config.architecture()[name] != value
         ]
         raise ValueError(
-            f"{directory} holds another model: {'; '.join(differing)}. Take the architecture from "
-            "the checkpoint: hf.read_config"
+            f"{directory} holds a different model: {'; '.join(differing)}. Use hf.read_config to "
+            "take the architecture from the checkpoint"
         )
 
 
 def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, list[Piece]]:
-    """Returns the pieces of every parameter, in the layout of the checkpoint's tensors.
+    """Returns the pieces of every parameter, in the layout that the checkpoint uses.
 
     Args:
       files: the tensors of the checkpoint.
@@ -111,7 +111,7 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
       model: the model or its abstract shape.
 
     Raises:
-      ValueError: if tensors are missing, extra, misshapen or of an unknown type. The message lists
+      ValueError: if tensors are missing, extra, misshapen or of an unknown dtype. The message lists
         them.
     """
     fused = any(name.endswith(".experts.down_proj") for name in files.shapes)
@@ -131,7 +131,7 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
             for name, shape in wanted.items()
             if present.get(name, shape) != shape
         ),
-        "of an unknown type": sorted(
+        "of an unknown dtype": sorted(
             f"{name} is {files.codes[name]}"
             for name in wanted.keys() & present.keys()
             if files.codes[name] not in DTYPES
@@ -140,17 +140,17 @@ def plan_of(files: TensorFiles, config: ModelConfig, model: Any) -> dict[str, li
     if any(faults.values()):
         found = "; ".join(f"{kind}: {listed(names)}" for kind, names in faults.items() if names)
         raise ValueError(
-            f"{files.directory} does not fit its config.json: {found}. Nothing was loaded; "
+            f"{files.directory} does not match its config.json: {found}. Nothing was loaded; "
             "download the files again, or fix config.json"
         )
     return plan
 
 
 def _left_out(tensor: str, config: ModelConfig, behind: int) -> bool:
-    """Returns whether to ignore a tensor that a valid checkpoint may have beyond the model.
+    """Returns whether a tensor is one that valid checkpoints have but the model does not use.
 
-    These are rotary frequencies (recomputed here), and the layers after the last one, which are
-    DeepSeek-V3's multi-token prediction.
+    These tensors are rotary frequencies, which are recomputed here, and DeepSeek-V3's layers for
+    multi-token prediction, which follow the model's last layer.
     """
     extra = tuple(f"model.layers.{config.num_layers + i}." for i in range(behind))
     return tensor.endswith("rotary_emb.inv_freq") or tensor.startswith(extra)
@@ -186,7 +186,7 @@ def _inside(piece: Piece, bounds: tuple[tuple[int, int], ...]) -> bool:
 def _fill(
     target: np.ndarray, bounds: tuple, piece: Piece, files: TensorFiles, broken: set[str]
 ) -> None:
-    """Copies one piece into a shard by chunks; adds its tensor to `broken` if not finite."""
+    """Copies one piece into a shard by chunks; adds its tensor to `broken` if it is non-finite."""
     inner = bounds[len(piece.index) :]
     place = target[tuple(i - a for i, (a, _) in zip(piece.index, bounds, strict=False))]
     sizes = place.shape

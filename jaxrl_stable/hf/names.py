@@ -1,4 +1,4 @@
-"""Maps tensors of a Hugging Face checkpoint to parts of parameters.
+"""Maps tensors in a Hugging Face checkpoint to parts of parameters.
 
 The two sides differ in exactly three ways: in names; in layers (and experts), which are stacked
 here and separate there; and in matrices, stored as `[in…, out…]` here and `[out, in]` there. A
@@ -57,7 +57,7 @@ _MIXTRAL = {
     "mlp.up": "block_sparse_moe.experts.{expert}.w3.weight",
     "mlp.down": "block_sparse_moe.experts.{expert}.w2.weight",
 }
-# All experts in one tensor, gate above up: transformers 5 computes with it and can save it.
+# All experts in one tensor, gate above up. Transformers 5 computes in this layout and can save it.
 _FUSED = {
     "mlp.gate": "mlp.experts.gate_up_proj",
     "mlp.up": "mlp.experts.gate_up_proj",
@@ -70,14 +70,14 @@ class Piece(NamedTuple):
     """A part of a parameter, and the part of a tensor that holds it.
 
     Attributes:
-      path: name of the parameter in `parameters`.
+      path: name of the parameter, as returned by `parameters`.
       index: leading indices into the parameter: the layer, and the expert if any.
       tensor: name of the tensor in the checkpoint.
       lead: leading indices into the tensor: the expert, in the fused layout.
-      start: first row of the part; in the fused layout `up` comes below `gate`.
+      start: first row of the part in the tensor; in the fused layout, `up` is below `gate`.
       shape: shape of the tensor.
       rows, columns: size of the part as a matrix; a vector is one column.
-      inputs: number of axes of the parameter that form the columns.
+      inputs: number of parameter axes that form the columns.
       transposed: whether the columns come first in the parameter.
     """
 
@@ -94,7 +94,7 @@ class Piece(NamedTuple):
 
 
 def parameters(model: Any) -> dict[str, nnx.Param]:
-    """Returns all parameters of a model or of its abstract shape by path, such as `norm.weight`."""
+    """Returns all parameters of a (possibly abstract) model by path, such as `norm.weight`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda x: isinstance(x, nnx.Param)
     )
@@ -109,7 +109,7 @@ def pieces(
     Args:
       config: the architecture.
       model: the model or its abstract shape.
-      model_type: `model_type` of the checkpoint (`config.json`).
+      model_type: the checkpoint's `model_type`, from `config.json`.
       layout: "per-expert" or "fused".
     """
     sparse = _FUSED if layout == "fused" else _EXPERTS
@@ -145,7 +145,7 @@ def pieces(
 
 
 def tensor_shapes(plan: dict[str, list[Piece]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor of a checkpoint, in the order of the model."""
+    """Returns the shape of every tensor in a checkpoint, in model order."""
     return {piece.tensor: piece.shape for part in plan.values() for piece in part}
 
 

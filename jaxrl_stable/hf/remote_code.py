@@ -1,7 +1,7 @@
-"""Finds the Python files of a checkpoint that has code of its own ("remote code").
+"""Finds the Python files of a checkpoint that ships its own code ("remote code").
 
-`auto_map` in `config.json` and `tokenizer_config.json` names classes in files of the directory,
-which transformers imports with `trust_remote_code=True`. Nothing is ever run here.
+`auto_map` in `config.json` and `tokenizer_config.json` names classes in files in the directory.
+Transformers imports these files if `trust_remote_code=True`. Nothing is ever run here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def modules(auto_map: Any) -> set[str]:
     """Returns the files that an `auto_map` needs, without ".py".
 
     A class is named "module.Class". A tokenizer has a list of two classes, either of which may be
-    null. "owner/name--module.Class" is stored elsewhere, so it needs no file.
+    null. "owner/name--module.Class" is in another repository, so it needs no file.
     """
     if isinstance(auto_map, dict):
         return set().union(*map(modules, auto_map.values()))
@@ -28,7 +28,7 @@ def modules(auto_map: Any) -> set[str]:
 
 
 def code_files(directory: pathlib.Path, names: Iterable[str]) -> list[pathlib.Path] | None:
-    """Returns the files of modules, and of the modules that they import from the directory.
+    """Returns the files of modules and of everything that they import from the directory.
 
     Returns:
       Files in alphabetical order; None if one is missing or is not Python.
@@ -40,7 +40,7 @@ def code_files(directory: pathlib.Path, names: Iterable[str]) -> list[pathlib.Pa
         if name in found:
             continue
         file = directory / f"{name}.py"
-        if not name.isidentifier() or not file.is_file():  # a name must not lead out of it
+        if not name.isidentifier() or not file.is_file():  # must not escape the directory
             return None
         found[name] = file
         try:
@@ -58,7 +58,7 @@ def with_its_code(
 ) -> tuple[dict[str, Any], list[pathlib.Path]]:
     """Returns a `config.json` that can be stored elsewhere, and the code to store next to it.
 
-    If some of the code is missing, `auto_map` is removed. Transformers then takes its own classes
+    If some of the code is missing, `auto_map` is removed. Transformers then uses its own classes
     for the `model_type`.
     """
     files = code_files(directory, modules(content.get("auto_map")))
@@ -68,5 +68,5 @@ def with_its_code(
 
 
 def without_code(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns a `config.json` of which transformers takes its own classes."""
+    """Returns a `config.json` without `auto_map`, so that transformers uses its own classes."""
     return {key: value for key, value in content.items() if key != "auto_map"}

@@ -1,4 +1,4 @@
-"""Saves a model as a checkpoint directory of transformers.
+"""Saves a model as a checkpoint directory that transformers can load.
 
 Each parameter is fetched from the devices layer by layer (on a CPU it is used in place). A few
 threads then transpose and write it, a few rows at a time.
@@ -24,7 +24,7 @@ from jaxrl_stable.hf.remote_code import code_files, modules, with_its_code, with
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.transformer import Transformer
 
-# Files next to the weights that are copied from the original checkpoint of a model.
+# Files that are copied from a model's original checkpoint, in addition to the weights.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -57,17 +57,17 @@ def save(
     Args:
       model: the policy; all its arrays must be on this process's devices.
       directory: directory to write; must be new or empty.
-      dtype: "float32", "bfloat16" or "float16"; by default the type of the parameters.
+      dtype: "float32", "bfloat16" or "float16"; by default the parameters' dtype.
       layout: "per-expert", which every version and engine reads, or "fused" (transformers 5).
       like: original checkpoint of the model. Its `config.json` is kept, with the new dtype, and its
-        tokenizer, generation settings and code (`auto_map`) are copied. The fused layout drops the
-        code, which could not read it.
-      file_bytes: size limit per file.
+        tokenizer, generation settings and code (`auto_map`) are copied. With the fused layout, the
+        code is left out, because it could not read that layout.
+      file_bytes: size limit per file, in bytes.
 
     Raises:
-      ValueError: if the directory is not empty, no architecture of transformers computes this
-        model, `like` has another architecture, a value is not finite, an array is spread over
-        several hosts, or an argument is unknown. Nothing is left behind.
+      ValueError: if the directory is not empty, no transformers architecture computes this model,
+        `like` has a different architecture, a value is non-finite, an array is spread over several
+        hosts, or an argument is unknown. Nothing is left behind.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is unknown; use one of {', '.join(LAYOUTS)}")
@@ -78,7 +78,7 @@ def save(
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(types)}")
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model)):
         raise ValueError(
-            "the model is spread over several hosts; restore it on one of them to save it"
+            "the model is spread over several hosts; restore it on a single host to save it"
         )
     architecture, content = to_json(config)
     code: list[pathlib.Path] = []
@@ -118,7 +118,7 @@ def write_json(file: pathlib.Path, content: dict) -> None:
 
 
 def companions(directory: str | pathlib.Path) -> list[pathlib.Path]:
-    """Returns the tokenizer with its code, chat template and generation settings."""
+    """Returns the files of the tokenizer (with its code), chat template and generation settings."""
     directory = pathlib.Path(directory)
     found = {file for name in COMPANIONS for file in directory.glob(name)}
     auto_map = read_json(directory / "tokenizer_config.json").get("auto_map")
@@ -127,7 +127,7 @@ def companions(directory: str | pathlib.Path) -> list[pathlib.Path]:
 
 
 def copy_companions(source: str | pathlib.Path, target: pathlib.Path) -> None:
-    """Copies the `companions` of a directory; follows links."""
+    """Copies the `companions` of a directory; follows symbolic links."""
     for file in companions(source):
         (shutil.copytree if file.is_dir() else shutil.copyfile)(file, target / file.name)
 
@@ -137,11 +137,11 @@ def _descends(config: ModelConfig, like: str | pathlib.Path) -> dict:
     differing = [name for name, value in config.architecture().items() if theirs[name] != value]
     if differing:
         raise ValueError(
-            f"{like} differs from the model in {', '.join(differing)}; give the checkpoint that "
-            "it was imported from, or omit `like`"
+            f"{like} differs from the model in {', '.join(differing)}; use the checkpoint that "
+            "the model was imported from, or omit `like`"
         )
     if "num_nextn_predict_layers" in content:
-        content["num_nextn_predict_layers"] = 0  # layers after the last one were not kept
+        content["num_nextn_predict_layers"] = 0  # layers beyond the model's were not loaded
     return content
 
 
@@ -156,7 +156,7 @@ def _layers(value: jax.Array, part: list[Piece]) -> Iterator[tuple[tuple[int, ..
 
 
 def _write(writer: TensorWriter, piece: Piece, layer: np.ndarray, dtype: np.dtype) -> None:
-    """Converts one piece to its layout and type in the checkpoint, and writes it."""
+    """Converts one piece to its layout and dtype in the checkpoint, and writes it."""
     source = layer[piece.index[1:]]
     if piece.transposed:
         source = source.reshape(piece.columns, piece.rows).T
@@ -167,6 +167,6 @@ def _write(writer: TensorWriter, piece: Piece, layer: np.ndarray, dtype: np.dtyp
         copy(part, source[rows])
         if not all_finite(part):
             raise ValueError(
-                f"{piece.path} holds values that are not finite as {dtype.name}; nothing was saved"
+                f"{piece.path} has values that are non-finite in {dtype.name}; nothing was saved"
             )
         writer.write(piece.tensor, first + rows.start, part)

@@ -1,9 +1,9 @@
-"""Reads checkpoints of tied embeddings that store the output head.
+"""Handles checkpoints with tied embeddings that store the output head.
 
 A model with tied embeddings has one matrix, and its checkpoint usually stores it once, as the
 embedding. Some writers store it as the head instead, or twice. Transformers 5 accepts both, but
-does not tie two matrices that differ, whatever `config.json` says. Version 4 ties them and drops
-the head. No reading is right for both, so a head that differs is refused.
+does not tie two matrices that differ, regardless of `config.json`. Version 4 ties them and drops
+the head. No interpretation agrees with both versions, so a head that differs is an error here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def from_the_head(
 ) -> dict[str, list[Piece]]:
     """Returns the plan, with tied embeddings read from the head if only the head is stored.
 
-    `safetensors.torch.save_model` keeps one name of a shared matrix, the first by the alphabet.
+    `safetensors.torch.save_model` keeps only the alphabetically first name of a shared matrix.
 
     Args:
       plan: pieces of every parameter (`names.pieces`).
@@ -46,24 +46,24 @@ def has_copy(config: ModelConfig, stored: Collection[str]) -> bool:
 
 
 def check_copy(files: TensorFiles, config: ModelConfig) -> None:
-    """Checks that tied embeddings that are stored twice are equal.
+    """Checks that both copies are equal if tied embeddings are stored twice.
 
-    The values are compared in `config.param_dtype`, in which they are loaded. Every process reads
-    both matrices.
+    The values are compared in `config.param_dtype`, the dtype in which they are loaded. Every
+    process reads both matrices.
 
     Args:
-      files: the tensors of the checkpoint; both have the same shape and known types.
+      files: the tensors of the checkpoint; both copies have the same shape and known dtypes.
       config: the architecture.
 
     Raises:
-      ValueError: if they differ, or the head has values that are not finite.
+      ValueError: if the copies differ, or one of them has non-finite values.
     """
     if not has_copy(config, files.shapes):
         return
     embedding, head, dtype = files.view(EMBEDDING), files.view(HEAD), np.dtype(config.param_dtype)
 
     def faults(rows: slice) -> tuple[bool, bool, bool]:
-        with np.errstate(over="ignore"):  # infinities are detected
+        with np.errstate(over="ignore"):  # infinities are detected below
             one, other = (x[rows].astype(dtype, copy=False) for x in (embedding, head))
         return not all_finite(one), not all_finite(other), not np.array_equal(one, other)
 
@@ -76,6 +76,5 @@ def check_copy(files: TensorFiles, config: ModelConfig) -> None:
     if differs:
         raise ValueError(
             f"{files.directory}: {HEAD} differs from {EMBEDDING}, but config.json has "
-            "tie_word_embeddings = true; set it to false to keep both, or delete the tensor that "
-            "is wrong"
+            "tie_word_embeddings = true; set it to false to keep both, or delete the wrong tensor"
         )

@@ -1,11 +1,10 @@
 """Turns a dense checkpoint into a mixture of experts that computes the same function.
 
-The feed-forward layer is split into S segments of its width, and every segment is copied m times.
-An expert is one copy of one segment. The router scores copies and has the same weights for all
-segments of a copy, so a token takes whole copies, one of m for each segment ("virtual groups", He
-et al. 2024, arXiv:2410.07524, §4.2). The gates sum to one over the C · S experts of the C chosen
-copies, so each segment gets 1 / S of the weight of its copy. A factor S on the last matrix restores
-it:
+The feed-forward layer is copied m times, and the width of each copy is split into S segments. Each
+segment of each copy becomes an expert. The router has the same weights for all segments of a copy,
+so they get the same score: a token that chooses C copies uses all C · S of their experts ("virtual
+groups", He et al. 2024, arXiv:2410.07524, §4.2). The gates of these experts sum to one, so each
+segment gets 1 / S of its copy's gate g_c. Multiplying the last matrix by S compensates for this:
 
     Σ_c g_c Σ_s (S · segment_s(x)) / S  =  Σ_c g_c · dense(x)  =  dense(x)
 
@@ -30,7 +29,8 @@ from jaxrl_stable.hf.save import copy_companions, write_json
 from jaxrl_stable.hf.tied import check_copy
 from jaxrl_stable.model.transformer import init_model
 
-_ROUTER_STD = 0.02  # logits are of order one after a norm, for hidden sizes in the thousands
+# With normalised inputs, logits then have order one for hidden sizes in the thousands.
+_ROUTER_STD = 0.02
 
 
 def upcycle(
@@ -43,21 +43,21 @@ def upcycle(
     noise: int | float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Writes a Qwen3-MoE checkpoint that computes the function of a dense Qwen3 checkpoint.
+    """Writes a Qwen3-MoE checkpoint that computes the same function as a dense Qwen3 checkpoint.
 
-    It has `copies * segments` experts, `chosen * segments` per token, each with 1/`segments` of the
-    dense width. With `noise=0`, the outputs are equal up to rounding; if `segments` is a power of
-    two, scaling the weights is exact.
+    The result has `copies * segments` experts, of which each token uses `chosen * segments`. Each
+    expert has 1/`segments` of the dense width. With `noise=0`, the outputs are equal up to
+    rounding; if `segments` is a power of two, scaling the weights is exact.
 
     Args:
       source: directory of the dense checkpoint.
       target: directory to write; must be new or empty.
       copies: m, number of copies of the feed-forward layer.
-      chosen: C, number of copies per token.
+      chosen: C, number of copies that each token uses.
       segments: S, number of parts of each copy; must divide the dense width.
       noise: standard deviation of the noise on each copy's matrices, relative to the root mean
-        square of the matrix. It makes copies differ before training does.
-      seed: seed of routers and noise.
+        square of the matrix. It makes the copies differ from the start of training.
+      seed: seed for routers and noise.
 
     Raises:
       FileNotFoundError: if a file of the source is missing.
@@ -66,7 +66,7 @@ def upcycle(
     """
     dense = read_config(source)
     if dense.num_experts:
-        raise ValueError(f"{source} already has experts; give a dense checkpoint")
+        raise ValueError(f"{source} already has experts; use a dense checkpoint")
     if not 1 <= chosen <= copies or segments < 1 or dense.intermediate_size % segments:
         raise ValueError(
             f"copies={copies}, chosen={chosen}, segments={segments} do not fit: chosen must be "
@@ -93,9 +93,9 @@ def upcycle(
             for name, (_, _, value) in made.items():
                 part = value().astype(dtypes[name])
                 if not all_finite(part):
-                    raise ValueError(f"{source} has values in {name} that are not finite")
+                    raise ValueError(f"{name}, made from {source}, is non-finite; check the source")
                 writer.write(name, 0, part)
-        # The source's own code, if any, computes the dense model.
+        # The source's own code, if any, would compute the dense model.
         write_json(directory / "config.json", without_code(read_config_json(source)) | kept)
         copy_companions(source, directory)
 
@@ -106,7 +106,7 @@ Made = tuple[tuple[int, ...], str, Callable[[], np.ndarray]]
 def _tensors(
     files: TensorFiles, layers: int, copies: int, segments: int, noise: int | float, seed: int
 ) -> dict[str, Made]:
-    """Returns shape, type and maker of every new tensor. Only a call of the maker reads data."""
+    """Returns shape, dtype and factory of every new tensor. Only calling a factory reads data."""
     made: dict[str, Made] = {}
     for name, shape in files.shapes.items():
         if ".mlp." not in name:

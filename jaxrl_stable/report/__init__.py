@@ -8,8 +8,8 @@ on a page (`page`). Writes report.html and plots/*.png to the directory of the r
 
 The page of a study (`jaxrl_stable.study`) also uses `layout`, `drawing`, `text` and `samples`.
 
-The page contains text from a language model. All of it is escaped, the page has no scripts, and a
-content security policy forbids loading or running anything.
+The page contains text from a language model. All of this text is escaped, the page has no scripts,
+and a content security policy forbids loading or running anything.
 """
 
 from jaxrl_stable.report.page import write_report

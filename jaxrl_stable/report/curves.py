@@ -1,4 +1,4 @@
-"""The curves of a run: which metrics are drawn together, and how."""
+"""A run's curves: which metrics are drawn together, and how."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Panel:
       name: name of its PNG file.
       title: title above the plot.
       unit: label of the vertical axis.
-      lines: metric to label; labels are shown if there is more than one line.
+      lines: maps metrics to labels; labels are shown if there is more than one line.
       style: "lines"; "band", which adds a metric's interval; "depth", which colours the layers of a
-        metric from first to last; or "stack", which adds the metrics up.
-      log: whether the axis is logarithmic; it then shows the absolute value of negative values.
+        metric from first to last; or "stack", which stacks the metrics.
+      log: whether the axis is logarithmic; it then shows absolute values.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Common drawing code of all pages: colours, axes, and inline SVG from matplotlib."""
+"""Drawing code shared by all pages: colours, axes, and inline SVG from matplotlib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxrl_stable.report.text import escape
 
 Points = Float[np.ndarray, "points"]
 
-# Mid-tones, legible on the light and the dark page. In the SVG, the page's colours replace INK and
+# Mid-tones, legible on light and dark pages. In the SVG, the page's colours replace INK and
 # GRID, so that plots follow its light and dark modes.
 COLORS = ("#3a7fc8", "#d9792f", "#2f9d7b", "#9169c9", "#c9505f", "#8a929c")
 INK, GRID = "#24292e", "#d4d8de"
@@ -57,7 +57,7 @@ def thin(x: Points, y: Points) -> tuple[Float[np.ndarray, "kept"], Float[np.ndar
 
 
 def finish_axes(axes: matplotlib.axes.Axes, log: bool = False, share: bool = False) -> None:
-    """Formats ticks and limits. A logarithmic axis gets ticks that fit; a share starts at ≥ 0."""
+    """Formats ticks and limits; logarithmic axes get suitable ticks, and shares start at ≥ 0."""
     if log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()

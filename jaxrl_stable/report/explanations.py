@@ -10,7 +10,7 @@ from jaxrl_stable.report.text import escape, figure
 
 
 def metric_table(run: Run) -> str:
-    """Returns the table of watched metrics: last value, verdict (given a range), healthy values."""
+    """Returns the table of watched metrics: last value, verdict (if judged), healthy values."""
     rows = []
     for metric in METRICS:
         layers = run.layers(metric.name)
@@ -37,7 +37,7 @@ def metric_table(run: Run) -> str:
 
 
 def other_metrics(run: Run) -> str:
-    """Returns the table of all other metrics, including unknown ones and those never finite."""
+    """Returns the table of all other metrics, including unknown and never finite ones."""
     watched = {name for metric in METRICS if metric.healthy for name in run.layers(metric.name)}
     watched |= {end for name in watched for end in interval_names(name)}
     meanings = {metric.name: metric.meaning for metric in METRICS}
@@ -51,5 +51,5 @@ def other_metrics(run: Run) -> str:
 
 
 def interval_names(name: str) -> tuple[str, str]:
-    """Returns the names of the metrics for the ends of a metric's 95 % interval."""
+    """Returns the names under which the ends of a metric's 95 % interval are recorded."""
     return f"{name}_low", f"{name}_high"

@@ -1,4 +1,4 @@
-"""The frame of every page: one HTML file with its style, which must not load or run anything."""
+"""The frame of every page: one HTML file with its style, which cannot load or run anything."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ dl{grid-template-columns:1fr}dd{margin-bottom:6px}.hide{display:none}}
 
 
 def document(title: str, body: Iterable[str], style: str = "") -> str:
-    """Returns a page.
+    """Returns a complete HTML page.
 
     Args:
       title: plain text; it is escaped here.

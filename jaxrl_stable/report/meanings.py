@@ -1,4 +1,4 @@
-"""What each metric means, and how it looks in a healthy run."""
+"""The meaning of each metric, and what it looks like in a healthy run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxrl_stable.report.run import LAYER
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """Meaning of a metric. Its exact definition is next to the code that computes it.
+    """Meaning of a metric. The code that computes it documents its exact definition.
 
     Attributes:
       name: name in metrics.jsonl; a final `LAYER` matches every layer.
@@ -69,8 +69,8 @@ METRICS = (
     ),
     Metric("mismatch/mult_prob_error_token_mean", "Mean of e^|Δ|; 1 if equal."),
     Metric("mismatch/abs_token_mean", "Mean of |Δ|, Δ = log π_old − log μ."),
-    Metric("mismatch/abs_token_max", "Largest |Δ| of a token.", "a single token; heavy-tailed"),
-    Metric("mismatch/abs_token_min", "Smallest |Δ| of a token."),
+    Metric("mismatch/abs_token_max", "Largest |Δ| over tokens.", "a single token; heavy-tailed"),
+    Metric("mismatch/abs_token_min", "Smallest |Δ| over tokens."),
     Metric("mismatch/abs_token_std", "Standard deviation of |Δ| over tokens."),
     Metric(
         "mismatch/extreme_share", "Tokens with |Δ| > ln 2.", "below 0.01 (rule of thumb)", 0, 0.01
@@ -80,8 +80,8 @@ METRICS = (
     Metric("mismatch/kl_k1_seq_mean", "k1, averaged per response, then over responses."),
     Metric("mismatch/kl_k3_seq_mean", "k3, averaged per response, then over responses."),
     Metric("mismatch/log_ppl_diff_abs_seq_mean", "Mean over responses of |mean Δ|."),
-    Metric("mismatch/log_ppl_diff_seq_max", "Largest mean of −Δ of a response."),
-    Metric("mismatch/log_ppl_diff_seq_min", "Smallest mean of −Δ of a response."),
+    Metric("mismatch/log_ppl_diff_seq_max", "Largest per-response mean of −Δ."),
+    Metric("mismatch/log_ppl_diff_seq_min", "Smallest per-response mean of −Δ."),
     Metric("mismatch/ppl_train_seq_mean", "Perplexity under π_old, mean over responses."),
     Metric("mismatch/ppl_rollout_seq_mean", "Perplexity under μ, mean over responses."),
     Metric("mismatch/ppl_ratio_seq_mean", "Perplexity under π_old ÷ under μ, mean over responses."),
@@ -92,7 +92,7 @@ METRICS = (
     Metric("mismatch/chi2_seq_product", "χ² over responses: mean of e^(2 ΣΔ), minus 1."),
     Metric(
         "mismatch/chi2_seq_geometric",
-        "Like the product, with the mean Δ of a response instead of its sum.",
+        "Like the product, with each response's mean Δ instead of its sum.",
     ),
     Metric(
         "mismatch/ratio_token_seq_mean", "Mean of e^Δ, averaged per response, then over responses."
@@ -102,9 +102,9 @@ METRICS = (
     Metric(
         "mismatch/prob_abs_diff_token_mean", "Mean of |p − q|, the probabilities under π_old and μ."
     ),
-    Metric("mismatch/prob_abs_diff_token_max", "Largest |p − q| of a token."),
+    Metric("mismatch/prob_abs_diff_token_max", "Largest |p − q| over tokens."),
     Metric("mismatch/prob_abs_diff_token_std", "Standard deviation of |p − q| over tokens."),
-    Metric("mismatch/prob_pearson", "Correlation of p and q over tokens; 1 if equal."),
+    Metric("mismatch/prob_pearson", "Correlation between p and q over tokens; 1 if equal."),
     Metric("mismatch/prob_diff_seq_mean", "Mean over responses of the mean of p − q."),
     Metric("mismatch/prob_diff_sum_seq_mean", "Mean over responses of the sum of p − q."),
     Metric("mismatch/kl_entropy_ratio", "Mismatch KL (k3) ÷ entropy of the policy."),
@@ -117,7 +117,7 @@ METRICS = (
     Metric("staleness/abs_token_mean", "Mean of |s|, s = log π_θ − log π_old."),
     Metric(
         "staleness/ratio_deviation_max",
-        "Largest |π_θ/π_old − 1| of a token in any mini-batch.",
+        "Largest |π_θ/π_old − 1| over the tokens of all mini-batches.",
         "a single token; grows over the updates of a rollout",
     ),
     Metric(
@@ -133,7 +133,8 @@ METRICS = (
     ),
     Metric(
         "validity/gradient_error",
-        "Like value_error, for the weights of a token's gradient: Π(1 + δ_t), 1 + δ_t; order δ.",
+        "Like value_error, for the weight of a token's gradient: Π(1 + δ_t) against 1 + δ_t. First "
+        "order in δ.",
         "below 1 (quickstart: 0.1); near 1 the two gradients have little in common",
     ),
     Metric(
@@ -141,7 +142,7 @@ METRICS = (
         "Like value_error, with the signs of the difference and the advantage: above 0, the "
         "token-level objective is too low.",
     ),
-    Metric("validity/interaction", "Value error that neither part causes alone."),
+    Metric("validity/interaction", "Value error that neither ratio causes alone."),
     Metric("validity/mismatch_violating_share", "Violating share if only π_old/μ were not 1."),
     Metric("validity/mismatch_value_error", "Value error if only π_old/μ were not 1."),
     Metric("validity/mismatch_gradient_error", "Gradient error if only π_old/μ were not 1."),
@@ -149,9 +150,7 @@ METRICS = (
     Metric("validity/staleness_value_error", "Value error if only π_θ/π_old were not 1."),
     Metric("validity/staleness_gradient_error", "Gradient error if only π_θ/π_old were not 1."),
     Metric("reward/mean", "Mean score of the training samples.", "rises; noisy"),
-    Metric(
-        "reward/accuracy", "Share of training samples that the reward calls right.", "rises; noisy"
-    ),
+    Metric("reward/accuracy", "Share of training samples that are judged correct.", "rises; noisy"),
     Metric(
         "reward/invalid_share",
         "Samples without an answer that the reward can read.",
@@ -160,7 +159,7 @@ METRICS = (
     Metric("reward/failed_share", "Samples whose checker timed out or failed.", "0", 0, 0.01),
     Metric(
         "reward/zero_variance_share",
-        "Groups whose scores are all equal: no gradient if the group is the baseline.",
+        "Groups whose scores are all equal; they give no gradient if the group is the baseline.",
         "well below 1; near 1, the problems are too easy or too hard",
     ),
     Metric(
@@ -173,19 +172,19 @@ METRICS = (
     Metric("response/truncated_share", "Responses cut at the length limit.", "near 0", 0, 0.1),
     Metric(
         "response/unknown_share",
-        "Response tokens whose id the tokenizer does not have; the reward sees U+FFFD.",
+        "Response tokens whose id the tokenizer lacks; the reward sees U+FFFD.",
         "0, or falls to 0 as the policy learns to avoid them",
         0,
         0.01,
     ),
     Metric("weight/raw_mean", "Mean of the objective's ratio w, before any bound.", "near 1"),
-    Metric("weight/raw_max", "Largest w of a token.", "a single token; look at ESS"),
-    Metric("weight/raw_min", "Smallest w of a token."),
+    Metric("weight/raw_max", "Largest w over tokens.", "a single token; look at ESS"),
+    Metric("weight/raw_min", "Smallest w over tokens."),
     Metric("weight/raw_std", "Standard deviation of w over tokens."),
     Metric("weight/raw_seq_mean", "Mean of w, averaged per response, then over responses."),
-    Metric("weight/raw_seq_max", "Largest mean of w of a response."),
-    Metric("weight/raw_seq_min", "Smallest mean of w of a response."),
-    Metric("weight/raw_seq_std", "Standard deviation of the responses' means of w."),
+    Metric("weight/raw_seq_max", "Largest per-response mean of w."),
+    Metric("weight/raw_seq_min", "Smallest per-response mean of w."),
+    Metric("weight/raw_seq_std", "Standard deviation of the per-response means of w."),
     Metric("weight/abs_log_mean", "Mean of |ln w|."),
     Metric("weight/share_above_2", "Tokens with w > 2."),
     Metric("weight/share_below_half", "Tokens with w < 1/2."),
@@ -230,8 +229,8 @@ METRICS = (
         0.3,
     ),
     Metric("clip/region_share", "Tokens without gradient, in either direction."),
-    Metric("clip/high_seq_max", "Largest clip/high_share of a response."),
-    Metric("clip/low_seq_min", "Smallest clip/low_share of a response."),
+    Metric("clip/high_seq_max", "Largest per-response clip/high_share."),
+    Metric("clip/low_seq_min", "Smallest per-response clip/low_share."),
     Metric("clip/kl_k3_clipped", "Mean of w − 1 − ln w over tokens without gradient."),
     Metric("clip/kl_k3_kept", "Like clip/kl_k3_clipped, over tokens with a gradient."),
     Metric("correction/factor_mean", "Mean factor of the correction, including dropped tokens."),
@@ -244,14 +243,14 @@ METRICS = (
     Metric("sampling/rounds", "Rollouts drawn for the batch (dynamic sampling)."),
     Metric(
         "sampling/informative_share",
-        "Groups of the batch whose scores give an advantage other than 0, after the overlong "
-        "filter; penalties, KL and entropy do not count.",
+        "Groups in the batch whose scores give an advantage other than 0, after the overlong "
+        "filter. Penalties, KL and entropy do not count.",
         "above 0; at 0 the scores teach nothing",
     ),
-    Metric("reference/kl", "KL to the reference policy, before its coefficient.", "grows slowly"),
+    Metric("reference/kl", "KL to the reference policy, without its coefficient.", "grows slowly"),
     Metric("gradient/norm", "Global norm before clipping.", "finite, without spikes"),
-    Metric("gradient/zero_share", "Updates of a step whose gradient was exactly 0.", "near 0"),
-    Metric("gradient/skipped", "Updates skipped so far because they were not finite.", "0", 0, 0),
+    Metric("gradient/zero_share", "Share of updates whose gradient was exactly 0.", "near 0"),
+    Metric("gradient/skipped", "Updates skipped so far because of non-finite values.", "0", 0, 0),
     Metric(
         "optimizer/learning_rate",
         "Learning rate of the last gradient step of the rollout that was not skipped.",
@@ -271,8 +270,8 @@ METRICS = (
     ),
     Metric(
         "routing/zero_overlap_share",
-        "Choices (layer, token) that share no expert.",
-        "near 0; more indicates shifted or stale routes",
+        "(layer, token) pairs whose choices share no expert.",
+        "near 0; more indicates shifted or stale routing",
     ),
     Metric(f"routing/agreement_layer_{LAYER}", "Agreement in one layer.", "no layer far below"),
     Metric(
@@ -288,7 +287,7 @@ METRICS = (
     Metric(
         "experts/device_imbalance",
         "Load of the busiest device of the expert axis, divided by the mean.",
-        "1 if even; experts take longer by this factor",
+        "1 if even; experts take this many times as long",
     ),
     Metric("experts/confidence", "Probability mass of the experts used.", "changes slowly"),
     Metric("packing/fill", "Share of computed columns that hold a token.", "near 1"),
@@ -303,7 +302,7 @@ METRICS = (
     Metric("time/reward", "Seconds for checking answers."),
     Metric("time/score", "Seconds for computing log π_old."),
     Metric("time/update", "Seconds for the updates."),
-    Metric("loss", "The objective. In RL its value says little; look at the reward."),
+    Metric("loss", "The objective. In RL, its value says little; look at the reward."),
     Metric("sft/loss", "Negative log-likelihood of the answers, nats per token.", "falls"),
     Metric("sft/entropy", "Entropy on the tokens of the answers.", "falls"),
 )

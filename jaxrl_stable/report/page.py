@@ -1,4 +1,4 @@
-"""The page of a run: header, curves, metrics, samples and configuration in one HTML file."""
+"""A run's page: header, curves, metrics, samples and configuration in one HTML file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
       Path of the page.
 
     Raises:
-      ValueError: if the directory or its metrics are missing, empty or damaged; one line.
+      ValueError: if the directory or its metrics are missing, empty or damaged.
     """
     workdir = pathlib.Path(workdir)
     run = read_run(workdir)
@@ -54,7 +54,7 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def header(run: Run) -> str:
-    """Returns the name, the key figures, and the remaining entries of the summary."""
+    """Returns the run's name, key figures, and the other entries of its summary."""
     last = run.rows[-1]
     updates, skipped = last.get("gradient_steps"), run.last("gradient/skipped")
     cards = [
@@ -77,7 +77,7 @@ def header(run: Run) -> str:
 
 
 def score_cards(run: Run) -> list[tuple[str, str, str]]:
-    """Returns cards (title, value, note) of the held-out score and of the points gained."""
+    """Returns cards (title, value, note) for the held-out score and the points gained."""
     score = "eval/avg_at_k"
     rows = [row for row in run.rows if is_number(row.get(score))]
     if not rows:
@@ -92,7 +92,7 @@ def score_cards(run: Run) -> list[tuple[str, str, str]]:
         note = f"95 %: {' → '.join(f'{low:.3f}–{high:.3f}' for low, high in intervals)}"
     cards = [(title, " → ".join(f"{value:.3f}" for value in values), note)]
     rewards = [row.get("eval/reward") for row in ends]
-    if all(map(is_number, rewards)) and rewards != values:  # graded, so not the accuracy again
+    if all(map(is_number, rewards)) and rewards != values:  # graded: not the accuracy again
         shown = " → ".join(f"{value:.3f}" for value in rewards)
         cards.insert(0, ("Held-out reward", shown, "mean"))
     gain = estimate(run.summary.get("gain"))
@@ -108,7 +108,7 @@ def score_cards(run: Run) -> list[tuple[str, str, str]]:
 
 
 def estimate(value: Any) -> tuple[int | float, int | float, int | float] | None:
-    """Returns (value, low, high) of a JSON object with these keys; NaN for missing ends."""
+    """Returns (value, low, high) from a JSON object with these keys; NaN for missing ends."""
     if not isinstance(value, dict) or not is_number(value.get("value")):
         return None
     ends = [value.get(end) for end in ("low", "high")]
@@ -119,8 +119,8 @@ def estimate(value: Any) -> tuple[int | float, int | float, int | float] | None:
 def wall_time(run: Run) -> int | float:
     """Returns the duration of a run in seconds.
 
-    The summary has the seconds of the last process, including cold start and compilation. In a
-    resumed run, the time from the first row to the last is longer. The maximum is returned.
+    The summary records the seconds of the last process, including cold start and compilation. In a
+    resumed run, the time from the first row to the last is longer. The longer time is returned.
     """
     stamps = [row["time"] for row in run.rows if is_number(row.get("time"))]
     times = [stamps[-1] - stamps[0]] if stamps else []

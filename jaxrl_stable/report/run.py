@@ -1,13 +1,13 @@
-"""Reads the records of a run.
+"""Reads a run's records.
 
-Files in the directory of a run:
+Files in a run's directory:
 
   metrics.jsonl   required; rows of the same step are merged, and later values win
   samples.jsonl   sampled responses, see `MetricsWriter.samples`
   config.gin      the resolved configuration, shown as text
   summary.json    an object. `name` is the title; `seconds` is the run time of the program; `gain`
-                  is a paired difference of the held-out score (value, low, high; fractions), which
-                  replaces the one derived from the metrics. Other entries are listed as they are.
+                  is a paired difference in the held-out score (value, low, high; fractions), which
+                  replaces the one derived from the metrics. Other entries are shown unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from jaxrl_stable.files import read_json, read_jsonl
 
 # Keys that `MetricsWriter` and the training loop add to every row of metrics. `time` is wall-clock
-# time in seconds; phases of a step are `time/…`.
+# time in seconds; the phases of a step have names that start with `time/`.
 AXES = frozenset({"step", "time", "gradient_steps"})
 # Placeholder for the layer at the end of a metric's name, as in routing/agreement_layer_XX.
 LAYER = "XX"
@@ -62,7 +62,7 @@ class Run:
     def series(self, name: str) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
         """Returns (gradient steps, values) of the rows that have `name`; null becomes NaN.
 
-        Rows without a count of gradient steps (those of the cold start) count as one step each.
+        Rows without `gradient_steps`, which come from the cold start, count as one step each.
         """
         rows = [row for row in self.rows if name in row]
         x = np.array([row.get("gradient_steps", row["step"]) for row in rows], float)
@@ -78,10 +78,10 @@ def read_run(workdir: pathlib.Path) -> Run:
     """Reads a run from its directory.
 
     Raises:
-      ValueError: if the directory or its metrics are missing, empty or damaged; one line.
+      ValueError: if the directory or its metrics are missing, empty or damaged.
     """
     if not workdir.is_dir():
-        raise ValueError(f"{workdir}: no such directory; give the workdir of a training run")
+        raise ValueError(f"{workdir} is not a directory; use the --workdir of a training run")
     metrics = workdir / "metrics.jsonl"
     rows = read_jsonl(metrics) if metrics.exists() else []
     if not rows:
@@ -89,7 +89,7 @@ def read_run(workdir: pathlib.Path) -> Run:
     merged: dict[float, dict] = {}
     for row in rows:
         if not is_number(row.get("step")):
-            raise ValueError(f"{metrics}: a row has no step; this is not a metrics file of a run")
+            raise ValueError(f"{metrics}: a row has no step; this is not a run's metrics file")
         merged.setdefault(row["step"], {}).update(row)
     samples, config = workdir / "samples.jsonl", workdir / "config.gin"
     summary = read_json(workdir / "summary.json")

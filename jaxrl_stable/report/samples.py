@@ -29,7 +29,7 @@ LEGEND = {
 
 
 def samples_section(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns samples of the last recorded step and, folded, a few earlier ones."""
+    """Returns samples from the last recorded step and, folded, a few earlier ones."""
     if not rows:
         return ""
     last = rows[-1].get("step")
@@ -93,7 +93,7 @@ def token_span(
     clipped: bool | None,
     differs: int | list[int] | None,
 ) -> str:
-    """Returns a token with its marks.
+    """Returns a token as HTML, with its marks.
 
     Args:
       text: the decoded token.
@@ -119,7 +119,7 @@ def token_span(
 
 
 def block(value: Any) -> str:
-    """Returns a text, truncated if it is too long to read."""
+    """Returns a value as escaped text, truncated if it is too long to read."""
     text = plain(value)
     rest = len(text) - SHOWN_CHARACTERS
     tail = f" <i>… {rest:,} more characters</i>" if rest > 0 else ""

@@ -1,4 +1,4 @@
-"""Formats values as text of the page."""
+"""Formats values as text for the page."""
 
 from __future__ import annotations
 

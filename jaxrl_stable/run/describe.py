@@ -22,10 +22,10 @@ from jaxrl_stable.trainer.optimizer import init_state, make_optimizer
 
 
 def describe(experiment: Experiment) -> str:
-    """Returns a table of the resolved sizes of an experiment, totals over all devices.
+    """Returns a table of an experiment's resolved sizes, as totals over all devices.
 
     Raises:
-      ValueError: if wandb is needed and not installed.
+      ValueError: if wandb is needed but not installed.
     """
     check_installed(experiment.wandb_project)
     model_config, rl = experiment.model, experiment.reinforcement
@@ -82,7 +82,7 @@ def describe(experiment: Experiment) -> str:
 
 
 def start_line(experiment: Experiment) -> str:
-    """Returns what the first policy of a run is made from."""
+    """Describes what a run's first policy is made from."""
     origin, cold_start = experiment.init_from, experiment.cold_start
     start = origin or f"random weights (seed {experiment.seed})"
     return f"{start}, then {cold_start.steps} supervised steps" if cold_start else start
@@ -110,7 +110,7 @@ def recommendation(objective: Objective, moe_layers: int) -> str:
 
 
 def implementations(experiment: Experiment) -> str:
-    """Returns which implementations run on this machine: what "auto" resolves to."""
+    """Describes the implementations that run on this machine, with "auto" resolved."""
     config, format = experiment.model, experiment.reinforcement.rollout_format
     sampler = f"sampler {format}"
     if format.endswith("_w8a8"):

@@ -1,14 +1,15 @@
 """Dynamic sampling: draws rollouts until each group teaches something.
 
-A group is informative if a response of it has an advantage other than 0 (DAPO,
-https://arxiv.org/abs/2503.14476, §3.2). `Programs.informative` decides that with the estimator of
-the run, after the overlong filter. It looks at scores alone, as DAPO does: a length penalty, a KL
-term or an entropy bonus gives a gradient to other groups too, but says nothing about their
-problem. If the group is the baseline, scores must differ; if the batch is (`reinforce_plus_plus`
-with `baseline=False`), a group of equal scores, or of one response, can be informative.
+A group is informative if any of its responses has an advantage other than 0 (DAPO,
+https://arxiv.org/abs/2503.14476, §3.2). `Programs.informative` decides this with the run's
+estimator, after the overlong filter. Like DAPO, it looks only at scores: a length penalty, a KL
+term or an entropy bonus gives other groups a gradient, too, but says nothing about their problems.
+If the baseline is the group's, scores within the group must differ. If it is the batch's
+(`reinforce_plus_plus` with `baseline=False`), a group with equal scores, or with a single response,
+can be informative.
 
-Groups of later rounds replace the others, so that shapes never change. Groups that are not needed
-are dropped, as in DAPO.
+Informative groups from later rounds replace uninformative ones, so shapes never change. Surplus
+groups are dropped, as in DAPO.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def collect(
 ) -> tuple[Round, list[Judged]]:
     """Draws rounds until all groups are informative, or until `max_rounds` are drawn.
 
-    Groups that remain uninformative stay in the batch. Their scores give no gradient, and they
-    count in the denominators as they do without dynamic sampling.
+    Groups that are still uninformative then stay in the batch. Their scores give no gradient, and
+    they count in the denominators, as they do without dynamic sampling.
 
     Args:
-      draw: draws a round, given its number from 0.
+      draw: draws a round, given its number, which starts at 0.
       fill: `fill_rows`, jitted.
       informative: marks the informative groups of a batch.
       group_size: responses per prompt.

@@ -34,7 +34,7 @@ class Result:
       lengths: tokens of each response, EOS included.
       finished: whether the response ended with a stop token.
       invalid: whether the response has no answer that the reward can read.
-      right_at: score from which a response is correct, see `rewards.Reward`.
+      right_at: lowest score of a correct response, see `rewards.Reward`.
     """
 
     scores: Float[np.ndarray, "problems k"]
@@ -56,8 +56,8 @@ class Result:
     def estimates(self, ks: Sequence[int]) -> dict[str, Estimate]:
         """Returns the mean reward, avg@k, and pass@n for each n of `ks`, with intervals.
 
-        Samples whose checker failed are left out. A figure is absent if nothing is known of it: all
-        samples failed, or, for pass@n, no problem has n judged samples.
+        Samples whose checker failed are left out. A figure is absent if it cannot be estimated: if
+        all samples failed or, for pass@n, if no problem has n judged samples.
         """
         known, k = (~np.isnan(self.scores)).sum(1), self.scores.shape[1]
         figures = {}
@@ -97,10 +97,10 @@ class Result:
 
         Args:
           ranking: `Evaluation.best`.
-          max_failed: largest share of failed checkers.
+          max_failed: largest allowed share of failed checkers.
 
         Returns:
-          The value of the metric, or None if more checkers failed or nothing is known of it.
+          The value of the metric, or None if too many checkers failed or the metric is absent.
         """
         if self.failed_share > max_failed:
             return None
@@ -119,7 +119,7 @@ def make_sampler(task: Task, evaluation: Evaluation, max_tokens: int) -> Sampler
     """Returns the jitted rollout with the evaluation's sampling; it compiles once per run.
 
     Args:
-      task: stop tokens.
+      task: the task, which defines the stop tokens.
       evaluation: sampling settings.
       max_tokens: longest response if the evaluation has no limit of its own.
     """
@@ -144,8 +144,8 @@ def evaluate(
       experiment: see `Experiment.evaluation`.
       mesh: device mesh of the run.
       sampler: from `make_sampler`.
-      key: the same key gives the same random numbers at every evaluation, so that two states of a
-        policy are compared on equal terms.
+      key: PRNG key. With the same key, every evaluation uses the same random numbers, so that two
+        states of a policy are compared on equal terms.
     """
     evaluation, data = experiment.evaluation, experiment.data
     count, k, size = evaluation.problems, evaluation.samples, evaluation.batch_size
@@ -159,7 +159,7 @@ def evaluate(
     batches = []
     for start in range(0, len(tokens), size):
         rows = min(size, len(tokens) - start)
-        padding = ((0, shape - rows), (0, 0))  # rows without any token sample nothing
+        padding = ((0, shape - rows), (0, 0))  # nothing is sampled for rows without tokens
         prompts = np.pad(tokens[start : start + rows], padding)
         prompt_mask = np.pad(mask[start : start + rows], padding)
         batch_key = jax.random.fold_in(key, start)

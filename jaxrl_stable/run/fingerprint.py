@@ -1,4 +1,4 @@
-"""Fingerprint of the weights of a model: equal bits, equal fingerprint."""
+"""Fingerprint of a model's weights: equal bits give equal fingerprints."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
-SALTS = (0x9E3779B9, 0x7F4A7C15)  # two sums of 32 bits per array
+SALTS = (0x9E3779B9, 0x7F4A7C15)  # one 32-bit sum per array and salt
 
 
 def fingerprint(model: Any, mesh: Mesh) -> str:
-    """Returns 32 hexadecimal digits that depend on every bit of every array, and on its place.
+    """Returns 32 hexadecimal digits that depend on every bit of every array, and on its position.
 
-    Each device reduces its own shards in one pass over the weights. The sums are modulo 2³², hence
-    exact in any order: the mesh and the number of processes do not matter. The sums guard against
-    mistakes, not against somebody who constructs a collision.
+    Each device reduces its own shards in one pass over the weights. The sums are modulo 2³² and
+    therefore exact in any order: the mesh and the number of processes do not matter. The
+    fingerprint guards against mistakes, not against deliberate collisions.
 
     Args:
       model: a tree of arrays, on the devices of `mesh`.

@@ -1,4 +1,4 @@
-"""Checks that stop a run early: wrong π_old, non-finite gradients, failing or unfit rewards."""
+"""Checks that stop a run early: wrong π_old, non-finite gradients, failing or unusable rewards."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def check_finite(state: TrainState, limit: int) -> None:
     in_a_row = int(jax.device_get(state.skipped_in_a_row))
     if in_a_row >= limit:
         raise RuntimeError(
-            f"the last {in_a_row} gradients were not finite and were skipped; the weights are as "
-            "before them. Lower the learning rate or look at weight/raw_max and "
+            f"the last {in_a_row} gradients were non-finite and were skipped; the weights are as "
+            "before these steps. Lower the learning rate, or look at weight/raw_max and "
             "mismatch/abs_token_max"
         )
 
@@ -53,7 +53,7 @@ def check_failed_rewards(
     Args:
       share: share of failed verdicts in one rollout.
       limit: `Reinforcement.max_failed_rewards`.
-      step: for the message.
+      step: step number for the message.
       failures: what failed in this process, see `rewards.Reward`.
 
     Raises:
@@ -69,10 +69,10 @@ def check_failed_rewards(
 
 
 def check_conditions(estimator: Callable, judged: Judged, step: int) -> None:
-    """Checks that the scores of a rollout are in the range that the advantages are right for.
+    """Checks that a rollout's scores are in the range that the advantage estimator supports.
 
     Raises:
-      RuntimeError: if one is outside (`advantages.check_rewards`).
+      RuntimeError: if a score is outside this range (`advantages.check_rewards`).
     """
     try:
         check_rewards(estimator, judged.rewards, judged.valid)

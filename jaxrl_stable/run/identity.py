@@ -1,8 +1,9 @@
-"""What a run is: the settings that a checkpoint records and that a resumed run must share.
+"""The identity of a run: settings that a checkpoint records and that a resumed run must share.
 
-With another held-out set, reward or evaluation, the curve and the rank of the best checkpoint would
-compare what cannot be compared. With another origin, the settings would describe a run that never
-happened. Everything else (learning rate, objective, number of steps, …) may change on resume.
+If the held-out set, the reward or the evaluation changed, the curve and the ranking of checkpoints
+would compare scores that are not comparable. If the origin changed, the settings would describe a
+run that never happened. Everything else (learning rate, objective, number of steps, …) may change
+on resume.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the default `repr` of an object
 
 
 def data_of_run(experiment: Experiment, task_identity: str) -> str:
-    """Returns the description of the data that a position in the prompts refers to."""
+    """Describes the data in which a checkpoint's position in the prompts is meaningful."""
     prompts = experiment.reinforcement.prompts
     return f"{task_identity}, {prompts} prompts a step, seed {experiment.seed}"
 
 
 def settings_of_run(experiment: Experiment, heldout: Source, reward: Reward) -> Settings:
-    """Returns the settings of a run that do not change.
+    """Returns the settings of a run that must not change on resume.
 
     Args:
       experiment: the experiment.
-      heldout: held-out problems; those that are evaluated count by their content.
+      heldout: held-out problems; the evaluated ones are identified by their content.
       reward: the reward.
     """
     data, evaluation, rl = experiment.data, experiment.evaluation, experiment.reinforcement
@@ -44,7 +45,7 @@ def settings_of_run(experiment: Experiment, heldout: Source, reward: Reward) -> 
         "Data.reward_special_tokens": data.reward_special_tokens,
         "right_at of the reward": reward.right_at,
     }
-    # `batch_size` decides which random numbers a response gets; `every` only when it is drawn.
+    # `batch_size` determines a response's random numbers; `every` only when it is sampled.
     settings |= _fields("Evaluation", evaluation, without=("every",))
     # Responses are as long as in training, unless the evaluation has a limit of its own.
     settings["Evaluation.max_tokens"] = evaluation.max_tokens or rl.max_tokens
@@ -52,7 +53,7 @@ def settings_of_run(experiment: Experiment, heldout: Source, reward: Reward) -> 
 
 
 def settings_of_start(experiment: Experiment) -> Settings:
-    """Returns the settings of what a run starts from: other weights, a cold start, or both."""
+    """Returns the settings for the start of a run: other weights, a cold start, or both."""
     cold_start = experiment.cold_start
     settings = settings_of_origin(experiment)
     settings["Experiment.cold_start"] = None if cold_start is None else "Supervised"
@@ -70,7 +71,7 @@ def settings_of_start(experiment: Experiment) -> Settings:
 
 
 def settings_of_origin(experiment: Experiment) -> Settings:
-    """Returns the origin of the first weights."""
+    """Returns the setting for the origin of the first weights."""
     origin = experiment.init_from
     return {"Experiment.init_from": os.path.normpath(origin) if origin else ""}
 
@@ -80,7 +81,7 @@ def _fields(prefix: str, config: Any, without: tuple[str, ...]) -> Settings:
 
 
 def _flattened(prefix: str, config: Any, without: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """Yields one entry per field, so that fields which a later version adds do not differ."""
+    """Yields one entry per field, so that a field from a later version makes no difference."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{prefix}.{field.name}"
         if field.name in without:
@@ -98,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def _content(source: Source, count: int) -> str:
-    """Returns a checksum of the first problems, whatever file or class they come from."""
+    """Returns a checksum of the first problems; it does not depend on their file or class."""
     crc32 = 0
     for i in range(count):
         text = json.dumps(source[i], sort_keys=True, default=_plain)

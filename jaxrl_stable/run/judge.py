@@ -1,4 +1,4 @@
-"""Judge: from sampled tokens to rewards, on the host."""
+"""Turns sampled tokens into rewards, on the host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Judged(NamedTuple):
       status: outcome of the check, as an index into `STATUSES`.
       lengths: response lengths in tokens, EOS included.
       finished: whether the response ended with a stop token.
-      unknown: number of its tokens whose id the tokenizer does not have; None counts as 0.
+      unknown: number of response tokens whose id the tokenizer lacks; None counts as 0.
     """
 
     rewards: Float[np.ndarray, "B"]
@@ -45,7 +45,7 @@ class Judged(NamedTuple):
 
 
 def judge(task: Task, problems: Sequence[Problem | None], trajectory: Trajectory) -> Judged:
-    """Decodes and scores the first `len(problems)` rows; further rows are padding.
+    """Decodes and scores the first `len(problems)` rows; the other rows are padding.
 
     Each process scores the rows that it owns (`distributed.row_owners`), then all processes
     exchange their verdicts.
@@ -92,14 +92,15 @@ def reward_metrics(
     """Returns the host-side metrics of a rollout batch.
 
     - `reward/mean`: mean score of the responses whose checker did not fail; absent if all failed
-    - `reward/accuracy`: share of them with a score of at least `right_at`; absent likewise
+    - `reward/accuracy`: share of these responses with a score of at least `right_at`; absent if all
+      failed
     - `reward/invalid_share`: share of responses without an answer that the reward can read
     - `reward/failed_share`: share of responses whose checker timed out or failed
     - `reward/zero_variance_share`: share of groups whose scores are all equal
     - `response/length`: mean length in tokens, EOS included; `response/tokens`: their sum
     - `response/truncated_share`: share of responses without a stop token
-    - `response/unknown_share`: share of response tokens whose id the tokenizer does not have; the
-      reward sees U+FFFD for each (see `data.Tokenizer`)
+    - `response/unknown_share`: share of response tokens whose id the tokenizer lacks; the reward
+      sees U+FFFD for each (see `data.Tokenizer`)
     """
     known = judged.rewards[judged.valid]
     unknown = 0.0 if judged.unknown is None else float(judged.unknown.sum())

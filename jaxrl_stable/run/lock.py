@@ -24,9 +24,9 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
     The kernel releases the lock when the process ends, however it ends, so a stale file never
     blocks a restart. The file stays and names the last owner.
 
-    Network file systems decide whether hosts see each other's locks: NFS does, but version 3 never
-    releases the lock of a machine that has vanished; a mounted bucket locks per host. On a file
-    system without locks, the run prints that and continues.
+    Whether hosts see each other's locks depends on the file system. On NFS they do, but version 3
+    never releases the lock of a machine that has vanished. A mounted bucket locks per host. On a
+    file system without locks, the run prints a note and continues.
 
     Raises:
       ValueError: if another run holds the lock; the error names its host, process, user and start.
@@ -36,8 +36,8 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
         return
     path = pathlib.Path(workdir, FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened for writing, which NFS requires of an exclusive lock, but not truncated: the text is
-    # the other run's until the lock is ours.
+    # Opened for writing, which NFS requires for an exclusive lock, but not truncated: until we hold
+    # the lock, the text belongs to the other run.
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,7 +45,7 @@ def locked(workdir: str | os.PathLike[str]) -> Iterator[None]:
             file.seek(0)
             owner = " ".join(file.read().split()) or "another run"
             raise ValueError(
-                f"{workdir} is in use by {owner}; wait until that run ends, stop it, or give "
+                f"{workdir} is in use by {owner}; wait until that run ends, stop it, or use "
                 f"another --workdir (if its machine is gone, delete {path})"
             ) from None
         except OSError as error:

@@ -1,12 +1,12 @@
 """What a run started from, kept in its working directory so that it can resume without its origin.
 
-    origin/record.json   where the tokenizer is from and is kept, fingerprint of the first weights
+    origin/record.json   source and copy of the tokenizer, fingerprint of the first weights
     origin/files/        tokenizer, chat template, generation settings and `config.json`
     origin/reference/    first weights, if the objective has a KL term (see `reference`)
 
-The files are written at the first start. They count once the run has a checkpoint; until then, a
-start writes them anew. Working directories of older versions do not have them and go on reading
-from their origin.
+The files are written at the first start. They are used once the run has a checkpoint; until then,
+every start rewrites them. Working directories from older versions lack these files, so their runs
+still read from the origin.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from jaxrl_stable.model.transformer import Transformer, init_model
 from jaxrl_stable.sharding import abstract_state, sharded_init
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-# Kept from the directory of a tokenizer if that is not a model directory.
+# Copied along with a tokenizer whose directory is not a model directory.
 SPECIAL_TOKENS = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
 COMPANIONS = (*TOKENIZERS, *SPECIAL_TOKENS, "chat_template.jinja")
 
 
 def load_origin(experiment: Experiment, mesh: Mesh) -> Transformer:
-    """Returns the weights before any training: those of `init_from`, or random ones.
+    """Returns the weights before any training: loaded from `init_from`, or random.
 
     Raises:
       ValueError, FileNotFoundError: if `init_from` holds no weights of this model.
@@ -58,7 +58,7 @@ def has_started(workdir: pathlib.Path) -> bool:
 
 
 def model_of_run(workdir: pathlib.Path, **execution: Any) -> ModelConfig | None:
-    """Returns the model of a run that has a checkpoint, else None; see `hf.config.resuming`.
+    """Returns the model config of a run with a checkpoint, else None; see `hf.config.resuming`.
 
     Args:
       workdir: directory of the run.
@@ -91,7 +91,7 @@ def write_record(workdir: pathlib.Path, **entries: Any) -> None:
 def keep_files(experiment: Experiment, tokenizer: pathlib.Path, workdir: pathlib.Path) -> None:
     """Copies tokenizer, chat template and `config.json`, and begins a new record.
 
-    A tokenizer that is trained for this run is in its working directory anyway.
+    A tokenizer that was trained for this run is already in its working directory.
 
     Args:
       experiment: the experiment.
@@ -99,7 +99,7 @@ def keep_files(experiment: Experiment, tokenizer: pathlib.Path, workdir: pathlib
       workdir: directory of the run.
     """
     target = workdir / "origin" / "files"
-    shutil.rmtree(target.parent, ignore_errors=True)  # an earlier start may have begun otherwise
+    shutil.rmtree(target.parent, ignore_errors=True)  # an earlier start may have left others
     entries: dict[str, Any] = {"init_from": experiment.init_from}
     if experiment.data.tokenizer or experiment.init_from:
         target.mkdir(parents=True)
@@ -124,17 +124,17 @@ def keep_files(experiment: Experiment, tokenizer: pathlib.Path, workdir: pathlib
 
 
 def kept_tokenizer(workdir: pathlib.Path) -> pathlib.Path | None:
-    """Returns the kept tokenizer of a run, a file or a directory, or None if it has none."""
+    """Returns the path of a run's kept tokenizer, a file or a directory, or None if missing."""
     tokenizer = read_record(workdir).get("tokenizer")
     return workdir / tokenizer["kept"] if tokenizer else None
 
 
 def find_tokenizer(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Path:
-    """Returns the tokenizer's path: kept by this run, as configured, of `init_from`, or trained.
+    """Returns the tokenizer's path: kept by this run, configured, from `init_from`, or trained.
 
     Raises:
-      ValueError: if `init_from` has no tokenizer, since a new one would change what its embeddings
-        mean, or if `Data.tokenizer` is not the tokenizer that the run started with.
+      ValueError: if `init_from` has no tokenizer (a new one would change what its embeddings mean),
+        or if `Data.tokenizer` is not the tokenizer that the run started with.
     """
     given, kept = experiment.data.tokenizer, kept_tokenizer(workdir)
     if kept is not None and has_started(workdir):
@@ -158,13 +158,13 @@ def find_tokenizer(experiment: Experiment, workdir: pathlib.Path) -> pathlib.Pat
             if path.exists():
                 return path
     raise ValueError(
-        f"Experiment.init_from {experiment.init_from} has no tokenizer; name the one of its "
-        "weights in Data.tokenizer"
+        f"Experiment.init_from {experiment.init_from} has no tokenizer; set Data.tokenizer to the "
+        "one that its weights were trained with"
     )
 
 
 def _same(given: pathlib.Path, kept: pathlib.Path) -> bool:
-    """Returns whether both are a tokenizer, alone or in its directory, with the same content."""
+    """Returns whether two tokenizers, each a file or its directory, have the same content."""
     files = [_file(given), _file(kept)]
     if not all(file.is_file() for file in files):
         return False

@@ -16,7 +16,7 @@ from jaxrl_stable import distributed
 
 
 class ProfileSteps(NamedTuple):
-    """Steps to profile, both included."""
+    """First and last step to profile, both included."""
 
     first: int
     last: int
@@ -38,12 +38,12 @@ def parse_profile_steps(text: str) -> ProfileSteps | None:
 
 
 class Profiler:
-    """Traces the steps of a run that `--profile_steps` names. Use as a context manager.
+    """Traces the steps of a run that `--profile_steps` selects. Use as a context manager.
 
     Traces go to `tensorboard/plugins/profile/` in the working directory, as an XPlane for
     TensorBoard's profile plugin and as `perfetto_trace.json.gz` for https://ui.perfetto.dev. With
-    several processes each one has a directory of its own, `tensorboard/process_N/`, and writes only
-    the XPlane. A trace that cannot be written is a warning: it does not end the run.
+    several processes, each has its own directory, `tensorboard/process_N/`, and writes only the
+    XPlane. If a trace cannot be written, a warning is logged and the run continues.
     """
 
     def __init__(self, workdir: str | os.PathLike, steps: ProfileSteps | None):

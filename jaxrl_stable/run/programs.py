@@ -33,7 +33,7 @@ class Programs(NamedTuple):
       rollout: samples responses to a batch of prompts.
       fill: `fill_rows`, for dynamic sampling.
       advantages: computes advantages from scores and length penalties.
-      informative: marks the groups that teach something.
+      informative: marks the groups whose scores give an advantage.
       score: computes log π_old of a rollout batch.
       reference: computes log-probabilities under the reference policy of the KL term.
       update: takes one gradient step.
@@ -71,7 +71,7 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         return diagnostics.finalize(diagnostics.merge(updates) | scored)
 
     copy, sample = sampling_copy, partial(rollout, sampling=sampling, at_a_time=rl.rollout_rows)
-    if not rl.rollout_cache:  # the training program, on weights sharded as in training
+    if not rl.rollout_cache:  # the training program, with weights sharded as in training
         copy = quantize
         sample = partial(uncached_rollout, sampling=sampling, micro_batch_size=rl.micro_batch_size)
     step = partial(
@@ -94,7 +94,7 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         group_ids: Int[Array, "B"],
         *judged: Array,
     ) -> Bool[Array, "groups"]:
-        # By the score alone, as in DAPO: a group that is all wrong is not kept for its lengths.
+        # Only scores count, as in DAPO: an all-wrong group is not kept because its lengths differ.
         found = with_penalty(estimator, scores, jnp.zeros_like(penalty), group_ids, *judged)
         found = found.reshape(-1, rl.group_size)
         taught = (jnp.where(kept.reshape(found.shape), found, 0.0) != 0).any(-1)
@@ -104,7 +104,7 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         return taught
 
     def reference(model: Transformer, batch: TrainBatch) -> Array:
-        return scoring(model, batch, replay="none").logp_old  # its own routing
+        return scoring(model, batch, replay="none").logp_old  # with its own routing
 
     return Programs(
         quantize=jax.jit(partial(copy, format=rl.rollout_format)),

@@ -26,7 +26,7 @@ def keep_start(
     if experiment.reinforcement.objective.kl_coefficient:
         architecture = experiment.model.architecture()
         with Checkpointer(_directory(workdir), architecture, keep=1) as checkpoints:
-            # A new step, because an interrupted first start may have left one; `keep` deletes it.
+            # An interrupted start may have left a step; this one is newer, and `keep` deletes it.
             checkpoints.save(max(checkpoints.steps, default=-1) + 1, {"model": policy})
     weights = fingerprint(policy, mesh)
     if distributed.is_main():
@@ -36,7 +36,7 @@ def keep_start(
 def kept_reference(experiment: Experiment, mesh: Mesh, workdir: pathlib.Path) -> Transformer:
     """Returns the first policy of a run, after `keep_start`.
 
-    A run of an older version has no record; its reference is rebuilt once, and kept from then on.
+    A run from an older version has no record; its reference is rebuilt once and then kept.
 
     Raises:
       ValueError, FileNotFoundError: if the weights were not stored and cannot be rebuilt.
@@ -50,8 +50,8 @@ def kept_reference(experiment: Experiment, mesh: Mesh, workdir: pathlib.Path) ->
         policy, origin = load_model(cold_start, architecture, template), str(cold_start)
     elif experiment.cold_start is not None and not experiment.init_from:
         raise ValueError(
-            f"{cold_start} is gone, and with it the reference policy of the KL term; restore it, "
-            "or set Objective.kl_coefficient = 0"
+            f"{cold_start} is missing, and with it the reference policy of the KL term; restore "
+            "it, or set Objective.kl_coefficient = 0"
         )
     else:
         origin = f"Experiment.init_from {experiment.init_from}"
@@ -60,8 +60,8 @@ def kept_reference(experiment: Experiment, mesh: Mesh, workdir: pathlib.Path) ->
     found = fingerprint(policy, mesh)
     if recorded not in (None, found):
         raise ValueError(
-            f"{origin} no longer holds the weights that this run started from (fingerprint "
-            f"{found}, at the start {recorded}), so the KL term has no reference; restore them, "
+            f"{origin} no longer holds the weights that this run started from (the fingerprint is "
+            f"{found}, but was {recorded}), so the KL term has no reference; restore the weights, "
             "or set Objective.kl_coefficient = 0"
         )
     keep_start(experiment, policy, mesh, workdir)

@@ -1,4 +1,4 @@
-"""Rows of samples.jsonl: responses, with what happened to each of their tokens."""
+"""Rows of samples.jsonl: responses, with details on each of their tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ def sample_rows(
     scored: Scored | None,
     task: Task,
 ) -> list[dict[str, Any]]:
-    """Returns chosen responses of a batch. All processes must call this.
+    """Returns rows for chosen responses in a batch. All processes must call this.
+
+    Each row has, per token: its text; `log_weight`, log π_old − log μ_old in nats, the mismatch
+    part of its importance weight; and `differs`, the number of MoE layers where the training router
+    disagrees with the sampler on the preceding token, from whose output this token was sampled. The
+    last two need a `score` pass.
 
     Args:
       problems: the problem of each chosen response.
@@ -37,11 +42,6 @@ def sample_rows(
       batch: tokens of the batch.
       scored: result of the `score` pass, if there was one.
       task: turns tokens into text.
-
-    Each row has, per token: its text; `log_weight`, log π_old − log μ_old in nats, the mismatch
-    part of its importance weight; and `differs`, the number of MoE layers where the training router
-    disagrees with the sampler on the preceding token, whose output this token was sampled from.
-    The last two need a `score` pass.
     """
     arrays = [batch.tokens, batch.response_mask, batch.logp_rollout, advantages]
     if scored is not None:
@@ -51,7 +51,7 @@ def sample_rows(
     )
     rows = []
     for i, response in enumerate(task.decode(tokens, mask)):
-        # Only the usual fields: a column of a data set may be large, or have the name of one below.
+        # Only these fields: other columns may be large, or share a name with an entry below.
         given = {name: problems[i][name] for name in FIELDS if name in problems[i]}
         row = given | {
             "response": response,

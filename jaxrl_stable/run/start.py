@@ -1,4 +1,4 @@
-"""Initial state of a run: its newest checkpoint, or other weights, a cold start, random weights."""
+"""Initial state of a run: its newest checkpoint, loaded weights, a cold start or random weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def restore_or_start(
     checkpoints: Checkpointer,
     prompts: Iterator,
 ) -> tuple[TrainState, Key[Array, ""], int]:
-    """Restores the newest checkpoint of this run, or makes its first state.
+    """Restores the newest checkpoint of this run, or creates its first state.
 
-    The first start records what it started from (`run.origin`); later ones never train the cold
-    start further and do not need the origin.
+    The first start records the run's origin (`run.origin`). Later starts do not need the origin,
+    and never train the cold start further.
 
     Args:
       experiment: the experiment.
@@ -52,7 +52,7 @@ def restore_or_start(
       The state, the key of the rollouts, and the number of finished steps.
 
     Raises:
-      ValueError, FileNotFoundError: if the checkpoint is of another run, or if weights are missing.
+      ValueError, FileNotFoundError: if the checkpoint is from another run, or weights are missing.
     """
     optimizer = make_optimizer(experiment.reinforcement.optimizer)
     template = abstract_state(
@@ -73,7 +73,7 @@ def restore_or_start(
 def first_policy(
     experiment: Experiment, task: Task, mesh: Mesh, workdir: pathlib.Path
 ) -> Transformer:
-    """Returns the weights of the first step: loaded or random ones, after the cold start if any.
+    """Returns the weights of the first step: loaded or random, after the cold start if any.
 
     Until the run has a checkpoint, every call returns the same weights: a finished cold start is
     read from its last checkpoint.

@@ -29,7 +29,7 @@ def check_installed(project: str) -> None:
     """Checks that wandb can be imported if a project is set. Only process 0 needs it.
 
     Raises:
-      ValueError: if not.
+      ValueError: if it cannot be imported.
     """
     if project and distributed.is_main():
         _wandb()
@@ -38,9 +38,9 @@ def check_installed(project: str) -> None:
 class WandbLog:
     """Copies rows of scalars to one wandb run.
 
-    The id of that run is kept in the working directory, so that a resumed run continues it; steps
-    that it repeats are logged again. A failure of wandb (no API key, no network) is one warning,
-    after which the run continues without it.
+    The id of the wandb run is kept in the working directory, so that a resumed run continues it;
+    repeated steps are logged again. If wandb fails (no API key, no network), one warning is logged
+    and the run continues without it.
 
     Args:
       workdir: existing directory of the run. wandb keeps its own files in it.
@@ -105,14 +105,14 @@ def plain(value: Any) -> Any:
         return {"function": name_of(value)} | plain(value.keywords)
     if isinstance(value, types.FunctionType):
         return {"function": name_of(value)}
-    return repr(value)  # a source of problems
+    return repr(value)  # such as a source of problems
 
 
 def _wandb() -> Any:
     try:
-        import wandb  # optional, and takes a second
+        import wandb  # optional, and the import takes a second
 
-        wandb.init  # noqa: B018  a directory ./wandb of earlier runs can be imported, too
+        wandb.init  # noqa: B018  an earlier run's directory ./wandb can be imported, too
     except (ImportError, AttributeError):
         raise ValueError(
             "Experiment.wandb_project is set but wandb is not installed; pip install "
@@ -129,6 +129,6 @@ def _run_id(directory: pathlib.Path) -> str:
 
 
 def _name(directory: pathlib.Path) -> str:
-    """Returns the directory's name; a cold start, which is part of a run, has the run's too."""
+    """Returns the directory's name; for a cold start, the run's name precedes it."""
     parts = directory.parts[-2:] if directory.name == "cold_start" else directory.parts[-1:]
     return "/".join(parts)

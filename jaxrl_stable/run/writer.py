@@ -46,17 +46,17 @@ COLUMNS: Columns = (
     ("entropy", "{:.3f}", ("entropy",)),
     ("tok/s", "{:,.0f}", ("throughput/tokens_per_s",)),
 )
-PLAIN_LINES = 20  # lines that a run prints without a terminal
+PLAIN_LINES = 20  # number of lines that a run prints without a terminal
 SHOWN_CHARACTERS = 1_000
 
 
 class MetricsWriter:
     """Writes scalars and samples of one run to `workdir`. Use as a context manager.
 
-    A run has one writer: with several processes, `open_writer` makes it in process 0 only.
+    A run has one writer: with several processes, `open_writer` creates it in process 0 only.
 
     Args:
-      workdir: directory of the run, made if missing.
+      workdir: directory of the run, created if missing.
       start_step: step of the checkpoint that the run continues from. Rows of later steps are
         dropped; rows up to and including it stay. 0 keeps a row of step 0 (an evaluation before
         training); -1 drops everything.
@@ -68,7 +68,7 @@ class MetricsWriter:
 
     Raises:
       ValueError: if an existing file is damaged anywhere except in a torn last line, or if wandb is
-        needed and not installed.
+        needed but not installed.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class MetricsWriter:
         self.close(failed=kind is not None and not issubclass(kind, Stopped))
 
     def close(self, failed: bool = False) -> None:
-        """Closes everything; Weights & Biases marks the run as failed if it has `failed`."""
+        """Closes all outputs; if `failed`, Weights & Biases marks the run as failed."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -133,9 +133,9 @@ class MetricsWriter:
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends sampled responses.
 
-        A row has prompt, response, answer, score, status, advantage, and optionally, one entry per
-        response token: tokens (strings), log_weight (nats), clipped (bool), differs (number of MoE
-        layers whose experts differ between sampler and trainer).
+        A row has prompt, response, answer, score, status and advantage. It may also have lists with
+        one entry per response token: tokens (strings), log_weight (nats), clipped (bool), differs
+        (number of MoE layers whose experts differ between sampler and trainer).
         """
         for row in rows:
             _append(self._samples, {"step": int(step), **row})
@@ -167,7 +167,7 @@ class MetricsWriter:
         """Prints one sample above the bar, as plain text."""
         if self._console is None:
             return
-        # A Text is never parsed for markup, and `visible` disarms escape sequences of the terminal.
+        # A Text is never parsed for markup, and `visible` disarms terminal escape sequences.
         text = rich.text.Text.assemble(
             (f"score {score:g}", "bold green" if score > 0 else "bold red"),
             "  ",
@@ -179,7 +179,7 @@ class MetricsWriter:
 
 
 class NoWriter:
-    """Writer of the other processes of a run; does nothing."""
+    """Writer for all processes of a run except process 0; does nothing."""
 
     def __enter__(self):
         return self
@@ -262,7 +262,7 @@ def _first(scalars: Mapping[str, ArrayLike], keys: Sequence[str], form: str) -> 
 
 
 def _shorten(text: str) -> str:
-    """Cuts out the middle; the task is at the start and the answer at the end."""
+    """Cuts out the middle of a text: the task is at the start, and the answer at the end."""
     if len(text) <= SHOWN_CHARACTERS:
         return text
     half = SHOWN_CHARACTERS // 2

@@ -43,7 +43,7 @@ def build() -> Study:
 
 
 def describe(study: Study) -> str:
-    """Returns what a dry run prints: the cells."""
+    """Returns the output of a dry run: the number of runs, and the cells."""
     cells = study.cells()
     runs = len(cells) * study.seeds
     return "\n".join([f"{len(cells)} cells × {study.seeds} seeds = {runs} runs", *cells])
@@ -69,6 +69,6 @@ def main(study: Study, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    if jax.config.jax_num_cpu_devices == -1:  # on a CPU, each core makes its own runs
+    if jax.config.jax_num_cpu_devices == -1:  # on a CPU, each core executes its own runs
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
     program.run(main, program.Kind(build, describe, default_workdir))

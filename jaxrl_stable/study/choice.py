@@ -1,4 +1,4 @@
-"""Selects one of several objectives by an index that may be traced, so all share one program."""
+"""Selects an objective by a traced index, so that several objectives share one program."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from jaxrl_stable.objective import LossDetails, Objective, name_of
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An objective for `update` that computes several and selects one by a traced index.
+    """An objective for `update` that computes several objectives and selects one by index.
 
-    Computing all of them costs little: losses are arithmetic on `[B, T]`, compared with whole
-    passes of the model. The losses that are not selected get a cotangent of 0. Every loss is
-    bounded before its `exp`, so their gradients are 0, never NaN.
+    Computing all of them is cheap: a loss is arithmetic on `[B, T]` arrays, which costs little
+    compared with a pass of the model. Losses that are not selected get a cotangent of 0. Every loss
+    bounds its argument before `exp`, so their gradients are 0, never NaN.
 
-    The properties are the fields and properties of `Objective` that a training step reads. They are
-    equal in all the objectives, because `program_of` is.
+    The properties mirror the fields and properties of `Objective` that a training step reads. They
+    are equal for all objectives, because all objectives have the same `program_of`.
 
     Attributes:
       objectives: at least one; all have the same `program_of`.
-      index: position of the selected objective.
+      index: position of the selected objective; may be traced.
     """
 
     objectives: tuple[Objective, ...]
@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def kl_coefficient(self) -> float:
-        """The first objective's coefficient; the others may differ, but all are 0 or none is."""
+        """The first objective's coefficient. Others may differ, but either all are 0 or none is."""
         return self.objectives[0].kl_coefficient
 
     @property
@@ -64,7 +64,7 @@ class Choice:
     def total(
         self, logp: Float[Array, "B T"], entropy: Float[Array, "B T"], batch: Any
     ) -> tuple[Float[Array, ""], LossDetails]:
-        """Returns what `Objective.total` of the selected objective returns."""
+        """Returns the result of `Objective.total` for the selected objective."""
         decided = [objective.total(logp, entropy, batch) for objective in self.objectives]
         return jax.tree.map(lambda *x: jnp.stack(x)[self.index], *decided)
 
@@ -72,7 +72,7 @@ class Choice:
 def program_of(objective: Objective) -> tuple:
     """Returns a key that is equal for objectives that can share a program.
 
-    It covers the passes, the replay, and the shape of the results.
+    The key covers the passes, the replay, and the shape of the results.
     """
     return (
         objective.mini_batches,

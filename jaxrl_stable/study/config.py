@@ -20,7 +20,7 @@ from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.objective import Objective, name_of
 from jaxrl_stable.objectives import minirl
 
-# MiniRL (arXiv:2512.01374, eq. 7); also the values of settings that a record does not mention.
+# MiniRL (arXiv:2512.01374, eq. 7). A setting that a record omits has its value from here.
 PAPER: Mapping[str, Any] = {
     "loss": "minirl",
     "mini_batches": 1,
@@ -32,7 +32,7 @@ PAPER: Mapping[str, Any] = {
     "policies": "all",
     "aggregation": "seq-mean-token-sum",
 }
-# How settings that differ from the paper's are written in the names of cells.
+# How the names of cells spell settings that differ from the paper's.
 SHORT = {
     ("clip", False): "no clip",
     ("weight", "none"): "no IS",
@@ -54,7 +54,8 @@ class ColdStart:
       name: the name that a grid refers to.
       steps: gradient steps.
       batch_size: solutions per step.
-      slips: how often the teacher errs (see `ArrayTask.solutions`); leaves room for RL to improve.
+      slips: probability that the teacher errs in a step (see `ArrayTask.solutions`); leaves room
+        for RL to improve.
       task: the teacher's problems, in the study's vocabulary; None uses the study's task.
       optimizer: optimizer settings.
     """
@@ -79,10 +80,10 @@ class Cell:
 
     Attributes:
       figures: names of the figures that show the cell.
-      objective: loss, replay and N.
+      objective: the objective, which includes loss, replay and N.
       options: keyword arguments bound to the loss.
       rollout_format: number format of the sampler's weights.
-      cold_start: name of the cold start that its runs begin with.
+      cold_start: name of the cold start that the runs begin with.
       learning_rate: learning rate of the updates.
     """
 
@@ -95,7 +96,7 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that a record stores; any other setting has its value in `PAPER`."""
+        """The settings that a record stores; all others have their values from `PAPER`."""
         estimator = name_of(self.objective.advantages)
         return {
             "loss": name_of(self.objective.loss),
@@ -113,12 +114,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """All combinations of the values of its fields, for one figure.
+    """All combinations of its fields' values, for one figure.
 
     Attributes:
       figure: name of the figure; with "" the cells appear in tables only.
       mini_batches, replay, losses, aggregations, policies, advantages: see `objective.Objective`.
-      options: keyword arguments of the losses; each entry maps argument names to values.
+      options: keyword arguments for the losses; each entry maps argument names to values.
       rollout_formats: see `configs.Reinforcement`.
       cold_starts: names of cold starts; () uses the study's first.
       learning_rates: learning rates of the updates; () uses the rate of the study's optimizer.
@@ -140,7 +141,7 @@ class Grid:
         field_types(self)
         for rate in self.learning_rates:
             if not 0 <= rate < math.inf:
-                raise ValueError(f"Grid.learning_rates has {rate}; use numbers of at least 0")
+                raise ValueError(f"Grid.learning_rates has {rate}; use finite numbers, at least 0")
 
     def cells(self, study: Study) -> Iterable[Cell]:
         """Yields the combinations; the first fields vary slowest."""
@@ -174,30 +175,30 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Collapse:
-    """The rule that decides when a run has collapsed; fixed before anyone looks at the runs.
+    """The rule that decides when a run has collapsed, fixed before anyone looks at the runs.
 
-    A run collapses at the first gradient step from which on one of these holds at every recorded
-    point for `for_steps` gradient steps (or until the end of the record, if that comes first and
-    the stretch has at least two points):
+    A run collapses at a gradient step if one of these conditions holds at every recorded point for
+    the next `for_steps` gradient steps (or until the end of the record, if that comes first and the
+    stretch has at least two points). The first such step counts.
 
-    - score: the held-out score or the training reward, each under a running mean, is below
-      `score_share` of its highest value so far *and* more than `margin` below that value;
-    - KL: the KL between sampler and trainer is above `kl_limit`;
-    - any of these is no longer finite after it has been.
+    - Score: the running mean of the held-out score or of the training reward is below `score_share`
+      of its highest value so far *and* more than `margin` below that value.
+    - KL: the KL between sampler and trainer is above `kl_limit`.
+    - Finiteness: one of these quantities is non-finite after having been finite.
 
-    The highest value so far includes the score of the cold start, so a run that only loses what the
-    cold start gave it also collapses. `margin` filters out noise: a policy that scores 0.1 once and
-    0.04 later on 64 problems has not collapsed. A run has *not learned* if it does not collapse and
-    its mean over a quarter of its evaluations never rises `gain` above its start. Such a run is
-    censored, like a stable one, because it had nothing to lose.
+    The highest value so far includes the score of the cold start, so a run that loses only what it
+    gained from the cold start also collapses. `margin` filters out noise: a policy that scores 0.1
+    once and 0.04 later on 64 problems has not collapsed. A run has *not learned* if it does not
+    collapse and its running mean over a quarter of its evaluations never rises by `gain` above its
+    initial score. Such a run is censored, like a stable one, because it had nothing to lose.
 
     Attributes:
-      score_share: limit of the score as a share of its running peak.
+      score_share: lower limit of the score, as a share of its running peak.
       margin: smallest fall that counts, in score units.
       gain: smallest rise that counts as learning, in score units.
-      kl_limit: limit of the KL in nats per token (k3). Stable runs of arXiv:2512.01374 stay near
-        0.01.
-      for_steps: how long the condition must hold, in gradient steps.
+      kl_limit: upper limit of the KL (k3), in nats per token. Stable runs in arXiv:2512.01374 stay
+        near 0.01.
+      for_steps: how long a condition must hold, in gradient steps.
     """
 
     score_share: float = 0.5
@@ -219,13 +220,13 @@ class Study:
     A run is a cold start followed by reinforcement learning. For a given seed, all cells begin with
     the same policy and draw the same problems and random numbers, so they can be compared in pairs.
     Every run makes the same number of gradient steps on mini-batches of the same size: with N
-    mini-batches a rollout has N times the prompts, and a run has N times fewer rollouts
-    (arXiv:2512.01374, §4.2).
+    mini-batches per rollout, a rollout has N times as many prompts, and a run has 1/N as many
+    rollouts (arXiv:2512.01374, §4.2).
 
     Attributes:
       title: title of the report.
-      task: problems and rewards.
-      model: configuration of the policy; its vocabulary size is set from the task.
+      task: the task, which supplies problems and rewards.
+      model: configuration of the policy; its vocabulary size is derived from the task.
       cold_starts: the cold starts that grids can name.
       grids: the cells to run.
       figures: titles of the figures, by name.
@@ -285,12 +286,12 @@ class Study:
         one_of(self, "rollout_format", FORMATS)
         names = [start.name for start in self.cold_starts]
         if len(set(names)) < len(names):
-            raise ValueError(f"Study.cold_starts have the names {names}; make them different")
+            raise ValueError(f"Study.cold_starts has the names {names}; make them unique")
         tasks = [self.task, *(start.task for start in self.cold_starts if start.task)]
         for task in tasks:
             if any(a != b for a, b in zip(task.texts, self.task.texts)):
                 raise ValueError(
-                    f"ColdStart.task: its ids mean {task.texts}, but in Study.task they mean "
+                    f"ColdStart.task has the vocabulary {task.texts}, but Study.task has "
                     f"{self.task.texts}; use a task of the same kind"
                 )
         vocabulary = max(task.vocab_size for task in tasks)
@@ -304,7 +305,8 @@ class Study:
                 )
             if cell.cold_start not in names:
                 raise ValueError(
-                    f"Grid.cold_starts names {cell.cold_start!r}; Study.cold_starts has {names}"
+                    f"Grid.cold_starts has {cell.cold_start!r}, which is not in "
+                    f"Study.cold_starts; use one of {names}"
                 )
             if cell.rollout_format not in FORMATS:
                 raise ValueError(
@@ -316,11 +318,11 @@ class Study:
             if conditions.outside(np.array([0.0, 1.0])).any():
                 raise ValueError(
                     f"Grid.advantages: {name_of(estimator)} needs rewards of {conditions.bounds}, "
-                    f"but array tasks give 0 to 1; use {conditions.instead}"
+                    f"but array tasks return 0 to 1; use {conditions.instead}"
                 )
         for name in self.show:
             if name not in self.cells():
-                raise ValueError(f"Study.show names {name!r}; the cells are {list(self.cells())}")
+                raise ValueError(f"Study.show has {name!r}; use some of {list(self.cells())}")
 
     @property
     def interval(self) -> int:

@@ -33,10 +33,10 @@ def over_runs(
 
     Args:
       function: takes one run and a value shared by all runs.
-      devices: devices that the runs are spread over evenly.
-      vmapped: whether a device makes its runs all at once instead of one after another. The default
-        is False on CPUs only: one small run already keeps a CPU busy, and a batch dimension slows
-        down its sorts, gathers and products (experiments/bench/README.md).
+      devices: devices over which the runs are spread evenly.
+      vmapped: whether a device executes all its runs at once instead of one after another. The
+        default is False only on CPUs: one small run already keeps a CPU busy, and a batch dimension
+        slows down sorts, gathers and products there (experiments/bench/README.md).
 
     Returns:
       The mapped function, jitted.
@@ -99,10 +99,10 @@ def compiled(
 def made_ahead(makers: Sequence[Callable[[], T]]) -> Iterator[Iterator[T]]:
     """Yields the results of the functions in order, and computes the next few in the background.
 
-    While a GPU or a TPU makes runs, its host is free to compile the next programs. At most one
-    result per thread is computed ahead, which bounds the memory held and the wait on leaving the
-    block. With several hosts each result is computed on request, because all hosts have to
-    compile in the same order.
+    While a GPU or a TPU executes runs, its host is free to compile the next programs. At most one
+    result per thread is computed ahead, which limits memory use and the wait when the block is
+    left. With several hosts, each result is computed on request, because all hosts have to compile
+    in the same order.
     """
     if jax.process_count() > 1:
         yield (make() for make in makers)

@@ -27,10 +27,10 @@ OF_NO_RUN = frozenset(
 def identify(study: Study, directory: pathlib.Path) -> None:
     """Compares the study with an existing study.json, then writes study.json.
 
-    Fields that an older version did not have may be missing there if they have their defaults.
+    Fields that are missing in a study.json from an older version must have their default values.
 
     Raises:
-      ValueError: if the directory holds another study.
+      ValueError: if the directory holds a different study.
     """
     values = {
         field.name: getattr(study, field.name)
@@ -47,8 +47,8 @@ def identify(study: Study, directory: pathlib.Path) -> None:
         for name, value in values.items():
             if name in old and old[name] not in (settings[name], _as_then(value, old[name])):
                 raise ValueError(
-                    f"{directory} holds a study with another Study.{name}; use another --workdir "
-                    f"or delete it"
+                    f"{directory} holds a study with a different Study.{name}; use another "
+                    f"--workdir or delete this one"
                 )
     if not distributed.is_main():
         return
@@ -63,7 +63,7 @@ def identify(study: Study, directory: pathlib.Path) -> None:
 
 
 def _as_then(value: Any, recorded: str) -> str:
-    """Returns the `repr` of a config without the fields at their default that a record lacks."""
+    """Returns a config's `repr` without fields that the record lacks and that have defaults."""
     if not dataclasses.is_dataclass(value):
         return repr(value)
     parts = [
@@ -75,10 +75,10 @@ def _as_then(value: Any, recorded: str) -> str:
 
 
 def check_settings(study: Study, records: Iterable[dict[str, Any]]) -> None:
-    """Checks that recorded cells still have the same settings, because names omit the usual ones.
+    """Checks that recorded cells still have the same settings; names omit the usual ones.
 
     Raises:
-      ValueError: if a cell was run with other settings.
+      ValueError: if a cell was run with different settings.
     """
     cells = study.cells()
     for record in records:
@@ -114,13 +114,13 @@ def check_starts(
             if score != before:
                 raise ValueError(
                     f"cold start {start!r} of seed {record['seed']} scores {score}, but {before} "
-                    "in results.jsonl: another version or machine made it, so new runs cannot be "
+                    "in results.jsonl, which another version or machine made; new runs cannot be "
                     "paired with its runs; use another --workdir"
                 )
 
 
 def of_task(study: Study) -> dict[str, str]:
-    """Returns the entry about the task that the settings of every record contain."""
+    """Returns the entry that describes the task in the settings of every record."""
     return {"task": type(study.task).__name__}
 
 
@@ -130,12 +130,12 @@ def as_json(value: Any) -> Any:
 
 
 def rounded(values: Iterable[float | np.floating]) -> list[float | None]:
-    """Rounds values to five significant digits; values that are not finite become None."""
+    """Rounds values to five significant digits; non-finite values become None."""
     return [float(f"{x:.5g}") if math.isfinite(x) else None for x in map(float, values)]
 
 
 def append(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
-    """Appends lines to a file, after removing a last line that a kill left incomplete."""
+    """Appends records to a file, after removing a last line that a kill left incomplete."""
     with open(path, "a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)

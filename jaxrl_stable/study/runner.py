@@ -46,13 +46,13 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Wave:
-    """Runs that one program makes together.
+    """Runs that one program executes together.
 
     Attributes:
       members: the runs.
       cells: names of all cells that the program can run.
-      size: number of runs after padding: a multiple of the number of devices, equal for all waves
-        of a program.
+      size: number of runs after padding; a multiple of the number of devices, and equal for all
+        waves of a program.
     """
 
     members: tuple[Member, ...]
@@ -68,7 +68,7 @@ class Wave:
 def plan(
     study: Study, cells: dict[str, Cell], done: Iterable[Member], devices: int
 ) -> list[list[Wave]]:
-    """Returns the waves of unfinished runs, one list per program, with equal sizes in each list."""
+    """Returns the waves of unfinished runs: one list per program, of waves of equal size."""
     done = set(done)
     programs: dict[tuple, list[str]] = {}
     for name, cell in cells.items():
@@ -89,20 +89,19 @@ def plan(
 
 
 def run_study(study: Study, directory: str | os.PathLike, show_progress: bool = True) -> None:
-    """Runs what is missing in `directory`, and appends records as each wave finishes.
+    """Executes the runs missing in `directory`, and appends records as each wave finishes.
 
     Runs are spread over all JAX devices. A CPU counts as one device, unless
-    `jax.config.update("jax_num_cpu_devices", os.cpu_count())` is called before
-    anything else.
+    `jax.config.update("jax_num_cpu_devices", os.cpu_count())` is called first.
 
     Args:
       study: the study to run.
       directory: where results.jsonl, samples.jsonl and study.json are stored.
-      show_progress: whether to print what runs and how long it will take.
+      show_progress: whether to print the current program and the remaining time.
 
     Raises:
-      ValueError: if the directory holds another study, if another process runs a study in it, or if
-        new cold starts differ from the recorded ones.
+      ValueError: if the directory holds a different study, if another process runs a study in it,
+        or if new cold starts differ from the recorded ones.
     """
     with locked(directory):
         _run_missing(study, pathlib.Path(directory), show_progress)
@@ -162,7 +161,7 @@ def _run_missing(study: Study, directory: pathlib.Path, show_progress: bool) -> 
 
 
 class Start(NamedTuple):
-    """The same cold start with every seed.
+    """One cold start, run with every seed.
 
     Attributes:
       models: the policies, stacked over seeds.
@@ -205,7 +204,7 @@ def begin_runs(
     starts: dict[str, Start],
     devices: list[jax.Device],
 ) -> RunState:
-    """Returns the runs of a wave before their first step, stacked."""
+    """Returns the stacked runs of a wave, before their first step."""
     members = wave.padded
     names = list(starts)
     of = np.array([names.index(cells[m.cell].cold_start) for m in members])
@@ -235,7 +234,7 @@ def run_wave(
     starts: dict[str, Start],
     tick: Callable[[], None],
 ) -> tuple[RunState, list[dict[str, Any]]]:
-    """Makes all steps of a wave with its two programs, `advance` and `scoring`.
+    """Executes all steps of a wave with its two programs, `advance` and `scoring`.
 
     Returns:
       The runs after their last step, and their records.
@@ -281,7 +280,7 @@ def run_wave(
 
 
 def shown(study: Study, cells: dict[str, Cell], wave: Wave, runs: RunState) -> list[dict[str, Any]]:
-    """Returns samples of the cells that `Study.show` names, from their first seed."""
+    """Returns samples from the first seed of each cell in `Study.show`."""
     rows = []
     for i, member in enumerate(wave.members):
         if member.cell in study.show and member.seed == study.first_seed:

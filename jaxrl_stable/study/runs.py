@@ -1,7 +1,7 @@
 """A whole run as a pure function: a cold start, then steps of reinforcement learning.
 
-The steps are the ones of `sft` and `train`, except that problems and rewards are arrays. Mapped
-over runs, this function is a study.
+The steps are the same as in `sft` and `train`, except that problems and rewards are arrays. A study
+maps this function over runs.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Prepared(NamedTuple):
 
     Attributes:
       batch: the training batch, with π_old if the objective needs it.
-      scored: result of the score pass; None without one.
+      scored: result of the score pass; None if there is no such pass.
       rewards: one reward per response.
-      sampled: the sampler's routing, even if the updates replay another one.
+      sampled: the sampler's routing, even if the updates replay a different one.
     """
 
     batch: TrainBatch
@@ -145,7 +145,7 @@ def advance(
     objectives: tuple[Objective, ...],
     rollout_format: str,
 ) -> tuple[RunState, dict[str, Float[Array, "rollouts"]]]:
-    """Advances a run to its next evaluation (a separate program, shared by all cells).
+    """Advances a run to its next evaluation, which is a separate program shared by all cells.
 
     Args:
       run: the run so far.
@@ -181,7 +181,7 @@ def reinforce(
     rollout_format: str,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Makes one rollout and its N updates; returns the new state and the `CURVES` of the step."""
+    """Performs one rollout and its N updates; returns the new state and the step's `CURVES`."""
     made = prepare(state.model, key, study, objective, rollout_format)
     step = partial(update_on, study=study, objective=objective, optimizer=optimizer)
     state, metrics = jax.lax.scan(step, state, split(made.batch, objective.mini_batches))

@@ -1,4 +1,4 @@
-"""Samples of a run for the report, with what the last update of a step decides per token."""
+"""Samples from a run for the report, with the decisions of a step's last update per token."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def sample_rows(
     """Returns responses to a few problems, as seen by the last update of a step.
 
     Rows have the format of `run.samples.sample_rows`, plus the layers in which the routers differ
-    and `clipped`: the tokens that the objective silences after N − 1 updates.
+    and `clipped`: the tokens whose gradient the objective zeroes after N − 1 updates.
 
     Args:
       study: the study.
       cell: the cell of the run.
       state: state of the run.
       key: random key of the step.
-      about: further entries of every row.
+      about: additional entries for every row.
     """
     found = jax.jit(
         partial(inspect, study=study, objective=cell.objective, rollout_format=cell.rollout_format)
@@ -74,7 +74,7 @@ def inspect(
     objective: Objective,
     rollout_format: str,
 ) -> dict[str, Array]:
-    """Makes a step up to its last update; returns arrays for the rows of the last mini-batch."""
+    """Performs a step up to its last update; returns arrays for the last mini-batch's rows."""
     made = prepare(state.model, key, study, objective, rollout_format)
     differs = differing_layers(state.model, made)
     parts = split(made.batch, objective.mini_batches)

@@ -2,13 +2,13 @@
 
 With V symbols and T steps there are V^T sequences, so every expectation over μ_old is a finite sum.
 The bias and noise of the token-level objective of https://arxiv.org/abs/2512.01374 relative to the
-sequence-level one are therefore exact to machine precision. The token-level gradients are from
+sequence-level one are therefore exact to machine precision. The token-level gradients come from
 `objectives.minirl` itself; the sequence-level estimator here is the reference.
 
-Functions that return NumPy arrays or floats compute in float64, whatever the process uses
-otherwise. Functions that return JAX arrays are meant to be differentiated and use the caller's
-precision. In the shapes, `prefixes` counts the rows of a policy's table, 1 + V + … + V^(T−1), one
-per y_<t.
+Functions that return NumPy arrays or floats compute in float64, regardless of the process's default
+precision. Functions that return JAX arrays are meant to be differentiated and use the caller's
+precision. In the shapes, `prefixes` is the number of rows in a policy's table, 1 + V + … + V^(T−1),
+one per prefix y_<t.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def random_problem(
 
         θ_old = θ + staleness · N(0, 1)        μ_old = softmax(θ_old + mismatch · N(0, 1))
 
-    One seed fixes θ, the rewards and the directions of both noises. As `mismatch` or `staleness`
-    goes to 0, the policies therefore move along a line and the true gradient stays the same. (With
-    only a few sequences all rewards can be equal; the true gradient is then 0, and relative errors
-    are undefined.)
+    One seed fixes θ, the rewards and the directions of both noise terms. As `mismatch` or
+    `staleness` goes to 0, the policies therefore move along a line and the true gradient stays the
+    same. (With only a few sequences, all rewards can be equal; the true gradient is then 0, and
+    relative errors are undefined.)
     """
     tokens, prefixes = enumerate_sequences(vocab_size, length)
     rng = np.random.default_rng(seed)
@@ -242,7 +242,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
 
 
 class Row(NamedTuple):
-    """The `Quality` of one estimator at one pair of distances between the policies, over seeds."""
+    """The `Quality` of one estimator for one pair of distances between policies, over seeds."""
 
     estimator: str
     mismatch: float
@@ -260,10 +260,10 @@ def table(
     vocab_size: int = 6,
     length: int = 3,
 ) -> list[Row]:
-    """Returns each estimator's quality, with centred rewards, at all pairs of the two distances.
+    """Returns each estimator's quality, with centred rewards, for all pairs of distances.
 
     Args:
-      mismatch, staleness: standard deviations of the noises of `random_problem`.
+      mismatch, staleness: standard deviations of the noise terms in `random_problem`.
       estimators: functions from a problem and advantages to gradients per sequence, by name.
       seeds: one random problem each.
       vocab_size, length: V and T.

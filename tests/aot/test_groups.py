@@ -31,5 +31,5 @@ def test_forms(text, expected):
 
 
 def test_another_form_is_an_error():
-    with pytest.raises(ValueError, match="unknown form: replica_groups=ring"):
+    with pytest.raises(ValueError, match="unknown form of replica_groups=ring"):
         replica_groups("replica_groups=ring(4), x=1", 4)

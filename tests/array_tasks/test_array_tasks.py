@@ -157,7 +157,7 @@ def test_any_tokens_have_a_reward_in_range(graded, runs, task):
 
 def test_responses_of_another_width_are_refused(task, runs):
     problems = jax.tree.map(lambda x: x[RIGHT], runs.problems)
-    with pytest.raises(ValueError, match="both must be"):
+    with pytest.raises(ValueError, match="both need shape"):
         task.reward(problems, runs.responses[RIGHT, :, 1:], runs.mask[RIGHT, :, 1:])
 
 
@@ -178,7 +178,7 @@ def test_a_task_is_a_static_argument(task):
         ("Reverse", {"reward_kind": "answer"}, "Reverse.reward_kind is 'answer'"),
         ("Sort", {"symbols": 27}, "Sort.symbols is 27"),
         ("Parity", {"smallest": 1}, "Parity.smallest is 1"),
-        ("Parity", {"smallest": 2, "largest": 3}, "12 different problems"),
+        ("Parity", {"smallest": 2, "largest": 3}, "12 distinct problems"),
         ("ModularAddition", {"modulus": 1}, "ModularAddition.modulus is 1"),
         ("Countdown", {"smallest": 1}, "Countdown.smallest is 1"),
         ("Countdown", {"reward_kind": "per_position"}, "use one of 'binary', 'legal'"),

@@ -172,7 +172,7 @@ def test_log_probs_that_the_sampler_could_not_give(perturbed, trajectory, advant
     assert int(after.skipped_in_a_row) == 1
     for a, b in zip(jax.tree.leaves(after.model), jax.tree.leaves(perturbed), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(RuntimeError, match="the last 1 gradients were not finite"):
+    with pytest.raises(RuntimeError, match="the last 1 gradients were non-finite"):
         check_finite(after, 1)
 
 

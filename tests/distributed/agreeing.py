@@ -126,7 +126,7 @@ def main():
         save_file(tensors, file, metadata={"format": "pt"})
     distributed.wait_for_all("broken")
     with pytest.raises(
-        ValueError, match=r"not finite in model\.layers\.0\.self_attn\.q_proj\.weight"
+        ValueError, match=r"non-finite values in model\.layers\.0\.self_attn\.q_proj\.weight"
     ):
         hf.load(broken, mesh)
     (scratch / f"passed.{me}").touch()

@@ -160,9 +160,7 @@ def test_context_that_a_model_was_trained_for(tmp_path):
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"config\.json does not exist; give a Hugging Face"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist; use a Hugging Face"):
         hf.read_config(tmp_path)
 
 
@@ -237,7 +235,7 @@ def test_special_tokens_are_not_those_of_the_first_model():
     ],
 )
 def test_export_refuses_what_no_architecture_computes(options):
-    with pytest.raises(ValueError, match="no architecture of transformers computes this"):
+    with pytest.raises(ValueError, match="no transformers architecture computes this"):
         to_json(tiny(**options))
 
 
@@ -253,5 +251,5 @@ def test_refusal_of_near_misses():
         dict(decoder_sparse_step=2),
         dict(clip_qkv=1.0),
     ):
-        with pytest.raises(ValueError, match="no architecture of transformers"):
+        with pytest.raises(ValueError, match="no transformers architecture"):
             to_json(dataclasses.replace(config, **change))

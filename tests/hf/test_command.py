@@ -57,7 +57,10 @@ def test_upcycle_command(tmp_path, capsys):
     [
         (("inspect", "nowhere"), "nowhere/config.json does not exist"),
         (("export", "nowhere", "out"), "nowhere/checkpoints contains no checkpoint"),
-        (("import", "{checkpoint}", "{used}"), "checkpoints exists; give a new working directory"),
+        (
+            ("import", "{checkpoint}", "{used}"),
+            "checkpoints already exists; use a new working directory",
+        ),
     ],
 )
 def test_errors_are_one_line(checkpoint, tmp_path, capsys, arguments, message):

@@ -44,7 +44,7 @@ def content(directory):
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_failed_save_leaves_nothing(value, model, tmp_path):
-    with pytest.raises(ValueError, match="not finite as float32; nothing was saved"):
+    with pytest.raises(ValueError, match="non-finite in float32; nothing was saved"):
         hf.save(damaged(model, value), tmp_path / "new", file_bytes=20_000)
     assert not list(tmp_path.iterdir())
 
@@ -52,9 +52,9 @@ def test_failed_save_leaves_nothing(value, model, tmp_path):
 def test_nothing_is_overwritten(model, tmp_path):
     raw.copied("qwen3-moe.v5", tmp_path)
     before = content(tmp_path)
-    with pytest.raises(ValueError, match="is not empty; give a new directory"):
+    with pytest.raises(ValueError, match="is not an empty directory; use a new one"):
         hf.save(model, tmp_path)
-    with pytest.raises(ValueError, match="is not empty; give a new directory"):
+    with pytest.raises(ValueError, match="is not an empty directory; use a new one"):
         hf.save(model, tmp_path, like=tmp_path)
     assert content(tmp_path) == before
 
@@ -71,7 +71,7 @@ def test_interrupted_while_the_config_is_written(model, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_values_too_large_for_the_stored_type(model, tmp_path):
-    with pytest.raises(ValueError, match="not finite as float16"):
+    with pytest.raises(ValueError, match="non-finite in float16"):
         hf.save(damaged(model, 7e4), tmp_path / "new", dtype="float16")
     assert not list(tmp_path.iterdir())
     hf.save(damaged(model, 7e4), tmp_path / "new", dtype="bfloat16")
@@ -204,7 +204,7 @@ def test_wrong_arguments(model, tmp_path):
         with pytest.raises(ValueError, match=said):
             hf.save(model, tmp_path / "out", **options)
     config = dataclasses.replace(model.config, routed_scaling=2.0)
-    with pytest.raises(ValueError, match="no architecture of transformers computes"):
+    with pytest.raises(ValueError, match="no transformers architecture computes"):
         hf.save(ours.with_config(model, config), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

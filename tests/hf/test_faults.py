@@ -41,14 +41,14 @@ def refused(directory, *patterns, error=ValueError):
             lambda t: t.update({NORM: raw.zeros("BF16", 24, 1)}),
             r"misshapen: model\.norm\.weight is \[24, 1\], not \[24\]",
         ),
-        (lambda t: t.update({NORM: raw.zeros("I8", 24)}), r"unknown type: model\.norm.* is I8"),
-        (lambda t: t.update({NORM: raw.zeros("F8_E4M3", 24)}), r"unknown type: .* is F8_E4M3"),
+        (lambda t: t.update({NORM: raw.zeros("I8", 24)}), r"unknown dtype: model\.norm.* is I8"),
+        (lambda t: t.update({NORM: raw.zeros("F8_E4M3", 24)}), r"unknown dtype: .* is F8_E4M3"),
         (lambda t: t.update({"model.layers.3.mlp.up": raw.zeros("BF16", 1)}), "extra: .*layers.3"),
     ],
 )
 def test_tensors_that_do_not_fit(edit, said, tmp_path):
     directory = raw.changed("qwen3.v5", tmp_path, edit)
-    refused(directory, "does not fit its config.json", said)
+    refused(directory, "does not match its config.json", said)
     with pytest.raises(ValueError, match=said):
         hf.check(directory, hf.read_config(directory))
 
@@ -64,7 +64,7 @@ def test_a_check_without_values(tmp_path):
     config = hf.read_config(raw.FROZEN / "qwen3.v5")
     hf.check(raw.FROZEN / "qwen3.v5", config)
     other = dataclasses.replace(config, hidden_size=2 * config.hidden_size)
-    with pytest.raises(ValueError, match=r"holds another model: hidden_size is \d+ there and"):
+    with pytest.raises(ValueError, match=r"holds a different model: hidden_size is \d+ there and"):
         hf.check(raw.FROZEN / "qwen3.v5", other)
     with pytest.raises(FileNotFoundError):
         hf.check(tmp_path, config)
@@ -77,7 +77,7 @@ def test_every_fault_is_listed_in_one_line(tmp_path):
         tensors[NORM] = raw.zeros("BF16", 2)
         tensors["model.embed_tokens.weight"][0] = "I16"
 
-    said = ("missing: .*input_layernorm", "extra: other", r"misshapen: .*\[2\]", "type: .*is I16")
+    said = ("missing: .*input_layernorm", "extra: other", r"misshapen: .*\[2\]", "dtype: .*is I16")
     refused(raw.changed("qwen3.v5", tmp_path, edit), *said)
 
 
@@ -113,7 +113,10 @@ def test_values_that_are_not_finite(name, value, tmp_path):
         for place in places:
             tensors[place] = raw.with_value(tensors[place], value, 21)
 
-    refused(raw.changed(name, tmp_path, edit), "not finite in " + ", ".join(map(re.escape, places)))
+    refused(
+        raw.changed(name, tmp_path, edit),
+        "non-finite values in " + ", ".join(map(re.escape, places)),
+    )
 
 
 def test_largest_finite_value_is_fine(tmp_path):
@@ -146,7 +149,7 @@ def test_index_that_says_what_is_not_so(tmp_path):
     rest = {name: tensors[name] for name, place in index.items() if place == file.name}
     del rest[NORM]
     raw.write(file, rest)
-    refused(directory, "00003-of-00003.safetensors does not hold model.norm.weight as .*index.json")
+    refused(directory, "00003-of-00003.safetensors lacks model.norm.weight, which .*index.json")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
@@ -172,7 +175,7 @@ def test_tensor_in_another_file_than_the_index_says(tmp_path):
     other = next(file for file in index["weight_map"].values() if file != there)
     index["weight_map"][NORM] = other
     (directory / INDEX).write_text(json.dumps(index))
-    refused(directory, f"{there} holds {NORM}, which .* places in {other}")
+    refused(directory, f"{there} contains {NORM}, but .* places it in {other}")
 
 
 def test_no_weights(tmp_path):

@@ -83,7 +83,7 @@ def test_program(tmp_path):
     failed = run(tmp_path / "none")
     assert failed.returncode == 1
     assert failed.stderr == (
-        f"report: {tmp_path / 'none'}: no such directory; give the workdir of a training run\n"
+        f"report: {tmp_path / 'none'} is not a directory; use the --workdir of a training run\n"
     )
 
 

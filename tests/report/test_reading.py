@@ -36,7 +36,7 @@ def test_layers_stand_in_for_xx_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "no such directory"),
+        (None, "is not a directory"),
         ({}, "metrics.jsonl: missing or empty"),
         ({"metrics.jsonl": ""}, "metrics.jsonl: missing or empty"),
         ({"metrics.jsonl": '{"step": 1}\n[]\n{"step": 2}\n'}, "metrics.jsonl, line 2"),

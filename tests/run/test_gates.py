@@ -35,7 +35,7 @@ def test_run_of_skipped_steps_stops():
         return TrainState(None, None, jnp.int32(9), jnp.int32(9), jnp.int32(in_a_row))
 
     check_finite(state(2), 3)
-    with pytest.raises(RuntimeError, match="the last 3 gradients were not finite"):
+    with pytest.raises(RuntimeError, match="the last 3 gradients were non-finite"):
         check_finite(state(3), 3)
 
 

@@ -134,7 +134,7 @@ def test_a_reference_that_cannot_be_rebuilt(origin, copy):
     with pytest.raises(ValueError, match="no longer holds the weights that this run started from"):
         kept_reference(experiment(origin, steps=2), mesh(), copy)
     alone = dataclasses.replace(experiment(origin, steps=2), init_from="")
-    with pytest.raises(ValueError, match=r"cold_start/checkpoints is gone, and with it the ref"):
+    with pytest.raises(ValueError, match=r"cold_start/checkpoints is missing, and with it the ref"):
         kept_reference(alone, mesh(), copy)
 
 

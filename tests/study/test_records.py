@@ -21,7 +21,7 @@ def test_a_study_of_an_older_version_with_latent_attention_goes_on(study, tmp_pa
     identify(study, tmp_path)
     assert path.read_text() == new
     other = dataclasses.replace(latent, value_dim=4)
-    with pytest.raises(ValueError, match=r"another Study\.model"):
+    with pytest.raises(ValueError, match=r"different Study\.model"):
         identify(
             dataclasses.replace(study, model=dataclasses.replace(study.model, latent=other)),
             tmp_path,
@@ -41,5 +41,5 @@ def test_a_study_from_before_a_field_existed_goes_on_with_its_default(study, tmp
     path.write_text(new.replace(field, ""))
     for changed in (dict(skip_zero_gradients=True), dict(b1=0.8)):
         optimizer = dataclasses.replace(study.optimizer, **changed)
-        with pytest.raises(ValueError, match=r"another Study\.optimizer"):
+        with pytest.raises(ValueError, match=r"different Study\.optimizer"):
             identify(dataclasses.replace(study, optimizer=optimizer), tmp_path)

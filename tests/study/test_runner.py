@@ -126,10 +126,10 @@ def test_append_after_a_torn_line(tmp_path):
 
 def test_another_study_is_refused(small, finished):
     other = dataclasses.replace(small, temperature=0.5)
-    with pytest.raises(ValueError, match=r"another Study\.temperature; use another --workdir"):
+    with pytest.raises(ValueError, match=r"different Study\.temperature; use another --workdir"):
         run_study(other, finished)
     other = dataclasses.replace(small, cold_starts=(ColdStart(steps=1),))
-    with pytest.raises(ValueError, match=r"another Study\.cold_starts 'default'"):
+    with pytest.raises(ValueError, match=r"different Study\.cold_starts 'default'"):
         run_study(other, finished)
 
 
@@ -218,14 +218,14 @@ def test_evidence(small, finished):
         (dict(seeds=0), "Study.seeds is 0"),
         (dict(task=None), "Study.task is missing"),
         (dict(rollout_format="int3"), "Study.rollout_format is 'int3'"),
-        (dict(grids=(Grid(cold_starts=("x",)),)), "names 'x'"),
+        (dict(grids=(Grid(cold_starts=("x",)),)), "Grid.cold_starts has 'x'"),
         (dict(grids=()), "at least one entry"),
-        (dict(show=("N=3",)), "Study.show names 'N=3'"),
-        (dict(cold_starts=(ColdStart(task=ChainSum()),)), "ColdStart.task: its ids mean"),
+        (dict(show=("N=3",)), "Study.show has 'N=3'"),
+        (dict(cold_starts=(ColdStart(task=ChainSum()),)), "ColdStart.task has the vocabulary"),
         (dict(group_size=1), "Study.group_size is 1, but centered compares"),
         (
             dict(grids=(Grid(advantages=(with_conditions(lowest=0.5)(partial(gpg)),)),)),
-            "Grid.advantages: gpg needs rewards of at least 0.5, but array tasks give 0 to 1",
+            "Grid.advantages: gpg needs rewards of at least 0.5, but array tasks return 0 to 1",
         ),
     ],
 )
