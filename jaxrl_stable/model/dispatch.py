@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from jaxrl_stable.model.blocked import blocked_dot
 from jaxrl_stable.model.config import ModelConfig
 from jaxrl_stable.model.parameters import Quantized
 from jaxrl_stable.model.products import multiply
@@ -290,14 +291,8 @@ def _grouped_dot(
 ) -> Num[Array, "R F"]:
     """Computes the product, accumulated in `dtype`; None means the dtype of `x`."""
     if implementation == "blocked":
-        blocks = x.reshape(-1, groups.block, x.shape[-1])
         owner = _owner(groups, x.shape[0], groups.block)  # rows past the last group are zero
-        # A one-hot product is several times faster than a gather, which on a CPU copies matrices
-        # element by element.
-        picked = jax.nn.one_hot(owner, w.shape[0], dtype=w.dtype)
-        each = jnp.einsum("ne,edf->ndf", picked, w)
-        y = jnp.einsum("nbd,ndf->nbf", blocks, each, preferred_element_type=dtype)
-        return y.reshape(x.shape[0], -1)
+        return blocked_dot(x, w, owner, dtype)
     sizes = groups.sizes.astype(jnp.int32)
     sums = {} if dtype is None else {"preferred_element_type": dtype}
     if implementation == "tokamax":

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrl_stable.rewards.answer import MAX_CHARACTERS, marked_answer
+from jaxrl_stable.rewards.answer import MAX_CHARACTERS, marked_answer, without_marks
 from jaxrl_stable.rewards.verdict import Verdict
 
 
 def normalise(text: str, *, casefold: bool = True) -> str | None:
     """Returns the final answer with each run of white space replaced by one space.
 
-    The answer is the result of `marked_answer`, else the whole text.
+    The answer is the result of `marked_answer`, else the whole text without its empty marks.
 
     Args:
       text: a response or a reference.
@@ -21,10 +21,10 @@ def normalise(text: str, *, casefold: bool = True) -> str | None:
       2,000 characters.
     """
     answer = marked_answer(text)
-    if answer is None:
+    if not answer:
         if len(text) > MAX_CHARACTERS:
             return None
-        answer = text
+        answer = text if answer is None else without_marks(text)
     answer = " ".join(answer.split())
     return (answer.casefold() if casefold else answer) or None
 

@@ -18,6 +18,10 @@ RIGHT, WRONG, INVALID = Verdict(1.0, "ok"), Verdict(0.0, "ok"), Verdict(0.0, "in
         ("Paris", " \n", INVALID),
         ("Paris", "#### ", INVALID),
         ("Paris", "Paris" + " " * 3_000, INVALID),
+        ("Paris", "Paris\n####", RIGHT),
+        ("Paris", r"\boxed{Paris}" + "\n\n#### Verification\nIt is in France.", RIGHT),
+        ("Paris", r"\boxed{Paris} or \boxed{Rome}", WRONG),
+        ("Paris", "#### Final Answer\n\nParis", RIGHT),
         ("Paris", "x" * 10_000_000 + "#### Paris", RIGHT),
     ],
 )

@@ -65,6 +65,9 @@ def test_check_references(tmp_path):
         check_references(source, "numeric")
     assert str(caught.value).startswith(f"{path}, line 2: reward 'numeric' ")
     assert "records affected: 2 of 4" in str(caught.value)
+    assert "choose the reward 'math' if it is not a plain number" in str(caught.value)
+    with pytest.raises(ValueError, match=r"\[1\]: reward 'numeric' .*'x\^2\+1'; .* 1 of 3"):
+        check_references([{"answer": "3½"}, {"answer": "x^2+1"}, {"answer": "3½"}], "numeric")
     with pytest.raises(ValueError, match=r"\[0\]: reward 'exact' cannot read"):
         check_references([{"prompt": "", "answer": "####"}], "exact")
 

@@ -115,7 +115,7 @@ def test_a_run_goes_on_without_its_origin(origin, copy, tmp_path, gone):
 
 
 def test_a_longer_cold_start_is_refused(origin, copy):
-    with pytest.raises(ValueError, match=r"Supervised\.steps is 2 there and 3 here\. Set them"):
+    with pytest.raises(ValueError, match=r"Supervised\.steps is 2 there and 3 here\. Change them"):
         train.train(experiment(origin, steps=2, cold_steps=3), copy)
 
 
