@@ -103,8 +103,8 @@ def bytes_by_kind(found: Iterable[Collective], loop: str = "") -> dict[str, int 
 
     Args:
       found: collectives.
-      loop: a loop of unknown length, of which one iteration counts; "" counts all outside such
-        loops.
+      loop: name of a loop of unknown length, to count one iteration of it; "" counts everything
+        outside such loops.
     """
     total: dict[str, int | float] = defaultdict(float)
     for each in found:

@@ -86,7 +86,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """The path of named scopes and JAX primitives that it came from; "" if missing."""
+        """Path of the named scopes and JAX primitives that it came from; "" if missing."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 

@@ -87,7 +87,7 @@ def chip_bytes(tree: Any) -> int:
 
 
 def named_tensors(tree: dict[str, Any], kind: str) -> Iterator[Tensor]:
-    """Yields the arrays of a tree, named by their paths."""
+    """Yields the arrays in a tree, named by path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     for path, leaf in leaves:
         dims = ",".join(map(str, leaf.shape))

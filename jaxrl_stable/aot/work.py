@@ -59,8 +59,8 @@ def work(module: Module, loop: str = "", kernel_flops: KernelFlops | None = None
 
     Args:
       module: the program.
-      loop: a loop of unknown length, of which one iteration counts; "" counts all outside such
-        loops.
+      loop: name of a loop of unknown length, to count one iteration of it; "" counts everything
+        outside such loops.
       kernel_flops: returns a better figure for a kernel, or None to use its declaration.
     """
     flops, moved, unknown, chains = 0.0, 0.0, set(), set()

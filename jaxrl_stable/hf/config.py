@@ -206,7 +206,7 @@ def _common_json(config: ModelConfig) -> Json:
         tie_word_embeddings=config.tie_embeddings,
         hidden_act="silu",
         attention_bias=False,
-        # Transformers replaces a missing id with the one of the architecture's first model.
+        # If one is missing, transformers uses the id from the architecture's first model.
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,

@@ -20,7 +20,7 @@ import safetensors
 from jaxrl_stable.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHOWN = 10  # how many tensors an error names per kind of fault, at most
+SHOWN = 10  # maximum number of tensors that an error lists per kind of fault
 # Supported weight dtypes, by their names in the safetensors format.
 DTYPES = {
     "F32": np.dtype(np.float32),
