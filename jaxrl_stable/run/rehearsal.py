@@ -106,6 +106,6 @@ def check_origin(experiment: Experiment) -> None:
     differing = [text for text, name in zip(differing, here) if here[name] != there[name]]
     if differing:
         raise ValueError(
-            f"Experiment.init_from {experiment.init_from} holds another model: "
+            f"Experiment.init_from {experiment.init_from} holds a different model: "
             f"{'; '.join(differing)}; use its configuration"
         )
