@@ -228,7 +228,7 @@ def test_weights_of_another_model(dry_run, tmp_path):
     with Checkpointer(tmp_path / "old" / "checkpoints", model.architecture(), 1) as checkpoints:
         checkpoints.save(1, {"model": init_model(model, 0)}, None, None)
     status, _, errors = dry_run("--gin.configs.Experiment.init_from='old'")
-    assert status == 2 and "old holds another model: num_layers is 2 there and 1 here" in errors
+    assert status == 2 and "old holds a different model: num_layers is 2 there and 1 here" in errors
 
 
 def test_a_run_that_ended_in_its_cold_start(dry_run, tmp_path):
