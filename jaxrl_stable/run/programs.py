@@ -82,7 +82,6 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
     )
 
     estimator = rl.objective.advantages
-    grouped = compares_groups(estimator)
 
     def advantages(kept: Bool[Array, "B"], *judged: Array) -> Float[Array, "B"]:
         return jnp.where(kept, with_penalty(estimator, *judged), 0.0)
@@ -98,7 +97,9 @@ def make_programs(rl: Reinforcement, sampling: Sampling) -> Programs:
         found = with_penalty(estimator, scores, jnp.zeros_like(penalty), group_ids, *judged)
         found = found.reshape(-1, rl.group_size)
         taught = (jnp.where(kept.reshape(found.shape), found, 0.0) != 0).any(-1)
-        if grouped:  # whitening can give equal rewards equal advantages other than 0
+        # Whitening can give equal rewards equal advantages other than 0. The estimator is tried
+        # here, not in `make_programs`: programs for a pod are made where nothing can run.
+        if compares_groups(estimator):
             statistics = group_statistics("informative", scores, group_ids, *judged)
             taught &= ~statistics.equal.reshape(found.shape).all(-1)
         return taught
