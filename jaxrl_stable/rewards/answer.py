@@ -149,8 +149,11 @@ def _without_closing_hashes(line: str) -> str:
     return opened.strip() if not opened or opened[-1].isspace() else line
 
 
-def _box(text: str, position: int) -> Answer | None:
-    """Returns the content of the box at `position`; None if its braces are not balanced."""
+def _box(text: str, position: int, joined: int = 0) -> Answer | None:
+    """Returns the content of the box at `position`, with boxes in front that are joined to it.
+
+    Returns None if the braces of the box are not balanced. `joined` counts the boxes behind it.
+    """
     window = text[position : position + MAX_CHARACTERS]
     command = _COMMAND.match(window)
     if command is None:
@@ -166,8 +169,8 @@ def _box(text: str, position: int) -> Answer | None:
     content = window[start + 1 : end].strip()
     before = text[max(0, position - MAX_CHARACTERS) : position]
     joint = re.search(rf"\}}{_JOINT.pattern}$", before[-_CONTEXT:])
-    if joint is not None:
-        opening = _opening_box(before[: len(before) - len(joint.group()) + 1])
+    if joint is not None and joined < _MAX_MARKS:
+        opening = _opening_box(before[: len(before) - len(joint.group()) + 1], joined + 1)
         if opening is not None:
             word = " or " if "or" in joint.group() else ", "
             return Answer(f"{opening}{word}{content}")
@@ -191,10 +194,10 @@ def _closing_brace(text: str, start: int) -> int:
     return -1
 
 
-def _opening_box(text: str) -> str | None:
-    """Returns the content of a box that ends with `text`."""
+def _opening_box(text: str, joined: int) -> str | None:
+    """Returns the content of a box that ends with `text`; see `_box`."""
     position = max(map(text.rfind, _BOXES))
-    box = None if position < 0 else _box(text, position)
+    box = None if position < 0 else _box(text, position, joined)
     if box is None or not box.text.strip(_NOTHING) or box.after.strip():
         return None
     return box.text

@@ -144,7 +144,6 @@ def test_columns_of_a_file_reach_the_reward(experiment, tmp_path):
     assert verdict.score == 6
 
 
-@pytest.mark.fast
 def test_samples_keep_the_usual_fields_alone():
     """A column of a data set must not pass for a figure of the run."""
     problem = {"prompt": "p", "answer": "a", "log_weight": [9.0], "score": 7.0, "tests": "x" * 999}
@@ -179,7 +178,7 @@ def test_who_checks_the_demonstrations(experiment, tmp_path, monkeypatch):
 
     def asked(program):
         with pytest.raises(Loaded) as loaded:
-            program(experiment, tmp_path)
+            program(experiment, str(tmp_path))
         return loaded.value.args[0]
 
     monkeypatch.setattr(train, "load_task", load)
